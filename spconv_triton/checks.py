@@ -1,0 +1,166 @@
+"""What every call checks about its tensors, before any of them is read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape(tensor: Tensor) -> list[int]:
+    """Sizes as plain ints, so that a message reads the same inside ``torch.compile`` with dynamic shapes."""
+    return [int(size) for size in tensor.shape]
+
+
+def check_input(name: str, x: Tensor) -> None:
+    """``x`` is a floating-point [N, C, H, W] tensor.
+
+    Raises:
+        TypeError: not a tensor, or not of a dtype in ``FLOATING``.
+        ValueError: not of rank 4.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got {x.dim()}: {shape(x)}")
+
+
+def check_alike(name: str, tensor: Tensor, x_name: str, x: Tensor, *, or_float32: bool = False) -> None:
+    """``tensor`` has the dtype and the device of ``x``.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another device.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != x.dtype and not (or_float32 and tensor.dtype == torch.float32):
+        raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of {x_name}, {x.device}, got {tensor.device}")
+
+
+def check_kernel_weight(weight_gwc: Tensor) -> None:
+    """``weight_gwc`` has the rank from which the kernel size can be read.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not of rank 4.
+    """
+    if not isinstance(weight_gwc, Tensor):
+        raise TypeError(f"weight_gwc must be a torch.Tensor, got {type(weight_gwc).__name__}")
+    if weight_gwc.dim() != 4:
+        raise ValueError(
+            f"weight_gwc must have 4 dimensions [M, alpha L / G, k, k], got {weight_gwc.dim()}: {shape(weight_gwc)}"
+        )
+
+
+def check_representative(x_name: str, x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> None:
+    """The weights of the representative branch fit each other and ``groups``; the window fits the input.
+
+    Raises:
+        TypeError: dtypes that differ.
+        ValueError: shapes, devices or group counts that do not fit, or a window larger than the padded input.
+    """
+    check_alike("weight_gwc", weight_gwc, x_name, x)
+    check_alike("weight_pwc", weight_pwc, x_name, x)
+    outputs, groups = weight_gwc.shape[0], geometry.groups
+    if weight_pwc.dim() != 4 or weight_pwc.shape[0] != outputs or weight_pwc.shape[2:] != (1, 1):
+        raise ValueError(
+            f"weight_pwc must be [{int(outputs)}, alpha L, 1, 1] as weight_gwc is, got {shape(weight_pwc)}"
+        )
+    representative = weight_pwc.shape[1]
+    if representative % groups or outputs % groups:
+        raise ValueError(
+            f"groups must divide the representative channels, {int(representative)}, and the output channels, "
+            f"{int(outputs)}, got {groups}"
+        )
+    if weight_gwc.shape[1] * groups != representative or representative == 0:
+        raise ValueError(
+            f"weight_gwc must be [M, alpha L / G, k, k] with alpha L = {int(representative)} (from weight_pwc) and "
+            f"G = {groups}, got {shape(weight_gwc)}"
+        )
+    height, width = geometry.output_size(x.shape[2], x.shape[3])
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"{x_name} is smaller than the window: {shape(x)[2:]} with kernel_size {geometry.kernel_size}, padding "
+            f"{geometry.padding} and dilation {geometry.dilation} leaves no output pixel"
+        )
+
+
+def check_pointwise_weight(name: str, weight: Tensor, channels: int, x_name: str) -> None:
+    """``weight`` is [M, channels, 1, 1].
+
+    Raises:
+        ValueError: it is not.
+    """
+    if weight.dim() != 4 or weight.shape[2:] != (1, 1):
+        raise ValueError(f"{name} must be [M, {int(channels)}, 1, 1], got {shape(weight)}")
+    if weight.shape[1] != channels:
+        raise ValueError(f"{x_name} must have the {int(weight.shape[1])} channels of {name}, got {int(channels)}")
+
+
+def check_redundant(x: Tensor, weight_redundant: Tensor | None, weight_pwc: Tensor) -> None:
+    """``weight_redundant`` takes the channels that the representative branch leaves.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape or device, or None though channels remain.
+    """
+    outputs, representative = weight_pwc.shape[:2]
+    redundant = x.shape[1] - representative
+    if redundant < 0:
+        raise ValueError(
+            f"x must have at least the {int(representative)} representative channels of weight_pwc, "
+            f"got {int(x.shape[1])} channels: {shape(x)}"
+        )
+    if weight_redundant is None:
+        if redundant:
+            raise ValueError(
+                f"x must have {int(representative)} channels where weight_redundant is None, "
+                f"got {int(x.shape[1])} channels: {shape(x)}"
+            )
+        return
+    check_alike("weight_redundant", weight_redundant, "x", x)
+    if weight_redundant.dim() != 4 or weight_redundant.shape[0] != outputs or weight_redundant.shape[2:] != (1, 1):
+        raise ValueError(f"weight_redundant must be [{int(outputs)}, L - alpha L, 1, 1], got {shape(weight_redundant)}")
+    if weight_redundant.shape[1] != redundant:
+        raise ValueError(
+            f"x must have {int(representative + weight_redundant.shape[1])} channels "
+            f"({int(representative)} representative and {int(weight_redundant.shape[1])} redundant), "
+            f"got {int(x.shape[1])}: {shape(x)}"
+        )
+
+
+def check_bias(name: str, bias: Tensor | None, expected: tuple[int, ...], x: Tensor, *, or_float32: bool) -> None:
+    """``bias`` is None or of the ``expected`` shape.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape or device.
+    """
+    if bias is None:
+        return
+    check_alike(name, bias, "x", x, or_float32=or_float32)
+    if tuple(bias.shape) != expected:
+        raise ValueError(f"{name} must be {list(map(int, expected))}, got {shape(bias)}")
+
+
+def check_fusion(u3: Tensor, u1: Tensor) -> None:
+    """The two branches agree.
+
+    Raises:
+        TypeError: not floating-point tensors of one dtype.
+        ValueError: shapes or devices that differ.
+    """
+    check_input("u3", u3)
+    check_alike("u1", u1, "u3", u3)
+    if u1.shape != u3.shape:
+        raise ValueError(f"u1 must have the shape of u3, {shape(u3)}, got {shape(u1)}")
+    if u3.shape[2] * u3.shape[3] == 0:
+        raise ValueError(f"u3 must have at least one pixel to average over, got {shape(u3)}")

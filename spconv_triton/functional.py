@@ -1,0 +1,230 @@
+"""SPConv as functions: check the arguments, choose a backend, call it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native, ops, reference
+from .checks import (
+    check_alike,
+    check_bias,
+    check_fusion,
+    check_input,
+    check_kernel_weight,
+    check_pointwise_weight,
+    check_redundant,
+    check_representative,
+)
+from .dispatch import choose
+from .geometry import Geometry, IntPair, resolve
+from .layout import memory_format
+
+__all__ = ["gap_softmax_fusion", "redundant_branch", "representative_branch", "spconv2d"]
+
+
+def representative_branch(
+    x3: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 2,
+    backend: str = "auto",
+) -> Tensor:
+    """U3 = GWC(x3) + PWC(x3): the k x k group-wise and the 1 x 1 convolution of the representative channels, summed.
+
+    At a stride the 1 x 1 convolution reads the average over the valid pixels of a stride-sized window.
+
+    Args:
+        x3: [N, alpha L, H, W]; float32, bfloat16, float16 (any backend) or float64 (native, reference).
+        weight_gwc: [M, alpha L / G, k, k], k odd, dtype of ``x3``.
+        weight_pwc: [M, alpha L, 1, 1], dtype of ``x3``.
+        stride, padding, dilation: pixels, an int or (vertical, horizontal); padding also ``"same"``, ``"valid"``.
+        groups: G; divides alpha L and M.
+        backend: ``"auto"``, ``"triton"``, ``"native"`` (ATen) or ``"reference"``.
+
+    Returns:
+        U3, [N, M, H_out, W_out], dtype and memory format of ``x3``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it, what came and what is legal.
+
+    Source: Zhang et al., IJCAI 2020, section 3.3.
+    """
+    check_input("x3", x3)
+    check_kernel_weight(weight_gwc)
+    geometry = resolve(tuple(weight_gwc.shape[2:]), stride, padding, dilation, groups)
+    check_representative("x3", x3, weight_gwc, weight_pwc, geometry)
+    check_pointwise_weight("weight_pwc", weight_pwc, x3.shape[1], "x3")
+    chosen = choose(x3, backend)
+    if chosen == "triton":
+        return ops.representative_branch(x3, weight_gwc, weight_pwc, *geometry[1:])
+    if chosen == "native":
+        return native.representative_branch(x3, weight_gwc, weight_pwc, geometry)
+    return reference.representative_branch(
+        x3,
+        weight_gwc,
+        weight_pwc,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+        groups=groups,
+    )
+
+
+def redundant_branch(
+    x1: Tensor,
+    weight_redundant: Tensor,
+    *,
+    kernel_size: IntPair,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+) -> Tensor:
+    """U1 = PWC'(x1): the 1 x 1 convolution of the redundant channels, at the centre taps of the k x k window.
+
+    Args:
+        x1: [N, L - alpha L, H, W], floating point.
+        weight_redundant: [M, L - alpha L, 1, 1], dtype of ``x1``.
+        kernel_size, stride, padding, dilation: of the layer; they say which pixels the centre taps are.
+
+    Returns:
+        U1, [N, M, H_out, W_out]. A 1 x 1 convolution is ATen's on every device, so there is no backend to choose.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it, what came and what is legal.
+
+    Source: Zhang et al., IJCAI 2020, section 3.3.
+    """
+    check_input("x1", x1)
+    check_alike("weight_redundant", weight_redundant, "x1", x1)
+    check_pointwise_weight("weight_redundant", weight_redundant, x1.shape[1], "x1")
+    return native.pointwise(x1, weight_redundant, resolve(kernel_size, stride, padding, dilation, 1))
+
+
+def gap_softmax_fusion(u3: Tensor, u1: Tensor, *, backend: str = "auto") -> Tensor:
+    """Y = beta U3 + gamma U1 with beta, gamma = softmax([GAP(U3), GAP(U1)]) per (sample, channel).
+
+    Args:
+        u3, u1: [N, M, H, W], one dtype; float32, bfloat16, float16 (any backend) or float64 (native, reference).
+        backend: ``"auto"``, ``"triton"``, ``"native"`` (ATen) or ``"reference"``.
+
+    Returns:
+        Y, [N, M, H, W], dtype and memory format of ``u3``; statistics and gate are computed in float32 or better.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it, what came and what is legal.
+
+    Source: Zhang et al., IJCAI 2020, section 3.4, equations of the parameter-free fusion.
+    """
+    check_fusion(u3, u1)
+    chosen = choose(u3, backend)
+    if chosen == "triton":
+        return ops.gap_softmax_fusion(u3, u1)[0]
+    if chosen == "native":
+        return native.gap_softmax_fusion(u3, u1)
+    return reference.gap_softmax_fusion(u3, u1)
+
+
+def spconv2d(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 2,
+    branch_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The SPConv layer: Y = beta U3 + gamma U1 + bias.
+
+    The representative channels x3 = x[:, :alpha L] go through :func:`representative_branch`, the redundant ones
+    through a 1 x 1 convolution, and :func:`gap_softmax_fusion` mixes the two. alpha L is ``weight_pwc.shape[1]``.
+    Under ``torch.autocast`` the inputs are cast to its dtype, as for ``torch.nn.functional.conv2d``.
+
+    Args:
+        x: [N, L, H, W]; float32, bfloat16, float16 (any backend) or float64 (native, reference). N may be 0.
+        weight_gwc: [M, alpha L / G, k, k], k odd, dtype of ``x``.
+        weight_pwc: [M, alpha L, 1, 1], dtype of ``x``.
+        weight_redundant: [M, L - alpha L, 1, 1], dtype of ``x``; None where alpha = 1, and then Y = U3 + bias.
+        bias: [M], dtype of ``x``; added after the gate.
+        stride, padding, dilation: pixels, an int or (vertical, horizontal); padding also ``"same"``, ``"valid"``.
+        groups: G; divides alpha L and M.
+        branch_bias: [2, M], dtype of ``x`` or float32; added to U3 and U1 before the gate (a folded branch norm).
+        backend: ``"auto"``, ``"triton"``, ``"native"`` (ATen) or ``"reference"``.
+
+    Returns:
+        Y, [N, M, H_out, W_out], dtype and memory format of ``x``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it, what came and what is legal.
+
+    Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
+    """
+    check_input("x", x)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight_gwc, weight_pwc, weight_redundant, bias = (
+            t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+            for t in (x, weight_gwc, weight_pwc, weight_redundant, bias)
+        )
+    check_kernel_weight(weight_gwc)
+    geometry = resolve(tuple(weight_gwc.shape[2:]), stride, padding, dilation, groups)
+    check_representative("x", x, weight_gwc, weight_pwc, geometry)
+    check_redundant(x, weight_redundant, weight_pwc)
+    outputs = weight_gwc.shape[0]
+    check_bias("bias", bias, (outputs,), x, or_float32=False)
+    check_bias("branch_bias", branch_bias, (2, outputs), x, or_float32=True)
+    if weight_redundant is not None and weight_redundant.shape[1] == 0:
+        weight_redundant = None
+    chosen = choose(x, backend)
+    if chosen == "reference":
+        y = reference.spconv2d(
+            x,
+            weight_gwc,
+            weight_pwc,
+            weight_redundant,
+            bias,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=groups,
+            branch_bias=branch_bias,
+        )
+    else:
+        y = _from_branches(chosen, x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
+    return y.contiguous(memory_format=memory_format(x))
+
+
+def _from_branches(
+    chosen: str,
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """The layer from its parts, with U3 and U1 in memory."""
+    x3, x1 = x.split((weight_pwc.shape[1], x.shape[1] - weight_pwc.shape[1]), dim=1)
+    if chosen == "triton":
+        u3 = ops.representative_branch(x3, weight_gwc, weight_pwc, *geometry[1:])
+    else:
+        u3 = native.representative_branch(x3, weight_gwc, weight_pwc, geometry)
+    if branch_bias is not None:
+        u3 = (u3 + branch_bias[0, :, None, None]).to(x.dtype)
+    y = u3
+    if weight_redundant is not None:
+        u1 = native.pointwise(x1, weight_redundant, geometry)
+        if branch_bias is not None:
+            u1 = (u1 + branch_bias[1, :, None, None]).to(x.dtype)
+        y = ops.gap_softmax_fusion(u3, u1)[0] if chosen == "triton" else native.gap_softmax_fusion(u3, u1)
+    return y if bias is None else y + bias[:, None, None]

@@ -1,0 +1,289 @@
+"""SPConv2d, the layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+from .checks import check_input, shape
+from .dispatch import BACKENDS
+from .geometry import IntPair, resolve
+from .layout import memory_format
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class SPConv2d(nn.Module):
+    """A k x k convolution that spends the k x k kernel on a representative part of its input channels.
+
+    Stands where ``torch.nn.Conv2d(in_channels, out_channels, kernel_size, ...)`` stood. The first alpha L channels go
+    through a group-wise k x k and a 1 x 1 convolution, the rest through a 1 x 1 convolution, and a gate without
+    parameters mixes the two: 3.25 L M weights against 9 L M at the defaults.
+
+    Args:
+        in_channels: L.
+        out_channels: M; divisible by ``groups``.
+        kernel_size: odd, an int or (vertical, horizontal).
+        stride, padding, dilation: pixels; padding also ``"same"`` and ``"valid"``.
+        groups: G of the group-wise convolution.
+        bias: adds a learnable [M] after the gate.
+        padding_mode: as of ``nn.Conv2d``; other than ``"zeros"`` the input is padded first, so that the 1 x 1
+            convolutions see the padded input too.
+        device, dtype: of the parameters.
+        alpha: share of representative channels, in (0, 1]; ``int(in_channels * alpha)`` of them, a positive multiple of
+            ``groups``. At alpha = 1 there is no redundant part and no gate: Y = U3.
+        branch_norm: puts a BatchNorm2d on U3 and on U1 before the gate, as the reference implementation does.
+        backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; see :mod:`spconv_triton.functional`.
+
+    Shape:
+        [N, in_channels, H, W] -> [N, out_channels, H_out, W_out], H_out and W_out as of ``nn.Conv2d``. The output
+        keeps the memory format of the input; channels_last is the fast one.
+
+    Attributes:
+        weight_gwc: [M, alpha L / G, k, k].
+        weight_pwc: [M, alpha L, 1, 1].
+        weight_redundant: [M, L - alpha L, 1, 1]; None at alpha = 1.
+        bias: [M] or None.
+        representative_channels, redundant_channels: alpha L and L - alpha L.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be honoured; the message names it, its value and what is legal.
+
+    Source: Zhang et al., "Split to Be Slim", IJCAI 2020, section 3.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+    alpha: float
+    representative_channels: int
+    redundant_channels: int
+    weight_gwc: Tensor
+    weight_pwc: Tensor
+    weight_redundant: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: IntPair | str = 0,
+        dilation: IntPair = 1,
+        groups: int = 2,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha: float = 0.5,
+        branch_norm: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        geometry = resolve(kernel_size, stride, padding, dilation, groups)
+        representative = count_representative(in_channels, out_channels, groups, alpha)
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {', '.join(map(repr, PADDING_MODES))}, got {padding_mode!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = geometry.kernel_size
+        self.stride = geometry.stride
+        self.padding = padding if isinstance(padding, str) else geometry.padding
+        self.dilation = geometry.dilation
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.alpha = alpha
+        self.backend = backend
+        self.representative_channels = representative
+        self.redundant_channels = in_channels - representative
+        self._window_padding = geometry.padding
+
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight_gwc = nn.Parameter(torch.empty(out_channels, representative // groups, *self.kernel_size, **like))
+        self.weight_pwc = nn.Parameter(torch.empty(out_channels, representative, 1, 1, **like))
+        if self.redundant_channels:
+            self.weight_redundant = nn.Parameter(torch.empty(out_channels, self.redundant_channels, 1, 1, **like))
+        else:
+            self.register_parameter("weight_redundant", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, **like))
+        else:
+            self.register_parameter("bias", None)
+        self.norm_representative: nn.BatchNorm2d | None = nn.BatchNorm2d(out_channels, **like) if branch_norm else None
+        self.norm_redundant: nn.BatchNorm2d | None = (
+            nn.BatchNorm2d(out_channels, **like) if branch_norm and self.redundant_channels else None
+        )
+        self.reset_parameters()
+
+    @property
+    def branch_norm(self) -> bool:
+        """Whether a norm stands in each branch before the gate."""
+        return self.norm_representative is not None
+
+    def reset_parameters(self) -> None:
+        """Initialise so that the output variance is that of a fresh ``nn.Conv2d``: var(x) / 3.
+
+        An output sees F = k^2 alpha L / G + L / s^2 weights' worth of input variance (pooling s x s pixels divides the
+        variance of white input by s^2), and the gate starts at beta = gamma = 1/2, which quarters it. With weights
+        U(-b, b), var(Y) = F b^2 / 3 / 4 var(x), so b = 2 / sqrt(F); at alpha = 1 there is no gate, and b = 1 / sqrt(F).
+        With branch norms the scale of the weights does not matter. The bias is ``nn.Conv2d``'s.
+        """
+        grouped = self.taps * self.representative_channels / self.groups
+        pooled = self.in_channels / (self.stride[0] * self.stride[1])
+        gate = 0.5 if self.redundant_channels else 1.0
+        bound = 1 / (gate * math.sqrt(grouped + pooled))
+        for weight in (self.weight_gwc, self.weight_pwc, self.weight_redundant):
+            if weight is not None:
+                nn.init.uniform_(weight, -bound, bound)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_channels * self.taps)
+            nn.init.uniform_(self.bias, -bound, bound)
+        for norm in (self.norm_representative, self.norm_redundant):
+            if norm is not None:
+                norm.reset_parameters()
+
+    @property
+    def taps(self) -> int:
+        """k^2."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @classmethod
+    def from_conv2d(
+        cls,
+        conv: nn.Conv2d,
+        alpha: float = 0.5,
+        groups: int = 2,
+        *,
+        branch_norm: bool = False,
+        backend: str = "auto",
+    ) -> SPConv2d:
+        """A freshly initialised layer with the geometry, device, dtype, memory format and mode of ``conv``.
+
+        The weights are new (no SPConv computes what a dense k x k does); the bias, which plays the same part in both,
+        is copied.
+
+        Raises:
+            TypeError: ``conv`` is not an ``nn.Conv2d``.
+            ValueError: ``conv`` is itself grouped, or SPConv2d cannot have its shape at this alpha and groups.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
+        if conv.groups != 1:
+            raise ValueError(f"conv must have groups=1 (a grouped convolution is slim already), got {conv.groups}")
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            (conv.kernel_size[0], conv.kernel_size[1]),
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            conv.weight.device,
+            conv.weight.dtype,
+            alpha=alpha,
+            branch_norm=branch_norm,
+            backend=backend,
+        )
+        if layer.bias is not None and conv.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(conv.bias)
+        if memory_format(conv.weight) == torch.channels_last:
+            layer.to(memory_format=torch.channels_last)
+        return layer.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y = beta U3 + gamma U1 + bias: [N, L, H, W] -> [N, M, H_out, W_out]."""
+        padding = self._window_padding
+        if self.padding_mode != "zeros":
+            check_input("x", x)
+            layout = memory_format(x)
+            edges = (padding[1], padding[1], padding[0], padding[0])
+            x = F.pad(x, edges, mode=self.padding_mode).contiguous(memory_format=layout)
+            padding = (0, 0)
+        window: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+        if self.norm_representative is not None:
+            return self._forward_branch_norm(x, self.norm_representative, window)
+        return functional.spconv2d(
+            x,
+            self.weight_gwc,
+            self.weight_pwc,
+            self.weight_redundant,
+            self.bias,
+            groups=self.groups,
+            backend=self.backend,
+            **window,
+        )
+
+    def _forward_branch_norm(self, x: Tensor, norm_representative: nn.BatchNorm2d, window: dict[str, Any]) -> Tensor:
+        check_input("x", x)
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have {self.in_channels} channels, got {x.shape[1]}: {shape(x)}")
+        x3, x1 = x.split((self.representative_channels, self.redundant_channels), dim=1)
+        y = functional.representative_branch(
+            x3, self.weight_gwc, self.weight_pwc, groups=self.groups, backend=self.backend, **window
+        )
+        y = norm_representative(y)
+        if self.weight_redundant is not None and self.norm_redundant is not None:
+            u1 = functional.redundant_branch(x1, self.weight_redundant, kernel_size=self.kernel_size, **window)
+            y = functional.gap_softmax_fusion(y, self.norm_redundant(u1), backend=self.backend)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        if self.padding not in ((0, 0), "valid"):
+            parts.append(f"padding={self.padding!r}")
+        if self.dilation != (1, 1):
+            parts.append(f"dilation={self.dilation}")
+        parts.append(f"groups={self.groups}, alpha={self.alpha}")
+        if self.bias is None:
+            parts.append("bias=False")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode!r}")
+        if self.branch_norm:
+            parts.append("branch_norm=True")
+        if self.backend != "auto":
+            parts.append(f"backend={self.backend!r}")
+        return ", ".join(parts)
+
+
+def count_representative(in_channels: int, out_channels: int, groups: int, alpha: float) -> int:
+    """alpha L = int(L alpha), the representative channels of a layer.
+
+    Raises:
+        TypeError: channel counts that are not ints, or an alpha that is not a number.
+        ValueError: channel counts below 1, alpha outside (0, 1], or an alpha L or M that G does not divide.
+    """
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise TypeError(f"alpha must be a number, got {alpha!r}")
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha must be in (0, 1], got {alpha}")
+    representative = int(in_channels * alpha)
+    if representative < groups or representative % groups:
+        raise ValueError(
+            f"alpha must leave a positive multiple of groups={groups} representative channels, got alpha={alpha}, "
+            f"which makes int({in_channels} * {alpha}) = {representative} of in_channels={in_channels}"
+        )
+    if out_channels % groups:
+        raise ValueError(f"groups must divide out_channels={out_channels}, got groups={groups}")
+    return representative

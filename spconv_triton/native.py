@@ -1,0 +1,46 @@
+"""SPConv on ATen: the path of CPUs, of float64, and of GPUs without triton. Inductor sees every operation of it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .geometry import Geometry
+
+
+def pointwise_input(x: Tensor, geometry: Geometry) -> Tensor:
+    """What the 1 x 1 convolutions read, [N, C, H_out, W_out]: the centre taps, pooled at a stride."""
+    if not geometry.is_centred:
+        return reference.pointwise_input(
+            x,
+            geometry.kernel_size,
+            geometry.output_size(x.shape[2], x.shape[3]),
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+        )
+    if geometry.stride == (1, 1):
+        return x
+    # Half-window padding: output size is ceil(H / stride), which is average pooling in ceil mode.
+    return F.avg_pool2d(x, geometry.stride, ceil_mode=True, count_include_pad=False)
+
+
+def pointwise(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """1 x 1 convolution of the centre taps: x [N, C, H, W], weight [M, C, 1, 1] -> [N, M, H_out, W_out]."""
+    return F.conv2d(pointwise_input(x, geometry), weight)
+
+
+def representative_branch(x3: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> Tensor:
+    """U3 = GWC(x3) + PWC(x3); shapes as in :func:`spconv_triton.functional.representative_branch`."""
+    gwc = F.conv2d(x3, weight_gwc, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    return gwc + pointwise(x3, weight_pwc, geometry)
+
+
+def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
+    """Y = beta U3 + gamma U1; shapes as in :func:`spconv_triton.functional.gap_softmax_fusion`."""
+    precise = torch.promote_types(u3.dtype, torch.float32)
+    s3 = u3.mean((2, 3), keepdim=True, dtype=precise)
+    s1 = u1.mean((2, 3), keepdim=True, dtype=precise)
+    return (torch.sigmoid(s3 - s1) * u3 + torch.sigmoid(s1 - s3) * u1).to(u3.dtype)

@@ -1,0 +1,174 @@
+"""SPConv in eager PyTorch, to be read beside the paper.
+
+"Split to Be Slim: An Overlooked Redundancy in Vanilla Convolution", Zhang et al., IJCAI 2020, arXiv:2006.12085.
+
+    x3 = x[:, :alpha L],  x1 = x[:, alpha L:]
+    U3 = GWC(x3) + PWC(x3)
+    U1 = PWC'(x1)
+    S3 = GAP(U3),  S1 = GAP(U1)
+    beta, gamma = softmax([S3, S1])
+    Y  = beta * U3 + gamma * U1
+
+This file depends on nothing but torch, differentiates by autograd, and is clean in float64: it is the judge of every
+other path. Where the paper is silent (point-wise convolutions under a stride, odd sizes, biases) it holds the
+library's semantics.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IntPair = int | tuple[int, int]
+
+
+def representative_branch(
+    x3: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 2,
+) -> Tensor:
+    """U3 = GWC(x3) + PWC(x3): group-wise k x k and point-wise convolution of the same channels, summed.
+
+    Args:
+        x3: representative channels, [N, alpha L, H, W].
+        weight_gwc: [M, alpha L / G, k, k], k odd.
+        weight_pwc: [M, alpha L, 1, 1].
+        stride, padding, dilation: of the group-wise convolution, in pixels.
+        groups: G of the group-wise convolution.
+
+    Returns:
+        U3, [N, M, H_out, W_out], in the dtype of ``x3``.
+    """
+    gwc = F.conv2d(x3, weight_gwc, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    centre = pointwise_input(
+        x3,
+        _pair(weight_gwc.shape[2:]),
+        _pair(gwc.shape[2:]),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+    )
+    return gwc + F.conv2d(centre, weight_pwc)
+
+
+def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
+    """Y = beta U3 + gamma U1 with beta, gamma = softmax([GAP(U3), GAP(U1)]).
+
+    Args:
+        u3, u1: the two branches, [N, M, H, W].
+
+    Returns:
+        Y, [N, M, H, W], in the dtype of ``u3``. Statistics, gate and blend are computed in float32 or better.
+    """
+    precise = torch.promote_types(u3.dtype, torch.float32)
+    s3 = u3.mean((2, 3), keepdim=True, dtype=precise)
+    s1 = u1.mean((2, 3), keepdim=True, dtype=precise)
+    beta, gamma = torch.softmax(torch.stack([s3, s1]), dim=0)
+    return (beta * u3 + gamma * u1).to(u3.dtype)
+
+
+def spconv2d(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 2,
+    branch_bias: Tensor | None = None,
+) -> Tensor:
+    """The whole layer.
+
+    Args:
+        x: [N, L, H, W].
+        weight_gwc: [M, alpha L / G, k, k], k odd.
+        weight_pwc: [M, alpha L, 1, 1]; its second size says what alpha L is.
+        weight_redundant: [M, L - alpha L, 1, 1]; None where alpha = 1, and then Y = U3.
+        bias: [M], added after the gate.
+        stride, padding, dilation: in pixels, as of ``torch.nn.functional.conv2d``.
+        groups: G.
+        branch_bias: [2, M], added to U3 and to U1 before the gate (a folded branch norm).
+
+    Returns:
+        Y, [N, M, H_out, W_out], in the dtype of ``x``.
+    """
+    representative = weight_pwc.shape[1]
+    x3, x1 = x[:, :representative], x[:, representative:]
+    u3 = representative_branch(
+        x3, weight_gwc, weight_pwc, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
+    if branch_bias is not None:
+        u3 = (u3 + branch_bias[0, :, None, None]).to(x.dtype)
+    if x1.shape[1] == 0 or weight_redundant is None:
+        y = u3
+    else:
+        centre = pointwise_input(
+            x1,
+            _pair(weight_gwc.shape[2:]),
+            _pair(u3.shape[2:]),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+        )
+        u1 = F.conv2d(centre, weight_redundant)
+        if branch_bias is not None:
+            u1 = (u1 + branch_bias[1, :, None, None]).to(x.dtype)
+        y = gap_softmax_fusion(u3, u1)
+    return y if bias is None else y + bias[:, None, None]
+
+
+def pointwise_input(
+    x: Tensor,
+    kernel_size: tuple[int, int],
+    output_size: tuple[int, int],
+    *,
+    stride: IntPair,
+    padding: IntPair,
+    dilation: IntPair,
+) -> Tensor:
+    """What a 1 x 1 convolution of the layer reads: the centre tap, averaged over a stride-sized window.
+
+    Output row i reads the rows from ``i * stride + dilation * (k - 1) / 2 - padding`` on, ``stride`` of them,
+    averaged over those inside ``x``; a window wholly outside counts as zero. Columns likewise.
+
+    Args:
+        x: [N, C, H, W].
+
+    Returns:
+        [N, C, H_out, W_out].
+    """
+    pads: list[int] = []
+    valid: list[Tensor] = []
+    for size, k, out, s, p, d in zip(
+        x.shape[2:], kernel_size, output_size, _pair(stride), _pair(padding), _pair(dilation), strict=True
+    ):
+        first = d * (k - 1) // 2 - p
+        pads = [
+            -first,
+            first + s * out - size,
+            *pads,
+        ]  # F.pad counts from the last axis; negative values crop
+        start = torch.arange(out, device=x.device) * s + first
+        valid.append((start + s).clamp(max=size) - start.clamp(min=0))
+    windows = F.pad(x, pads)
+    if _pair(stride) == (1, 1):
+        return windows
+    total = F.avg_pool2d(windows, _pair(stride), divisor_override=1)
+    rows, columns = (v.clamp(min=1).to(total.dtype) for v in valid)
+    return total / (rows[:, None] * columns)
+
+
+def _pair(value: IntPair | torch.Size) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, second = value
+    return first, second
