@@ -1,0 +1,202 @@
+"""Named shapes, fresh inputs and error budgets; the benchmarks reuse them.
+
+Every budget is relative: an implementation may be wrong by twice what the same-dtype reference is wrong by, plus one
+rounding of the result, both measured against float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spconv_triton import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and the input that it sees."""
+
+    name: str
+    batch: int
+    in_channels: int
+    out_channels: int
+    size: tuple[int, int]
+    kernel_size: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 2
+    alpha: float = 0.5
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def representative(self) -> int:
+        return int(self.in_channels * self.alpha)
+
+    @property
+    def window(self) -> dict[str, Any]:
+        """The keyword arguments that every SPConv function takes."""
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+
+    def output_size(self) -> tuple[int, int]:
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(self.size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        )
+        return height, width
+
+
+# The 3 x 3 convolutions of ResNet-50's four stages: what the speed claims are made on.
+RESNET50 = tuple(Case(f"resnet50-{c}@{s}", 8, c, c, (s, s)) for c, s in ((64, 56), (128, 28), (256, 14), (512, 7)))
+
+# Small enough for the interpreter; each breaks one assumption that a kernel could make.
+SMALL = (
+    Case("plain", 2, 32, 32, (8, 8)),
+    Case("odd-pixels", 3, 32, 48, (7, 5)),
+    Case("odd-channels", 2, 26, 18, (6, 7), alpha=0.54),
+    Case("narrow-groups", 2, 24, 24, (5, 6), groups=4, alpha=0.5),
+    Case("one-group", 2, 20, 12, (5, 5), groups=1),
+    Case("stride-2", 2, 32, 32, (8, 6), stride=(2, 2)),
+    Case("stride-2-odd", 2, 32, 16, (7, 9), stride=(2, 2)),
+    Case("stride-3-shifted", 1, 16, 16, (10, 8), stride=(3, 2), padding=(0, 2)),
+    Case("dilated", 2, 16, 32, (9, 8), dilation=(2, 1), padding=(2, 1)),
+    Case("no-padding", 2, 16, 16, (6, 5), padding=(0, 0)),
+    Case("wide-padding", 1, 16, 16, (3, 4), padding=(3, 2)),
+    Case("k5", 1, 16, 16, (6, 7), kernel_size=(5, 5), padding=(2, 2)),
+    Case("k1x3", 1, 16, 16, (5, 6), kernel_size=(1, 3), padding=(0, 1)),
+    Case("one-column", 3, 16, 16, (9, 1)),
+    Case("one-pixel", 4, 16, 16, (1, 1)),
+    Case("alpha-1/16", 2, 64, 32, (6, 6), alpha=1 / 16),
+    Case("alpha-1", 2, 16, 16, (6, 5), alpha=1.0),
+)
+
+
+@dataclass
+class Inputs:
+    """Leaf tensors of one call; ``None`` where the layer has none."""
+
+    x: Tensor
+    weight_gwc: Tensor
+    weight_pwc: Tensor
+    weight_redundant: Tensor | None
+    bias: Tensor | None = None
+    branch_bias: Tensor | None = None
+    window: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that exist, by argument name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same values as new leaves of ``dtype`` that require grad, strides kept."""
+        moved = {name: value.detach().to(dtype).requires_grad_() for name, value in self.tensors().items()}
+        return replace(self, **moved)
+
+    def positional(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.weight_gwc, self.weight_pwc, self.weight_redundant, self.bias
+
+
+def make_inputs(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str | torch.device = "cpu",
+    memory_format: torch.memory_format = torch.channels_last,
+    mean: float = 0.0,
+    gate: float = 0.0,
+    bias: bool = True,
+    branch_bias: bool = False,
+) -> Inputs:
+    """Random inputs from torch's own generator: unit-variance ``x`` around ``mean``, weights that keep the variance.
+
+    Args:
+        gate: shifts every S3 - S1 by about this much (through the branch biases), to saturate the gate.
+    """
+    aL, rest = case.representative, case.in_channels - case.representative
+    taps = case.kernel_size[0] * case.kernel_size[1]
+    like: dict[str, Any] = {"device": device, "dtype": torch.float32}
+
+    def weight(*shape: int) -> Tensor:
+        return torch.randn(*shape, **like).div_((shape[1] * shape[2] * shape[3]) ** 0.5).to(dtype).requires_grad_()
+
+    x = torch.randn(case.batch, case.in_channels, *case.size, **like).add_(mean)
+    biases = 0.5 * torch.randn(2, case.out_channels, **like)
+    biases[0] += gate
+    return Inputs(
+        x.to(dtype).contiguous(memory_format=memory_format).requires_grad_(),
+        weight(case.out_channels, aL // case.groups, *case.kernel_size) if taps else x,
+        weight(case.out_channels, aL, 1, 1),
+        weight(case.out_channels, rest, 1, 1) if rest else None,
+        torch.randn(case.out_channels, **like).to(dtype).requires_grad_() if bias else None,
+        biases.to(dtype).requires_grad_() if branch_bias or gate else None,
+        case.window,
+    )
+
+
+def run(
+    function: Callable[..., Tensor], inputs: Inputs, grad: Tensor | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """Output and gradients of ``function``, by name (``"y"`` and the argument names)."""
+    y = function(*inputs.positional(), branch_bias=inputs.branch_bias, **inputs.window, **options)
+    leaves = inputs.tensors()
+    if grad is None:
+        return {"y": y.detach()}
+    grads = torch.autograd.grad(y, list(leaves.values()), grad.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def output_grad(inputs: Inputs) -> Tensor:
+    """A random upstream gradient for ``spconv2d``, in the dtype and memory format of ``x``."""
+    y = run(reference.spconv2d, inputs)["y"]
+    return torch.randn(y.shape, device=y.device).to(y.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def assert_within_budget(name: str, got: Tensor, same_dtype: Tensor, exact: Tensor, *, factor: float = 2.0) -> None:
+    """``got`` is within ``factor`` x (error of the same-dtype reference + one rounding) of float64.
+
+    Args:
+        got: the result under test.
+        same_dtype: the eager reference, computed in the dtype of ``got``.
+        exact: the reference in float64.
+    """
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    assert got.dtype == same_dtype.dtype, f"{name}: dtype {got.dtype}, expected {same_dtype.dtype}"
+    if exact.numel() == 0:
+        return
+    assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite"
+    error = (got.double() - exact).abs().max().item()
+    reference_error = (same_dtype.double() - exact).abs().max().item()
+    # Float64 has no better judge, so its reference error is 0: allow a sum's worth of roundings instead of one.
+    roundings = 16 if got.dtype == torch.float64 else 1
+    rounding = roundings * torch.finfo(got.dtype).eps * exact.abs().max().item()
+    allowed = factor * (reference_error + rounding)
+    assert error <= allowed, (
+        f"{name}: error {error:.3e} against float64, allowed {allowed:.3e} "
+        f"(reference in {got.dtype}: {reference_error:.3e}, rounding: {rounding:.3e})"
+    )
+
+
+def assert_agrees(
+    function: Callable[..., Tensor], inputs: Inputs, *, names: Iterable[str] | None = None, **options: Any
+) -> None:
+    """Forward and every gradient of ``function`` are within budget of the reference in float64."""
+    before = {name: tensor.detach().clone() for name, tensor in inputs.tensors().items()}
+    grad = output_grad(inputs)
+    got = run(function, inputs, grad, **options)
+    same_dtype = run(reference.spconv2d, inputs.to(inputs.x.dtype), grad)
+    exact = run(reference.spconv2d, inputs.to(torch.float64), grad)
+    for name in names or exact:
+        assert_within_budget(name, got[name], same_dtype[name], exact[name])
+    for name, tensor in inputs.tensors().items():
+        assert torch.equal(tensor.detach(), before[name]), f"{name} was written to"
