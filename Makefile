@@ -1,0 +1,40 @@
+# Every target sets itself up: the first one makes .venv and installs the pinned development tools into it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The stamp is older than either file once the dependencies change, and then the installation is redone.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY) ## train a small network with SPConv and with nn.Conv2d, and compare them
+	$(BIN)/python -m spconv_triton demo
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Kernels are built either for a device or for Triton's interpreter, once per process, hence two runs.
+test: lint ## lint, the suite, and the kernel tests again in Triton's interpreter
+	env -u TRITON_INTERPRET $(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+
+bench: $(READY) ## time SPConv2d against nn.Conv2d on ResNet-50's shapes
+	$(BIN)/pytest benchmarks --benchmark-only
+
+wheel: $(READY) ## build dist/*.whl and dist/*.tar.gz
+	$(BIN)/python -m build
+
+clean: ## remove build products and caches; keeps .venv
+	rm -rf build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
