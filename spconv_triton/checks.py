@@ -70,6 +70,8 @@ def check_representative(x_name: str, x: Tensor, weight_gwc: Tensor, weight_pwc:
     check_alike("weight_gwc", weight_gwc, x_name, x)
     check_alike("weight_pwc", weight_pwc, x_name, x)
     outputs, groups = weight_gwc.shape[0], geometry.groups
+    if outputs == 0:
+        raise ValueError(f"weight_gwc must have at least one output channel, got {shape(weight_gwc)}")
     if weight_pwc.dim() != 4 or weight_pwc.shape[0] != outputs or weight_pwc.shape[2:] != (1, 1):
         raise ValueError(
             f"weight_pwc must be [{int(outputs)}, alpha L, 1, 1] as weight_gwc is, got {shape(weight_pwc)}"
@@ -85,6 +87,17 @@ def check_representative(x_name: str, x: Tensor, weight_gwc: Tensor, weight_pwc:
             f"weight_gwc must be [M, alpha L / G, k, k] with alpha L = {int(representative)} (from weight_pwc) and "
             f"G = {groups}, got {shape(weight_gwc)}"
         )
+    check_window(x_name, x, geometry)
+
+
+def check_window(x_name: str, x: Tensor, geometry: Geometry) -> None:
+    """``x`` has pixels, and the window fits the padded input.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{x_name} must have at least one pixel, got {shape(x)}")
     height, width = geometry.output_size(x.shape[2], x.shape[3])
     if height < 1 or width < 1:
         raise ValueError(

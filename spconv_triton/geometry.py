@@ -51,7 +51,11 @@ def pair(name: str, value: IntPair, minimum: int) -> tuple[int, int]:
         ValueError: below ``minimum``, or not one or two of them.
     """
     values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else None
-    if values is None or isinstance(value, (str, bool)) or not all(isinstance(v, int) for v in values):
+    if (
+        values is None
+        or isinstance(value, str)
+        or not all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    ):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     if len(values) != 2 or min(values) < minimum:
         raise ValueError(f"{name} must be one or two ints of at least {minimum}, got {value!r}")
