@@ -1,0 +1,160 @@
+"""Batches: raw images in, network input on the device out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from .errors import UserError
+from .processes import Processes
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Images(Dataset[Batch]):
+    """Images in memory, fetched a batch at a time.
+
+    Args:
+        images: [N, C, H, W], uint8 or float32.
+        labels: [N], int64.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.images[index], self.labels[index]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, split, with what turns its raw images into a network's input.
+
+    Attributes:
+        train, test: give (image [C, H, W], label); uint8 in [0, 255] or float32 in [0, 1].
+        classes: number of labels.
+        channels: C.
+        size: H and W, pixels.
+        mean, std: of the training images in [0, 1], one per channel.
+        shift: training images are moved by up to so many pixels, the border filled with zeros.
+        flip: training images are mirrored half of the time.
+    """
+
+    train: Dataset[Batch]
+    test: Dataset[Batch]
+    classes: int
+    channels: int
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    shift: int = 0
+    flip: bool = False
+
+    def prepare(self, images: Tensor, device: torch.device, *, augment: bool) -> Tensor:
+        """Raw images [N, C, H, W] as input: on ``device``, augmented, normalised, float32, channels_last.
+
+        Augmentation draws from PyTorch's global generator of the CPU.
+        """
+        images = images.to(device, non_blocking=True)
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images
+        if augment and self.shift:
+            images = random_shift(images, self.shift)
+        if augment and self.flip:
+            mirrored = (torch.rand(len(images)) < 0.5).to(device)[:, None, None, None]
+            images = torch.where(mirrored, images.flip(3), images)
+        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (self.mean, self.std))
+        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def random_shift(images: Tensor, reach: int) -> Tensor:
+    """Each image of [N, C, H, W] moved by -reach to reach pixels in both directions, zeros moving in."""
+    count, _, height, width = images.shape
+    offsets = torch.randint(0, 2 * reach + 1, (2, count, 1)).to(images.device)
+    rows = offsets[0] + torch.arange(height, device=images.device)  # [N, H]
+    columns = offsets[1] + torch.arange(width, device=images.device)  # [N, W]
+    padded = F.pad(images, (reach, reach, reach, reach))
+    sample = torch.arange(count, device=images.device)[:, None, None]
+    moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]  # [N, H, W, C]
+    return moved.permute(0, 3, 1, 2)
+
+
+def seed_epoch(seed: int, epoch: int, rank: int = 0) -> None:
+    """Seed PyTorch's generators for one epoch of one process.
+
+    Every random number of an epoch follows from (seed, epoch, rank), so a run that resumes at an epoch draws what the
+    uninterrupted run drew there, with no generator state to keep.
+    """
+    digest = hashlib.sha256(f"{seed} {epoch} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def training_batches(
+    data: Data, batch_size: int, seed: int, epoch: int, processes: Processes, workers: int = 0
+) -> Iterator[Batch]:
+    """One epoch of shuffled, augmented training batches of this process, (input, labels) on its device.
+
+    Args:
+        batch_size: samples of a batch over all processes together. The rest that does not fill one is left out.
+        workers: processes that load images.
+    """
+    seed_epoch(seed, epoch, processes.rank)
+    sampler: DistributedSampler[Batch] = DistributedSampler(
+        data.train, processes.world, processes.rank, shuffle=True, seed=seed, drop_last=True
+    )
+    sampler.set_epoch(epoch)
+    loader = _loader(data.train, batch_size // processes.world, processes, workers, sampler=sampler, drop_last=True)
+    for images, labels in loader:
+        yield data.prepare(images, processes.device, augment=True), labels.to(processes.device)
+
+
+def evaluation_batches(data: Data, batch_size: int, processes: Processes, workers: int = 0) -> Iterator[Batch]:
+    """This process's share of the test set, in order, (input, labels) on its device; shares differ by one at most."""
+    share = Subset(data.test, range(processes.rank, _length(data.test), processes.world))
+    for images, labels in _loader(share, batch_size, processes, workers):
+        yield data.prepare(images, processes.device, augment=False), labels.to(processes.device)
+
+
+def steps_per_epoch(data: Data, batch_size: int, world: int) -> int:
+    """Training batches of an epoch.
+
+    Raises:
+        UserError: a batch size that the processes cannot share, or of more samples than there are.
+    """
+    if batch_size % world:
+        raise UserError(f"--batch-size must be a multiple of the {world} processes that share it, got {batch_size}")
+    samples = _length(data.train) // world
+    if samples * world < batch_size:
+        raise UserError(f"--batch-size must be at most the {samples * world} training images, got {batch_size}")
+    return samples // (batch_size // world)
+
+
+def _length(dataset: Dataset[Batch]) -> int:
+    return len(dataset)  # type: ignore[arg-type]
+
+
+def _loader(
+    dataset: Dataset[Batch],
+    batch_size: int,
+    processes: Processes,
+    workers: int,
+    sampler: DistributedSampler[Batch] | None = None,
+    drop_last: bool = False,
+) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        drop_last=drop_last,
+        pin_memory=processes.device.type == "cuda",
+    )

@@ -1,0 +1,154 @@
+"""One network with what trains it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .data import Batch
+from .processes import Processes
+
+AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD with Nesterov momentum; the learning rate warms up over the first tenth and falls to zero along a cosine.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: L2 penalty, on weights of more than one dimension: norms and biases are left alone.
+        steps: of the whole training.
+        momentum: of SGD.
+        amp: ``"none"``, ``"bfloat16"`` or ``"float16"``: what autocast computes in.
+        compile: pass the network through ``torch.compile``.
+    """
+
+    lr: float
+    weight_decay: float
+    steps: int
+    momentum: float = 0.9
+    amp: str = "none"
+    compile: bool = False
+
+    def factor(self, step: int) -> float:
+        """The learning rate of a step, as a share of ``lr``."""
+        warm = max(self.steps // 10, 1)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.steps - warm, 1)))
+
+
+class Score(NamedTuple):
+    """Mean cross-entropy (nats) and the share of samples classified rightly, over all processes."""
+
+    loss: float
+    accuracy: float
+
+
+class Learner:
+    """A network, its optimizer and its schedule, on the device of one process.
+
+    Args:
+        network: on the CPU; moved to the device in channels_last.
+        recipe: how it is trained.
+        processes: where; several share the gradient.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, processes: Processes) -> None:
+        self.recipe = recipe
+        self.processes = processes
+        self.network = network.to(processes.device).to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            _parameter_groups(self.network, recipe.weight_decay),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.momentum > 0,
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.factor)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=recipe.amp == "float16")
+        compiled = cast(nn.Module, torch.compile(self.network)) if recipe.compile else self.network
+        self._evaluate = compiled
+        if processes.world > 1:
+            ids = [processes.device.index] if processes.device.type == "cuda" else None
+            self._train: nn.Module = DistributedDataParallel(compiled, device_ids=ids)
+        else:
+            self._train = compiled
+        self._sums = torch.zeros(3, device=processes.device, dtype=torch.float64)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One training step on this process's share of a batch."""
+        self.network.train()
+        with self._autocast():
+            outputs = self._train(images)
+        loss = F.cross_entropy(outputs.float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self._count(loss.detach(), outputs.detach(), labels)
+
+    def finish_epoch(self) -> Score:
+        """The training score since the last call; batch-norm statistics become those of rank 0 everywhere."""
+        self.processes.share_buffers(self.network)
+        return self._score()
+
+    @torch.inference_mode()
+    def evaluate(self, batches: Iterable[Batch]) -> Score:
+        """Score on batches that the processes share; call between epochs."""
+        self.network.eval()
+        for images, labels in batches:
+            with self._autocast():
+                outputs = self._evaluate(images)
+            self._count(F.cross_entropy(outputs.float(), labels), outputs, labels)
+        return self._score()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes, tensors and plain values only."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a :meth:`state_dict`.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: it is not that of such a network.
+        """
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = AMP[self.recipe.amp]
+        return torch.autocast(self.processes.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _count(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
+        """Sums stay on the device, so that a step does not wait for it."""
+        count = len(labels)
+        correct = (outputs.argmax(1) == labels).sum()
+        self._sums += torch.stack([loss.double() * count, correct, torch.tensor(count, device=loss.device)])
+
+    def _score(self) -> Score:
+        loss, correct, count = self.processes.total(self._sums.clone()).tolist()
+        self._sums.zero_()
+        return Score(loss / count, correct / count)
+
+
+def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    weights = [p for p in network.parameters() if p.dim() > 1]
+    others = [p for p in network.parameters() if p.dim() <= 1]
+    return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

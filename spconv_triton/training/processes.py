@@ -1,0 +1,96 @@
+"""One process or several: what ``torchrun`` tells through the environment, and the collectives that training needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among ``world`` of them.
+
+    Attributes:
+        rank: 0 to ``world`` - 1; rank 0 prints and writes.
+        world: number of processes.
+        device: what this process computes on.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """``values``, on the device, summed over all processes in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process the buffers of rank 0: each has seen other batches, so its batch norms differ."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"`` as a device; a plain ``"cuda"`` is that of the local rank.
+
+    Raises:
+        UserError: a device that is not one of these, or is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cpu":
+        return device
+    index = local_rank if device.index is None else device.index
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there is no such device; PyTorch sees {torch.cuda.device_count()}")
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """The processes that ``torchrun`` started (gloo on CPUs, nccl on GPUs), or this one alone.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
+    chosen = pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world == 1:
+        yield Processes(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+_ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
