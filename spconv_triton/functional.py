@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import native, ops, reference
+from . import native, reference
 from .checks import (
     check_alike,
     check_bias,
@@ -16,9 +18,12 @@ from .checks import (
     check_redundant,
     check_representative,
 )
-from .dispatch import choose
+from .dispatch import HAS_TRITON, choose
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
+
+if HAS_TRITON:
+    from . import ops
 
 __all__ = ["gap_softmax_fusion", "redundant_branch", "representative_branch", "spconv2d"]
 
@@ -171,10 +176,8 @@ def spconv2d(
     check_input("x", x)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight_gwc, weight_pwc, weight_redundant, bias = (
-            t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
-            for t in (x, weight_gwc, weight_pwc, weight_redundant, bias)
-        )
+        x, weight_gwc, weight_pwc = x.to(dtype), _cast(weight_gwc, dtype), _cast(weight_pwc, dtype)
+        weight_redundant, bias = _cast(weight_redundant, dtype), _cast(bias, dtype)
     check_kernel_weight(weight_gwc)
     geometry = resolve(tuple(weight_gwc.shape[2:]), stride, padding, dilation, groups)
     check_representative("x", x, weight_gwc, weight_pwc, geometry)
@@ -201,6 +204,11 @@ def spconv2d(
     else:
         y = _from_branches(chosen, x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y.contiguous(memory_format=memory_format(x))
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """Autocast's rule for one argument; what is not a floating-point tensor is left for the checks to name."""
+    return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
 
 
 def _from_branches(

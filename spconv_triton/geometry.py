@@ -43,19 +43,15 @@ class Geometry(NamedTuple):
         return self.kernel_size[0] * self.kernel_size[1]
 
 
-def pair(name: str, value: IntPair, minimum: int) -> tuple[int, int]:
+def pair(name: str, value: object, minimum: int) -> tuple[int, int]:
     """``value`` as (vertical, horizontal).
 
     Raises:
-        TypeError: not an int or a pair of ints.
+        TypeError: not an int or a sequence of ints.
         ValueError: below ``minimum``, or not one or two of them.
     """
-    values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else None
-    if (
-        values is None
-        or isinstance(value, str)
-        or not all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-    ):
+    values = (value, value) if isinstance(value, int) else value
+    if not isinstance(values, Sequence) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     if len(values) != 2 or min(values) < minimum:
         raise ValueError(f"{name} must be one or two ints of at least {minimum}, got {value!r}")

@@ -1,0 +1,158 @@
+"""The operators ``torch.ops.spconv_triton.*``: schemas, fakes, autograd, FLOP formulas.
+
+They are the Triton kernels as PyTorch sees them; the ATen path needs no operator of its own. Without triton nothing is
+registered here, and :func:`spconv_triton.dispatch.choose` never leads here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import launch
+from .geometry import Geometry
+from .registration import NAMESPACE, traceable_op
+
+
+def _geometry(
+    weight_gwc: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Geometry:
+    kh, kw = weight_gwc.shape[2:]
+    return Geometry((kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
+
+@traceable_op("representative_branch", launch.BRANCH_FORWARD_KERNELS)
+def representative_branch(
+    x3: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """U3 [N, M, H_out, W_out], channels_last; see :func:`spconv_triton.functional.representative_branch`."""
+    geometry = _geometry(weight_gwc, stride, padding, dilation, groups)
+    return launch.representative_branch(x3, weight_gwc, weight_pwc, geometry)
+
+
+@representative_branch.register_fake
+def _(
+    x3: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = _geometry(weight_gwc, stride, padding, dilation, groups)
+    height, width = geometry.output_size(x3.shape[2], x3.shape[3])
+    return launch.empty_channels_last(x3, weight_gwc.shape[0], height, width)
+
+
+@traceable_op("representative_branch_backward", launch.BRANCH_BACKWARD_KERNELS)
+def representative_branch_backward(
+    grad: Tensor,
+    x3: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x3 (channels_last), weight_gwc and weight_pwc."""
+    geometry = _geometry(weight_gwc, stride, padding, dilation, groups)
+    return launch.representative_branch_backward(grad, x3, weight_gwc, weight_pwc, geometry)
+
+
+@representative_branch_backward.register_fake
+def _(
+    grad: Tensor,
+    x3: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx3 = launch.empty_channels_last(x3, x3.shape[1], x3.shape[2], x3.shape[3])
+    return dx3, torch.empty_like(weight_gwc), torch.empty_like(weight_pwc)
+
+
+def _save_branch(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x3, weight_gwc, weight_pwc, *window = inputs
+    ctx.save_for_backward(x3, weight_gwc, weight_pwc)
+    ctx.window = window
+
+
+def _branch_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *representative_branch_backward(grad, *ctx.saved_tensors, *ctx.window), None, None, None, None
+
+
+representative_branch.register_autograd(_branch_autograd, setup_context=_save_branch)
+
+
+@traceable_op("gap_softmax_fusion", launch.FUSION_FORWARD_KERNELS)
+def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
+    """Y [N, M, H, W], channels_last, and S3 - S1 [N, M] float32, of which the gate is the sigmoid."""
+    return launch.gap_softmax_fusion(u3, u1)
+
+
+@gap_softmax_fusion.register_fake
+def _(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
+    y = launch.empty_channels_last(u3, u3.shape[1], u3.shape[2], u3.shape[3])
+    return y, u3.new_empty(u3.shape[:2], dtype=torch.float32)
+
+
+@traceable_op("gap_softmax_fusion_backward", launch.FUSION_BACKWARD_KERNELS)
+def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of u3 and u1, channels_last; ``gate`` is S3 - S1 as the forward returned it."""
+    return launch.gap_softmax_fusion_backward(grad, u3, u1, gate)
+
+
+@gap_softmax_fusion_backward.register_fake
+def _(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    du3 = launch.empty_channels_last(u3, u3.shape[1], u3.shape[2], u3.shape[3])
+    return du3, torch.empty_like(du3)
+
+
+def _save_fusion(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _fusion_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:
+    if grad is None:
+        return None, None
+    return gap_softmax_fusion_backward(grad, *ctx.saved_tensors)
+
+
+gap_softmax_fusion.register_autograd(_fusion_autograd, setup_context=_save_fusion)
+
+
+def _branch_flops(x_shape: Sequence[int], gwc_shape: Sequence[int], window: tuple[Any, ...]) -> int:
+    """Two per multiply-add of the group-wise and the point-wise convolution."""
+    outputs, per_group, kh, kw = gwc_shape
+    stride, padding, dilation, groups = window
+    height, width = Geometry((kh, kw), stride, padding, dilation, groups).output_size(x_shape[2], x_shape[3])
+    return 2 * x_shape[0] * height * width * outputs * (kh * kw * per_group + x_shape[1])
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).representative_branch)
+def _(x_shape: Any, gwc_shape: Any, pwc_shape: Any, *window: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _branch_flops(x_shape, gwc_shape, window)
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).representative_branch_backward)
+def _(
+    grad_shape: Any, x_shape: Any, gwc_shape: Any, pwc_shape: Any, *window: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return 2 * _branch_flops(x_shape, gwc_shape, window)

@@ -1,0 +1,79 @@
+"""Where a block of pixels lies, which taps of it are inside the image, and how it is loaded."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in float32.
+
+    Triton's interpreter (3.6 to 3.9) multiplies the bit patterns of bfloat16 operands as integers, hence the detour.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def decode_pixels(index, HEIGHT, WIDTH):
+    """Flat pixel numbers of [N, HEIGHT, WIDTH] as (sample, row, column)."""
+    column = index % WIDTH
+    line = index // WIDTH
+    return line // HEIGHT, line % HEIGHT, column
+
+
+@triton.jit
+def inside(row, column, HEIGHT, WIDTH):
+    """Which (row, column) pairs are pixels of the image."""
+    return (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+
+
+@triton.jit
+def pixel_pointers(base_ptr, sample, row, column, HEIGHT, WIDTH, pixel_stride):
+    """Pointer to channel 0 of each pixel, in 64 bits: a tensor may hold more than 2^31 elements."""
+    return base_ptr + ((sample * HEIGHT + row) * WIDTH + column).to(tl.int64) * pixel_stride
+
+
+@triton.jit
+def window_overlap(start, SIZE, STRIDE: tl.constexpr):
+    """How many of the STRIDE positions from ``start`` on lie in [0, SIZE)."""
+    return tl.maximum(tl.minimum(start + STRIDE, SIZE) - tl.maximum(start, 0), 0)
+
+
+@triton.jit
+def load_pooled(
+    pointers,  # [BLOCK_PIX], to channel 0 of the window's first pixel
+    row,
+    column,  # [BLOCK_PIX], the window's first pixel; it may lie outside
+    in_range,  # [BLOCK_PIX]
+    channel,  # [BLOCK_C]
+    channel_mask,  # [BLOCK_C]
+    HEIGHT,
+    WIDTH,
+    pixel_stride,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+):
+    """Average over the valid pixels of each STRIDE_H x STRIDE_W window, 0 for a window wholly outside.
+
+    Returns [BLOCK_PIX, BLOCK_C] in the pointers' dtype; the sum is in float32.
+    """
+    tile = pointers[:, None] + channel[None, :]
+    if STRIDE_H * STRIDE_W == 1:
+        mask = (in_range & inside(row, column, HEIGHT, WIDTH))[:, None] & channel_mask[None, :]
+        pooled = tl.load(tile, mask=mask, other=0.0)
+    else:
+        total = tl.zeros(tile.shape, tl.float32)
+        for dy in tl.static_range(STRIDE_H):
+            for dx in tl.static_range(STRIDE_W):
+                valid = in_range & inside(row + dy, column + dx, HEIGHT, WIDTH)
+                mask = valid[:, None] & channel_mask[None, :]
+                offset = (dy * WIDTH + dx).to(tl.int64) * pixel_stride
+                total += tl.load(tile + offset, mask=mask, other=0.0).to(tl.float32)
+        count = window_overlap(row, HEIGHT, STRIDE_H) * window_overlap(column, WIDTH, STRIDE_W)
+        pooled = (total / tl.maximum(count, 1).to(tl.float32)[:, None]).to(pointers.dtype.element_ty)
+    return pooled

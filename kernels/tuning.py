@@ -1,0 +1,98 @@
+"""Config tables, what is pruned from them, and the keys by which a choice is remembered.
+
+Keys name what belongs to a layer (channels, groups, window); batch, height and width are run-time arguments, so a
+new input size neither tunes nor compiles again.
+"""
+
+from collections.abc import Callable, Sequence
+
+import triton
+from triton import knobs
+
+
+def config(num_warps: int, num_stages: int, **blocks: int) -> triton.Config:
+    """A row of a table."""
+    return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+def autotuned(table: Sequence[triton.Config], key: Sequence[str], prune: Callable[..., list[triton.Config]]):
+    """``triton.autotune`` over ``table``, or its last row where kernels are interpreted.
+
+    The interpreter cannot time, so it takes the last row, which every table keeps for the smallest blocks.
+    """
+    configs = [table[-1]] if knobs.runtime.interpret else list(table)
+    return triton.autotune(configs, key=list(key), prune_configs_by={"early_config_prune": prune})
+
+
+def fits(block: int, size: int, smallest: int) -> bool:
+    """A block is wasted once half of it lies beyond ``size``; the smallest is always allowed."""
+    return block <= max(smallest, triton.next_power_of_2(size))
+
+
+def spills_in_float32(candidate: triton.Config) -> bool:
+    """64 accumulators a thread and the wider operands of float32 overflow the registers of four warps on sm_80."""
+    blocks = candidate.kwargs.values()
+    return candidate.num_warps < 8 and max(blocks) * sorted(blocks)[-2] >= 64 * 32 * candidate.num_warps
+
+
+def overflows_shared_memory(candidate: triton.Config, itemsize: int) -> bool:
+    """The tiles in flight exceed an A100's 163 KiB; the two operands are at most ``max x min`` of the blocks each."""
+    blocks = candidate.kwargs.values()
+    return candidate.num_stages * 2 * max(blocks) * min(blocks) * itemsize > 160 * 1024
+
+
+def prune_branch(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
+    """Keep the configs whose channel blocks fit a group, and that the dtype leaves registers for."""
+    arguments = {**named_args, **kwargs}
+    limits = {name: arguments[size] // arguments["G"] for name, size in (("BLOCK_CO", "CO"), ("BLOCK_C", "CR"))}
+    itemsize = arguments["grad_ptr" if "grad_ptr" in arguments else "x_ptr"].dtype.itemsize
+    kept = [
+        c
+        for c in configs
+        if all(fits(c.kwargs[name], size, 16) for name, size in limits.items())
+        and not (itemsize == 4 and spills_in_float32(c))
+        and not overflows_shared_memory(c, itemsize)
+    ]
+    return kept or [configs[-1]]
+
+
+def prune_fusion(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
+    """Keep the configs whose channel block fits."""
+    channels = {**named_args, **kwargs}["C"]
+    return [c for c in configs if fits(c.kwargs["BLOCK_C"], channels, 16)]
+
+
+BRANCH_KEY = ("CR", "CO", "G", "KH", "KW", "STRIDE_H", "STRIDE_W", "PRECISION")
+
+BRANCH_FORWARD = (
+    config(8, 3, BLOCK_PIX=128, BLOCK_CO=128, BLOCK_C=32),
+    config(4, 4, BLOCK_PIX=128, BLOCK_CO=64, BLOCK_C=32),
+    config(4, 4, BLOCK_PIX=64, BLOCK_CO=64, BLOCK_C=32),
+    config(4, 3, BLOCK_PIX=128, BLOCK_CO=32, BLOCK_C=16),
+    config(4, 3, BLOCK_PIX=64, BLOCK_CO=16, BLOCK_C=16),
+)
+
+BRANCH_INPUT_GRAD = (
+    config(8, 3, BLOCK_PIX=128, BLOCK_C=128, BLOCK_CO=32),
+    config(4, 4, BLOCK_PIX=128, BLOCK_C=64, BLOCK_CO=32),
+    config(4, 4, BLOCK_PIX=64, BLOCK_C=64, BLOCK_CO=32),
+    config(4, 3, BLOCK_PIX=128, BLOCK_C=32, BLOCK_CO=16),
+    config(4, 3, BLOCK_PIX=64, BLOCK_C=16, BLOCK_CO=16),
+)
+
+BRANCH_WEIGHT_GRAD = (
+    config(8, 3, BLOCK_PIX=64, BLOCK_C=128, BLOCK_CO=128),
+    config(4, 3, BLOCK_PIX=64, BLOCK_C=64, BLOCK_CO=64),
+    config(4, 3, BLOCK_PIX=64, BLOCK_C=32, BLOCK_CO=64),
+    config(4, 3, BLOCK_PIX=64, BLOCK_C=16, BLOCK_CO=32),
+    config(4, 3, BLOCK_PIX=32, BLOCK_C=16, BLOCK_CO=16),
+)
+
+FUSION_KEY = ("C",)
+
+FUSION = (
+    config(4, 2, BLOCK_PIX=32, BLOCK_C=128),
+    config(4, 2, BLOCK_PIX=64, BLOCK_C=64),
+    config(4, 2, BLOCK_PIX=128, BLOCK_C=32),
+    config(4, 2, BLOCK_PIX=64, BLOCK_C=16),
+)

@@ -1,0 +1,24 @@
+"""These tests run kernels: on a GPU, or on a CPU under TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spconv_triton.dispatch import INTERPRETED
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if INTERPRETED or torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="kernels run on a GPU or under TRITON_INTERPRET=1")
+    for item in items:
+        if "kernels" in item.path.parts:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE

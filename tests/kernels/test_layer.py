@@ -1,0 +1,66 @@
+"""The whole layer on its kernels against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import SMALL, Case, assert_agrees, make_inputs, output_grad, run
+
+from spconv_triton import SPConv2d, functional
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+BY_NAME = {case.name: case for case in SMALL}
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_agrees_with_float64(case: Case, device: str) -> None:
+    assert_agrees(functional.spconv2d, make_inputs(case, device=device, branch_bias=True), backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["odd-pixels", "stride-2-odd", "alpha-1"])
+def test_half_precision(name: str, dtype: torch.dtype, device: str) -> None:
+    assert_agrees(functional.spconv2d, make_inputs(BY_NAME[name], dtype, device=device), backend="triton")
+
+
+@pytest.mark.parametrize("gate", [-50.0, 50.0])
+def test_saturated_gate(gate: float, device: str) -> None:
+    assert_agrees(functional.spconv2d, make_inputs(BY_NAME["plain"], device=device, gate=gate), backend="triton")
+
+
+def test_keeps_the_memory_format(device: str) -> None:
+    case = BY_NAME["plain"]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        inputs = make_inputs(case, device=device, memory_format=memory_format)
+        y = run(functional.spconv2d, inputs, backend="triton")["y"]
+        assert y.is_contiguous(memory_format=memory_format)
+
+
+def test_expanded_and_offset_input(device: str) -> None:
+    case = BY_NAME["plain"]
+    inputs = make_inputs(case, device=device)
+    base = torch.randn(1, case.in_channels, case.size[0] + 1, case.size[1] + 2, device=device)
+    inputs.x = base[:, :, 1:, 2:].expand(case.batch, -1, -1, -1).detach().requires_grad_()
+    assert_agrees(functional.spconv2d, inputs, backend="triton")
+
+
+def test_branch_norm_in_training(device: str) -> None:
+    layer = SPConv2d(16, 24, 3, padding=1, branch_norm=True, backend="triton", device=device)
+    twin = SPConv2d(16, 24, 3, padding=1, branch_norm=True, backend="reference", device=device)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 16, 5, 6, device=device)
+    torch.testing.assert_close(layer(x), twin(x))
+    for key, value in layer.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[key], msg=key)
+
+
+def test_gradients_accumulate_over_two_calls(device: str) -> None:
+    case = BY_NAME["odd-pixels"]
+    inputs = make_inputs(case, device=device)
+    grad = output_grad(inputs)
+    once = run(functional.spconv2d, inputs, grad, backend="triton")["weight_gwc"]
+    for _ in range(2):
+        y = functional.spconv2d(*inputs.positional(), **inputs.window, backend="triton")
+        y.backward(grad)
+    torch.testing.assert_close(inputs.weight_gwc.grad, 2 * once)

@@ -1,0 +1,78 @@
+"""The operators as PyTorch sees them: schema, fakes with true strides, autograd, compilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import SMALL, Case, make_inputs, run
+from torch.utils.flop_counter import FlopCounterMode
+
+from spconv_triton import SPConv2d, functional, ops
+
+BY_NAME = {case.name: case for case in SMALL}
+BRANCH = torch.ops.spconv_triton.representative_branch.default
+BRANCH_BACKWARD = torch.ops.spconv_triton.representative_branch_backward.default
+FUSION = torch.ops.spconv_triton.gap_softmax_fusion.default
+FUSION_BACKWARD = torch.ops.spconv_triton.gap_softmax_fusion_backward.default
+
+
+def branch_arguments(case: Case, device: str, memory_format: torch.memory_format) -> tuple[Any, ...]:
+    inputs = make_inputs(case, device=device, memory_format=memory_format)
+    x3 = inputs.x.detach()[:, : case.representative].requires_grad_()
+    window = (case.stride, case.padding, case.dilation, case.groups)
+    return x3, inputs.weight_gwc, inputs.weight_pwc, *map(list, window[:3]), case.groups
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["odd-channels", "stride-2-odd"])
+def test_branch_passes_opcheck(name: str, memory_format: torch.memory_format, device: str) -> None:
+    case = BY_NAME[name]
+    arguments = branch_arguments(case, device, memory_format)
+    torch.library.opcheck(BRANCH, arguments)
+    grad = torch.randn((case.batch, case.out_channels, *case.output_size()), device=device)
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    torch.library.opcheck(BRANCH_BACKWARD, (grad, *detached))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_fusion_passes_opcheck(memory_format: torch.memory_format, device: str) -> None:
+    u3, u1, grad = (torch.randn(2, 12, 5, 6, device=device).contiguous(memory_format=memory_format) for _ in range(3))
+    torch.library.opcheck(FUSION, (u3.requires_grad_(), u1.requires_grad_()))
+    gate = torch.randn(2, 12, device=device)
+    torch.library.opcheck(FUSION_BACKWARD, (grad, u3.detach(), u1.detach(), gate))
+
+
+def test_compiled_layer_equals_eager_at_any_batch_and_size(device: str) -> None:
+    layer = SPConv2d(16, 16, 3, padding=1, backend="triton", device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 16, 6, 6), (3, 16, 5, 7), (4, 16, 8, 4)):
+        x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+        with torch._dynamo.config.patch(error_on_recompile=shape[0] > 2):
+            y = compiled(x)
+        expected = layer(x)
+        assert torch.equal(y, expected)
+        grads = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+        expected_grads = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad, expected_grad)
+
+
+def test_flops_are_counted(device: str) -> None:
+    case = BY_NAME["plain"]
+    inputs = make_inputs(case, device=device)
+    with FlopCounterMode(display=False) as counter:
+        run(functional.spconv2d, inputs, backend="triton")
+    height, width = case.output_size()
+    weights = sum(w.numel() for w in (inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant))
+    assert counter.get_total_flops() == 2 * weights * case.batch * height * width
+
+
+def test_every_operator_is_registered() -> None:
+    names = {"representative_branch", "gap_softmax_fusion"}
+    names |= {f"{name}_backward" for name in names}
+    registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "spconv_triton" in n}
+    assert registered == names
+    assert ops.NAMESPACE == "spconv_triton"
