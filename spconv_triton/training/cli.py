@@ -87,6 +87,7 @@ def _train(options: argparse.Namespace) -> None:
         out=options.out,
         resume=None if resume is None else Path(resume),
         device=options.device,
+        threads=options.threads,
         workers=options.workers,
         compile=options.compile,
         save_every=options.save_every,
@@ -111,7 +112,7 @@ def _parser() -> Parser:
     demo.add_argument("--samples", type=_count, help="training images; all 1,437 if not given")
     demo.add_argument("--rounds", type=_count, default=20, help="turns of each network in a timing")
     demo.add_argument("--threads", type=_count, default=1, help="CPU threads; networks so small gain little by more")
-    demo.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    demo.add_argument("--seed", type=_count_or_zero, default=0, help="of weights, order and augmentation")
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
     train = commands.add_parser(
@@ -137,12 +138,13 @@ def _parser() -> Parser:
     add("--batch-size", type=_count, default=64, help="images of a step, over all processes together")
     add("--lr", type=_not_negative, default=0.1, help="peak learning rate")
     add("--weight-decay", type=_not_negative, default=5e-4, help="L2 penalty on weights (not norms and biases)")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--seed", type=_count_or_zero, default=0, help="of weights, order and augmentation")
     add("--amp", choices=("none", "bfloat16", "float16"), default="none", help="what autocast computes in")
     add("--out", type=Path, default=Path("runs/train"), help="folder of last.pt, best.pt and metrics.jsonl")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from last.pt in --out, or from PATH")
     add("--save-every", type=_count, default=1, help="epochs between checkpoints")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--threads", type=_count, help="CPU threads of a process; PyTorch's default if not given")
     add("--workers", type=_count_or_zero, default=0, help="processes that load images")
     add("--compile", action="store_true", help="pass the network through torch.compile")
     return parser
@@ -156,8 +158,8 @@ def _count(text: str) -> int:
 
 
 def _count_or_zero(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0 and below 2^31, got {text!r}")
     return int(text)
 
 

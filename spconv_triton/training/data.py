@@ -16,6 +16,9 @@ from .processes import Processes
 
 Batch = tuple[Tensor, Tensor]
 
+WEIGHTS = -1
+"""The "epoch" in which weights are drawn."""
+
 
 class Images(Dataset[Batch]):
     """Images in memory, fetched a batch at a time.
@@ -128,8 +131,11 @@ def steps_per_epoch(data: Data, batch_size: int, world: int) -> int:
     """Training batches of an epoch.
 
     Raises:
-        UserError: a batch size that the processes cannot share, or of more samples than there are.
+        UserError: a batch size that the processes cannot share, of one sample each, which a batch norm cannot
+            normalise, or of more samples than there are.
     """
+    if batch_size < 2 * world:
+        raise UserError(f"--batch-size must be at least {2 * world}, two per process, got {batch_size}")
     if batch_size % world:
         raise UserError(f"--batch-size must be a multiple of the {world} processes that share it, got {batch_size}")
     samples = _length(data.train) // world

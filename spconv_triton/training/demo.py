@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .. import dispatch, models
 from . import measure
-from .data import Data, evaluation_batches, seed_epoch, steps_per_epoch, training_batches
+from .data import WEIGHTS, Data, evaluation_batches, seed_epoch, steps_per_epoch, training_batches
 from .datasets import digits
 from .errors import need
 from .files import make_folder, write_whole
 from .learner import Learner, Recipe, Score
-from .processes import Processes, pick_device
+from .processes import Processes, cpu_threads, pick_device
 
 NAMES = ("vanilla", "SPConv")
 BATCH = 64
@@ -82,6 +82,12 @@ class Curve:
 
 
 def run(options: Options) -> None:
+    """The demo on ``options.threads`` threads; see :func:`show`."""
+    with cpu_threads(options.threads):
+        show(options)
+
+
+def show(options: Options) -> None:
     """Train both networks, print the table, write ``results.json``, ``results.md`` and ``curves.png``.
 
     Raises:
@@ -89,7 +95,6 @@ def run(options: Options) -> None:
     """
     console_module, progress_module = need("rich.console", "the demo"), need("rich.progress", "the demo")
     need("matplotlib", "the demo")
-    torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     data = digits(options.size, options.samples)
     make_folder(options.out)
@@ -98,7 +103,7 @@ def run(options: Options) -> None:
     recipe = Recipe(lr=0.1, weight_decay=5e-4, steps=steps)
     learners = []
     for alpha in (None, options.alpha):
-        seed_epoch(options.seed, 0)
+        seed_epoch(options.seed, WEIGHTS)
         learners.append(Learner(models.resnet20(alpha, in_channels=data.channels), recipe, here))
 
     columns = (
@@ -195,11 +200,8 @@ def describe(learners: list[Learner], data: Data, options: Options) -> dict[str,
 
 
 def _caption(facts: dict[str, Any]) -> str:
-    where = (
-        facts["device"]
-        if facts["device"] != "CPU"
-        else f"CPU, {facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
-    )
+    plural = "s" if facts["threads"] > 1 else ""
+    where = f"CPU, {facts['threads']} thread{plural}" if facts["device"] == "CPU" else facts["device"]
     return f"{facts['data']}, {facts['epochs']} epochs; backend {facts['backend']} on {where}; torch {facts['torch']}"
 
 

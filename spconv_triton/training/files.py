@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
 from pathlib import Path
 
 from .errors import UserError
@@ -29,20 +29,19 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         UserError: it cannot be written; the temporary file is gone.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        if temporary is not None:
-            os.unlink(temporary)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -57,7 +56,7 @@ def append_line(path: Path, line: str) -> None:
             content = line.encode() + b"\n"
             try:
                 if file.write(content) != len(content):
-                    raise OSError(28, "No space left on device")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except BaseException:
                 file.truncate(end)
                 raise

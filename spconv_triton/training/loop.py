@@ -10,18 +10,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import models
 from . import checkpoint
-from .data import Data, evaluation_batches, seed_epoch, steps_per_epoch, training_batches
+from .data import WEIGHTS, Data, evaluation_batches, seed_epoch, steps_per_epoch, training_batches
 from .datasets import load
 from .errors import UserError
 from .files import append_line, make_folder
 from .learner import Learner, Recipe
-from .processes import Processes, processes
+from .processes import Processes, cpu_threads, processes
 
 LAST, BEST, LOG = "last.pt", "best.pt", "metrics.jsonl"
+
+SMALLEST = {"vgg16": 32}
+"""Pixels that a network needs to have one left at its end."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Surroundings:
         out: folder of the checkpoints and the log.
         resume: checkpoint to go on from; None starts afresh.
         device: as of ``--device``.
+        threads: of the CPU, for each process; None takes PyTorch's default.
         workers: processes that load images.
         compile: pass the network through ``torch.compile``.
         save_every: epochs between checkpoints; the last epoch is always kept.
@@ -74,6 +79,7 @@ class Surroundings:
     out: Path
     resume: Path | None
     device: str
+    threads: int | None
     workers: int
     compile: bool
     save_every: int
@@ -91,21 +97,30 @@ def run(settings: Settings, surroundings: Surroundings, report: Report) -> None:
     Raises:
         UserError: settings, data, files or a machine that will not do.
     """
+    if surroundings.resume is None and (surroundings.out / LAST).exists():
+        raise UserError(
+            f"--out {surroundings.out} holds a run already; go on with it (--resume) or choose another folder"
+        )
     data = load(settings.data, settings.image_size, settings.samples)
+    try:
+        with cpu_threads(surroundings.threads):
+            _run(settings, surroundings, data, report)
+    except torch.OutOfMemoryError as error:
+        raise UserError("out of memory on the device; try a smaller --batch-size") from error
+
+
+def _run(settings: Settings, surroundings: Surroundings, data: Data, report: Report) -> None:
     with processes(surroundings.device) as here:
         steps = steps_per_epoch(data, settings.batch_size, here.world) * settings.epochs
         network = build(settings, data)
         recipe = Recipe(settings.lr, settings.weight_decay, steps, amp=settings.amp, compile=surroundings.compile)
         start, best = 0, -math.inf
-        if surroundings.resume is None and (surroundings.out / LAST).exists():
-            raise UserError(
-                f"--out {surroundings.out} holds a run already; go on with it (--resume) or choose another folder"
-            )
+        if here.is_main:
+            make_folder(surroundings.out)
         learner = Learner(network, recipe, here)
         if surroundings.resume is not None:
             start, best = _take_up(surroundings.resume, settings, learner)
         if here.is_main:
-            make_folder(surroundings.out)
             parameters = sum(parameter.numel() for parameter in network.parameters())
             report(
                 f"{settings.model}, alpha {settings.alpha}: {parameters:,} parameters, on {here.device}, "
@@ -133,11 +148,14 @@ def build(settings: Settings, data: Data) -> nn.Module:
     """The network of a run, freshly initialised from its seed.
 
     Raises:
-        UserError: an unknown model, or an alpha or groups that it cannot have.
+        UserError: an unknown model, images too small for it, or an alpha or groups that it cannot have.
     """
     if settings.model not in models.MODELS:
         raise UserError(f"--model must be one of {', '.join(models.MODELS)}, got {settings.model!r}")
-    seed_epoch(settings.seed, 0)
+    smallest = SMALLEST.get(settings.model, 1)
+    if data.size < smallest:
+        raise UserError(f"--image-size must be at least {smallest} for {settings.model}, got {data.size}")
+    seed_epoch(settings.seed, WEIGHTS)
     try:
         return models.MODELS[settings.model](
             settings.alpha,

@@ -73,6 +73,18 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Compute on ``count`` threads within; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def processes(device: str) -> Iterator[Processes]:
     """The processes that ``torchrun`` started (gloo on CPUs, nccl on GPUs), or this one alone.
 
