@@ -1,0 +1,98 @@
+"""``python -m benchmarks.ratios``: how many times faster than nn.Conv2d, as a Markdown table.
+
+The competitors take turns within each round, so that whatever slows the machine down for a while slows all of them:
+the ratio of a round is taken within it, and the table gives the median of the rounds and their 20 % and 80 % quantiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from cases import RESNET50, Case
+
+from benchmarks.competitors import DEVICE, DIRECTIONS, DTYPE, NAMES, Competitor, build, count_macs, with_batch
+
+SAMPLE_SECONDS = 0.02
+"""A sample repeats its call until it takes about this long: the clock and the loop then cost nothing."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description="SPConv2d against nn.Conv2d")
+    parser.add_argument("--rounds", type=int, default=25, help="rounds per row (default: %(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    options = parser.parse_args(arguments)
+    print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")
+    others = NAMES[1:]
+    print("| layer | N | direction | conv2d ms |", *(f"{name} x |" for name in others), "MACs x |")
+    print("|---|---|---|---|" + "---|" * (len(others) + 1))
+    medians: dict[tuple[str, str], list[float]] = {}
+    for direction in DIRECTIONS:
+        for case in (with_batch(case, batch) for batch in options.batches for case in RESNET50):
+            milliseconds, ratios = measure(case, direction, options.rounds)
+            cells = []
+            for name in others:
+                p20, p50, p80 = quantiles(ratios[name])
+                medians.setdefault((direction, name), []).append(p50)
+                cells.append(f"{p50:.2f} ({p20:.2f} to {p80:.2f})")
+            bound = count_macs(case, "conv2d", direction) / count_macs(case, "native", direction)
+            row = [case.name, str(case.batch), direction, f"{milliseconds:.2f}", *cells, f"{bound:.2f}"]
+            print("|", " | ".join(row), "|", flush=True)
+    for direction in DIRECTIONS:
+        means = [f"{math.exp(statistics.fmean(map(math.log, medians[direction, name]))):.2f}" for name in others]
+        print(f"| geometric mean | | {direction} | |", " | ".join(means), "| |")
+
+
+def measure(case: Case, direction: str, rounds: int) -> tuple[float, dict[str, list[float]]]:
+    """Median milliseconds of nn.Conv2d, and per competitor its speed in each round as a multiple of nn.Conv2d's."""
+    field = [build(case, name, direction) for name in NAMES]
+    repeats = {competitor.name: repeats_of(competitor) for competitor in field}
+    seconds: dict[str, list[float]] = {competitor.name: [] for competitor in field}
+    for turn in range(rounds):
+        first = turn % len(field)  # nobody always runs in the wake of the same neighbour
+        for competitor in field[first:] + field[:first]:
+            count = repeats[competitor.name]
+            start = time.perf_counter()
+            for _ in range(count):
+                competitor.call()
+            seconds[competitor.name].append((time.perf_counter() - start) / count)
+    dense = seconds["conv2d"]
+    ratios = {name: [d / s for d, s in zip(dense, own, strict=True)] for name, own in seconds.items()}
+    return 1e3 * statistics.median(dense), ratios
+
+
+def repeats_of(competitor: Competitor) -> int:
+    start = time.perf_counter()
+    for _ in range(3):
+        competitor.call()
+    return max(1, round(SAMPLE_SECONDS / ((time.perf_counter() - start) / 3)))
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """20 %, 50 % and 80 %."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return deciles[1], deciles[4], deciles[7]
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, {str(DTYPE).removeprefix('torch.')}"
+    if DEVICE == "cuda":
+        return f"{torch.cuda.get_device_name()}; {versions}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    features = torch.backends.cpu.get_cpu_capability()
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {features}; {versions}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The benchmarks run, and refuse to time a wrong result. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import RESNET50, Case
+
+from benchmarks import competitors, ratios
+
+TINY = Case("tiny", 2, 8, 8, (6, 5))
+
+
+@pytest.mark.parametrize("direction", competitors.DIRECTIONS)
+@pytest.mark.parametrize("name", competitors.NAMES)
+def test_competitors_are_ready_to_run(name: str, direction: str) -> None:
+    competitor = competitors.build(TINY, name, direction)
+    assert competitor.layout in competitors.LAYOUTS
+    assert len(competitor.call()) == (1 if direction == "forward" else 3 if name == "conv2d" else 5)
+
+
+def test_macs_are_the_papers() -> None:
+    """3.25 L M against 9 L M per output pixel; a training step counts three times."""
+    for case in RESNET50:
+        dense = competitors.count_macs(case, "conv2d", "forward")
+        assert dense == 8 * case.size[0] ** 2 * 9 * case.in_channels**2
+        assert 9 * competitors.count_macs(case, "native", "forward") == 3.25 * dense
+        assert competitors.count_macs(case, "conv2d", "forward+backward") == 3 * dense
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that is off by a thousandth."""
+    right = competitors.SPConv2d.forward
+
+    def wrong(self: competitors.SPConv2d, x: torch.Tensor) -> torch.Tensor:
+        return right(self, x) * 1.001
+
+    monkeypatch.setattr(competitors.SPConv2d, "forward", wrong)
+    with pytest.raises(AssertionError, match=r"tiny, native, channels_last: y: error .* against float64"):
+        competitors.build(TINY, "native", "forward")
+
+
+def test_table_is_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ratios, "RESNET50", (TINY,))
+    monkeypatch.setattr(ratios, "SAMPLE_SECONDS", 0.0)
+    ratios.main(["--rounds", "3", "--batches", "1", "2"])
+    label, blank, head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert torch.__version__ in label
+    assert blank == ""
+    assert rule.replace("-", "") == "|" * head.count("|")
+    assert [row.count("|") for row in rows] == [head.count("|")] * 6
+    assert [row.split("|")[1].strip() for row in rows] == ["tiny"] * 4 + ["geometric mean"] * 2
