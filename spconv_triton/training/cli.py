@@ -55,6 +55,7 @@ def _demo(options: argparse.Namespace) -> None:
             samples=options.samples,
             size=options.image_size,
             alpha=options.alpha,
+            branch_norm=options.branch_norm,
             seed=options.seed,
             rounds=options.rounds,
             threads=options.threads,
@@ -108,6 +109,9 @@ def _parser() -> Parser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the table and the picture")
     demo.add_argument("--epochs", type=_count, default=24, help="passes over the training images")
     demo.add_argument("--alpha", type=_ratio, default=0.5, help="ratio of representative channels, as 0.5 or 1/2")
+    demo.add_argument(
+        "--branch-norm", action=argparse.BooleanOptionalAction, default=False, help="a norm in each branch of SPConv"
+    )
     demo.add_argument("--image-size", type=_count, default=16, help="pixels that the 8 x 8 digits are enlarged to")
     demo.add_argument("--samples", type=_count, help="training images; all 1,437 if not given")
     demo.add_argument("--rounds", type=_count, default=20, help="turns of each network in a timing")

@@ -23,17 +23,17 @@ def count_parameters(network: nn.Module) -> int:
 def count_macs(network: nn.Module, shape: Sequence[int]) -> int:
     """Multiply-accumulates of the convolutions and linear layers of one forward pass; nothing else is counted.
 
-    Counted on shapes alone, whatever backend the network has and wherever it is.
+    Counted on a copy on the CPU, whatever backend the network has and wherever it is.
 
     Args:
         shape: of the input, [N, C, H, W].
     """
-    shadow = copy.deepcopy(network).to("meta").eval()
+    shadow = copy.deepcopy(network).cpu().eval()
     for module in shadow.modules():
         if isinstance(module, SPConv2d):
             module.backend = "reference"  # plain convolutions, which the counter knows
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.empty(tuple(shape), device="meta"))
+        shadow(torch.zeros(tuple(shape)))
     return counter.get_total_flops() // 2
 
 
