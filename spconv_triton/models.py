@@ -7,7 +7,8 @@ paper leaves open is settled by its published sizes:
   parameters, not 0.071 M.
 - ResNet-20 has 1 x 1 convolutions with a norm as down-sampling shortcuts ("option B" of He et al.): without, alpha 1/4
   would have 0.068 M parameters again, and the vanilla network 41.30 M operations by the paper's count, not 41.62 M.
-- That count is multiply-accumulates of convolutions and linear layers, plus 4 per element that a batch norm reads.
+- That count is multiply-accumulates of convolutions and linear layers plus 4 per element that a batch norm reads; at
+  alpha 1/2 and 1/4 the paper prints 0.54 M more than that, which convolutions cannot account for.
 - VGG-16 has a classifier of 512 -> 512 -> classes: alpha 1/2 to 1/16 then have the paper's 5.6 M to 2.39 M parameters.
   Its vanilla network has 14.99 M; the 16.62 M printed there is one with a 1 x 1 beside each 3 x 3 convolution.
 """
