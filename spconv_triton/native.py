@@ -27,6 +27,25 @@ def pointwise_input(x: Tensor, geometry: Geometry) -> Tensor:
     return F.avg_pool2d(x, geometry.stride, ceil_mode=True, count_include_pad=False)
 
 
+def pointwise_input_adjoint(grad: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
+    """The transpose of :func:`pointwise_input`: [N, C, H_out, W_out] -> [N, C, *size].
+
+    The windows of the pooling lie side by side, so every value goes, divided by its window's valid pixels, to each of
+    the pixels of that window.
+    """
+    pads: list[int] = []
+    for axis, (first, stride, length) in enumerate(zip(geometry.centre, geometry.stride, size, strict=True), start=2):
+        out = grad.shape[axis]
+        pads = [first, length - first - stride * out, *pads]
+        if stride > 1:
+            start = torch.arange(out, device=grad.device) * stride + first
+            valid = ((start + stride).clamp(max=length) - start.clamp(min=0)).clamp(min=1).to(grad.dtype)
+            grad = grad / (valid[:, None] if axis == 2 else valid)
+    if geometry.stride != (1, 1):
+        grad = F.interpolate(grad, scale_factor=tuple(map(float, geometry.stride)), mode="nearest")
+    return F.pad(grad, pads)
+
+
 def pointwise(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """1 x 1 convolution of the centre taps: x [N, C, H, W], weight [M, C, 1, 1] -> [N, M, H_out, W_out]."""
     return F.conv2d(pointwise_input(x, geometry), weight)
@@ -44,3 +63,28 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
     s3 = u3.mean((2, 3), keepdim=True, dtype=precise)
     s1 = u1.mean((2, 3), keepdim=True, dtype=precise)
     return (torch.sigmoid(s3 - s1) * u3 + torch.sigmoid(s1 - s3) * u1).to(u3.dtype)
+
+
+def compose(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """The layer part by part, arguments as of :func:`spconv_triton.native_onepass.spconv2d`.
+
+    Autograd and ``torch.func`` differentiate it as often as asked, with U3 and U1 in memory.
+    """
+    representative = weight_pwc.shape[1]
+    y = representative_branch(x[:, :representative], weight_gwc, weight_pwc, geometry)
+    if branch_bias is not None:
+        y = (y + branch_bias[0, :, None, None]).to(x.dtype)
+    if weight_redundant is not None:
+        u1 = pointwise(x[:, representative:], weight_redundant, geometry)
+        if branch_bias is not None:
+            u1 = (u1 + branch_bias[1, :, None, None]).to(x.dtype)
+        y = gap_softmax_fusion(y, u1)
+    return y if bias is None else y + bias[:, None, None]

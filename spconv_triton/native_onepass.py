@@ -1,0 +1,322 @@
+"""The whole layer on ATen, keeping x and one number per (sample, output channel) for the backward.
+
+Forward. Three convolutions in channels_last. Small maps: U3 and U1 side by side, the gate from their means, the blend
+written over U1. Large maps, where every further map of the size of Y costs more than the arithmetic: the gate first,
+from statistics of x (:mod:`spconv_triton.native_gate`), then everything in one map,
+
+    Y = scale (ratio U1 + U3) + offset,   ratio = gamma / beta,   scale = beta,   offset = beta b3 + gamma b1 + bias
+
+Backward. Let g = dL/dY, P the number of output pixels, d = S3 - S1 and per (sample, output channel)
+
+    A     = sum_pixels g (U3 - U1)
+    delta = beta gamma A / P                      dL/dS3 = -dL/dS1 = P delta, spread evenly by the GAP's gradient
+    E3    = dL/dU3 = beta g + delta
+    E1    = dL/dU1 = gamma g - delta
+
+and everything else is linear in E3 and E1, with z the input of the point-wise convolutions (x, pooled at a stride):
+
+    dx3 = GWC^T(E3) + pool^T(Wp^T E3)             dx1 = pool^T(W1^T E1)
+    dWg = E3 (*) x3,   dWp = E3 z3^T,   dW1 = E1 z1^T,   db3 = sum E3,   db1 = sum E1
+
+A needs the difference of the branches only, which is one pair of convolutions: GWC(x3) and [Wp, -W1] z.
+gamma is sigmoid(-d), not 1 - beta: where the gate is saturated the latter would be all rounding error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import native
+from .geometry import Geometry
+from .native_gate import gate_difference
+
+LARGE = 4 * 2**20
+"""Bytes of Y above which the gate comes first; measured on ResNet-50's layers with glibc's malloc."""
+
+ACCUMULATES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
+
+
+def spconv2d(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """Y = beta U3 + gamma U1 + bias, on arguments that :func:`spconv_triton.functional.spconv2d` has checked.
+
+    Args:
+        x: [N, L, H, W], float32, float64, bfloat16 or float16.
+        weight_gwc: [M, alpha L / G, k, k].
+        weight_pwc: [M, alpha L, 1, 1].
+        weight_redundant: [M, L - alpha L, 1, 1]; None where alpha = 1, and then Y = U3 + bias.
+        bias: [M] or None, added after the gate.
+        branch_bias: [2, M] or None, dtype of ``x`` or float32; added to U3 and U1 before the gate.
+
+    Returns:
+        [N, M, H_out, W_out], dtype of ``x``, in channels_last on a CPU.
+
+    Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
+    """
+    arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
+    if weight_redundant is None:
+        return native.compose(*arguments)
+    if torch.compiler.is_compiling():
+        # What the backward below recomputes depends on no gradient, so the partitioner would move it into the forward
+        # and keep it; a checkpoint tells it not to. Inductor fuses the blend either way.
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            return checkpoint(native.compose, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return native.compose(*arguments)
+    y, _ = OnePass.apply(*arguments)
+    return y
+
+
+class OnePass(torch.autograd.Function):
+    """(Y, d) from the arguments of :func:`spconv2d`; d = S3 - S1, [N, M, 1, 1], is kept and not differentiable."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight_gwc: Tensor,
+        weight_pwc: Tensor,
+        weight_redundant: Tensor,
+        bias: Tensor | None,
+        branch_bias: Tensor | None,
+        geometry: Geometry,
+    ) -> tuple[Tensor, Tensor]:
+        representative = weight_pwc.shape[1]
+        x = _channels_last(x)
+        z = native.pointwise_input(x, geometry)
+        u1 = _convolve(z[:, representative:], weight_redundant)
+        gate_first = _is_large(u1) and u1.dtype == x.dtype and z is x
+        if gate_first:
+            d = gate_difference(x, weight_gwc, weight_pwc, weight_redundant, geometry)
+        else:
+            u3 = _convolve(x[:, :representative], weight_gwc, *geometry[1:])
+            u3 = _add_convolution(u3, z[:, :representative], weight_pwc)
+            d = u3.mean((2, 3), keepdim=True).sub_(u1.mean((2, 3), keepdim=True))
+        if branch_bias is not None:
+            d += _bias_difference(branch_bias, d.dtype)
+
+        if gate_first:
+            # At the clamp beta is 1e-26, and nothing overflows.
+            ratio = torch.exp(torch.clamp(-d, max=60))
+            y = u1.mul_(ratio)
+            y = _add_convolution(y, x[:, :representative], weight_gwc, *geometry[1:])
+            y = _add_convolution(y, x[:, :representative], weight_pwc)
+            y.mul_(ratio.add_(1).reciprocal_())
+        else:
+            y = u1.mul_(torch.sigmoid(-d)).addcmul_(u3, torch.sigmoid(d))
+        if bias is not None or branch_bias is not None:
+            y += _offset(d, bias, branch_bias)
+        return y.to(x.dtype), d
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.geometry = inputs
+        _, d = output
+        ctx.mark_non_differentiable(d)
+        ctx.save_for_backward(*tensors, d)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        *inputs, d = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_differentiable_gradients(inputs, ctx.geometry, grads[0]), None)
+        return (*_gradients(*inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad), None)
+
+    @staticmethod
+    def vmap(
+        info: Any,  # noqa: ARG004
+        in_dims: tuple[int | None, ...],
+        *arguments: Any,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        *tensors, geometry = arguments
+
+        def layer(*sample: Any) -> Tensor:
+            return native.compose(*sample, geometry)
+
+        y = torch.vmap(layer, in_dims[:-1])(*tensors)
+        return (y, y.new_zeros(y.shape[0], 1)), (0, 0)
+
+
+def _gradients(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+    d: Tensor,
+    grad: Tensor,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the six tensor arguments, where ``needed``; symbols as at the head of this file."""
+    representative, window = weight_pwc.shape[1], geometry[1:]
+    x, grad = _channels_last(x), _channels_last(grad)
+    z = native.pointwise_input(x, geometry)
+    x3, z3, z1 = x[:, :representative], z[:, :representative], z[:, representative:]
+    g = grad.to(d.dtype)
+    pixels = g.shape[2] * g.shape[3]
+    beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
+
+    difference = _convolve(z, torch.cat((weight_pwc, -weight_redundant), 1))
+    difference = _add_convolution(difference, x3, weight_gwc, *window)
+    a = difference.mul_(g).sum((2, 3), keepdim=True)
+    dbias = dbranch_bias = None
+    if needed[4] or branch_bias is not None:
+        total = g.sum((2, 3), keepdim=True)
+        if bias is not None:
+            dbias = total.sum((0, 2, 3)).to(bias.dtype)
+        if branch_bias is not None:
+            a += total * _bias_difference(branch_bias, d.dtype)
+            to_s3 = beta * gamma * a
+            dbranch_bias = torch.stack(((beta * total + to_s3).sum((0, 2, 3)), (gamma * total - to_s3).sum((0, 2, 3))))
+            dbranch_bias = dbranch_bias.to(branch_bias.dtype)
+    delta = beta * gamma * a / pixels
+    e3 = torch.addcmul(delta, g, beta).to(x.dtype)
+    e1 = torch.addcmul(-delta, g, gamma, out=difference).to(x.dtype)
+
+    dweight_gwc = _weight_gradient(e3, x3, weight_gwc, *window) if needed[1] else None
+    dweight_pwc = _weight_gradient(e3, z3, weight_pwc) if needed[2] else None
+    dweight_redundant = _weight_gradient(e1, z1, weight_redundant) if needed[3] else None
+    dx = _input_gradient(x, weight_gwc, weight_pwc, weight_redundant, geometry, e3, e1) if needed[0] else None
+    return dx, dweight_gwc, dweight_pwc, dweight_redundant, dbias, dbranch_bias
+
+
+def _input_gradient(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    geometry: Geometry,
+    e3: Tensor,
+    e1: Tensor,
+) -> Tensor:
+    """dx from E3 and E1, [N, M, H_out, W_out] each."""
+    representative = weight_pwc.shape[1]
+    weight_pwc, weight_redundant = (w.transpose(0, 1).contiguous() for w in (weight_pwc, weight_redundant))
+    if geometry.is_centred and geometry.stride == (1, 1):
+        # The transpose of such a convolution is one of the same window, with the taps turned round.
+        turned = weight_gwc.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1)
+        dx = torch.zeros_like(x)
+        dx3 = _add_convolution(dx[:, :representative], e3, turned, *geometry[1:])
+        _add_convolution(dx3, e3, weight_pwc)
+        _add_convolution(dx[:, representative:], e1, weight_redundant)
+        return dx
+    dz = torch.cat((F.conv2d(e3, weight_pwc), F.conv2d(e1, weight_redundant)), 1)
+    dx = native.pointwise_input_adjoint(dz, (x.shape[2], x.shape[3]), geometry)
+    dx[:, :representative] += torch.ops.aten.convolution_backward(
+        e3,
+        x[:, :representative],
+        weight_gwc,
+        None,
+        *geometry[1:4],
+        False,
+        (0, 0),
+        geometry.groups,
+        (True, False, False),
+    )[0]
+    return dx
+
+
+def _weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """The gradient of ``F.conv2d(x, weight, None, stride, ...)`` with respect to ``weight``."""
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (False, True, False)
+    )[1]
+
+
+def _differentiable_gradients(inputs: list[Any], geometry: Geometry, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients where they will themselves be differentiated: by the chain rule through the parts."""
+    present = [i for i, tensor in enumerate(inputs) if tensor is not None]
+
+    def layer(*tensors: Tensor) -> Tensor:
+        arguments = list(inputs)
+        for i, tensor in zip(present, tensors, strict=True):
+            arguments[i] = tensor
+        x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
+        return native.compose(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
+
+    _, pullback = torch.func.vjp(layer, *(inputs[i] for i in present))
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(present, pullback(grad), strict=True):
+        gradients[i] = gradient
+    return tuple(gradients)
+
+
+def _is_large(y: Tensor) -> bool:
+    """Whether a map of this size is worth sparing: it outgrows the cache and what malloc keeps for reuse."""
+    return y.device.type == "cpu" and y.numel() * y.element_size() > LARGE
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """``x`` in the layout whose convolutions are the fast ones on a CPU; GPUs take either."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+def _offset(d: Tensor, bias: Tensor | None, branch_bias: Tensor | None) -> Tensor:
+    """What the biases add to Y, [N, M, 1, 1] or [M, 1, 1]: beta b3 + gamma b1 + bias."""
+    columns = None if bias is None else bias.to(d.dtype)[:, None, None]
+    if branch_bias is None:
+        assert columns is not None
+        return columns
+    shift3, shift1 = branch_bias.to(d.dtype)[:, :, None, None].unbind()
+    offset = torch.sigmoid(d) * shift3 + torch.sigmoid(-d) * shift1
+    return offset if columns is None else offset + columns
+
+
+def _bias_difference(branch_bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """b3 - b1, [M, 1, 1], subtracted in ``dtype``."""
+    shift3, shift1 = branch_bias.to(dtype).unbind()
+    return (shift3 - shift1)[:, None, None]
+
+
+def _convolve(x: Tensor, weight: Tensor, *window: Any) -> Tensor:
+    """A convolution as a new tensor, in float32 or better."""
+    return F.conv2d(x, weight, None, *window).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _add_convolution(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """``y`` plus a convolution, in place."""
+    if _can_accumulate(y, x):
+        # oneDNN adds in the convolution's epilogue: the operator that Inductor uses for a convolution and a sum.
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            y, x, weight, None, padding, stride, dilation, groups, "add", 1.0, None, [], None
+        )
+    return y.add_(F.conv2d(x, weight, None, stride, padding, dilation, groups))
+
+
+def _can_accumulate(y: Tensor, x: Tensor) -> bool:
+    """Whether oneDNN convolves into ``y``; not under a dispatch mode (a FLOP counter, fakes): it would not know how."""
+    return (
+        ACCUMULATES
+        and y.dtype == x.dtype == torch.float32
+        and y.device.type == "cpu"
+        and y.numel() > 0
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
