@@ -107,7 +107,7 @@ def _parser() -> Parser:
     )
     demo.set_defaults(run=_demo)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the table and the picture")
-    demo.add_argument("--epochs", type=_count, default=24, help="passes over the training images")
+    demo.add_argument("--epochs", type=_count, default=20, help="passes over the training images")
     demo.add_argument("--alpha", type=_ratio, default=0.5, help="ratio of representative channels, as 0.5 or 1/2")
     demo.add_argument(
         "--branch-norm", action=argparse.BooleanOptionalAction, default=False, help="a norm in each branch of SPConv"

@@ -122,7 +122,7 @@ def training_batches(
 
 def evaluation_batches(data: Data, batch_size: int, processes: Processes, workers: int = 0) -> Iterator[Batch]:
     """This process's share of the test set, in order, (input, labels) on its device; shares differ by one at most."""
-    share = Subset(data.test, range(processes.rank, _length(data.test), processes.world))
+    share = Subset(data.test, range(processes.rank, length(data.test), processes.world))
     for images, labels in _loader(share, batch_size, processes, workers):
         yield data.prepare(images, processes.device, augment=False), labels.to(processes.device)
 
@@ -138,13 +138,14 @@ def steps_per_epoch(data: Data, batch_size: int, world: int) -> int:
         raise UserError(f"--batch-size must be at least {2 * world}, two per process, got {batch_size}")
     if batch_size % world:
         raise UserError(f"--batch-size must be a multiple of the {world} processes that share it, got {batch_size}")
-    samples = _length(data.train) // world
+    samples = length(data.train) // world
     if samples * world < batch_size:
         raise UserError(f"--batch-size must be at most the {samples * world} training images, got {batch_size}")
     return samples // (batch_size // world)
 
 
-def _length(dataset: Dataset[Batch]) -> int:
+def length(dataset: Dataset[Batch]) -> int:
+    """Samples of a data set that knows how many it has, as all of ours do."""
     return len(dataset)  # type: ignore[arg-type]
 
 

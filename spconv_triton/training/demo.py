@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import dispatch, models
 from . import measure
-from .data import WEIGHTS, Data, evaluation_batches, seed_epoch, steps_per_epoch, training_batches
+from .data import WEIGHTS, Data, evaluation_batches, length, seed_epoch, steps_per_epoch, training_batches
 from .datasets import digits
 from .errors import need
 from .files import make_folder, write_whole
@@ -45,7 +45,7 @@ class Options:
     """
 
     out: Path
-    epochs: int = 24
+    epochs: int = 20
     samples: int | None = None
     size: int = 16
     alpha: float = 0.5
@@ -194,7 +194,7 @@ def describe(learners: list[Learner], data: Data, options: Options) -> dict[str,
         "model": "ResNet-20",
         "alpha": options.alpha,
         "branch_norm": options.branch_norm,
-        "data": f"scikit-learn digits, {data.size} x {data.size}",
+        "data": f"scikit-learn digits, {data.size} x {data.size}, {length(data.test)} for testing",
         "epochs": options.epochs,
         "seed": options.seed,
         "backend": dispatch.choose(probe),
