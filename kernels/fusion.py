@@ -14,7 +14,7 @@ in fixed order. There are no atomics, so the same input gives the same bits.
 import triton
 import triton.language as tl
 
-from .tuning import FUSION, FUSION_KEY, autotuned, prune_fusion
+from .tuning import FUSION, FUSION_KEY, autotuned, prune_channels
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _sum_partials(partial_ptr, offset, mask, N, C: tl.constexpr, SPLITS: tl.cons
     return total
 
 
-@autotuned(FUSION, FUSION_KEY, prune_fusion)
+@autotuned(FUSION, FUSION_KEY, prune_channels)
 @triton.jit(do_not_specialize=["N", "P", "pixels_per_split"])
 def fusion_statistics(
     u3_ptr,  # [N, P, C]
@@ -81,7 +81,7 @@ def _decode_blend(P, C: tl.constexpr, BLOCK_PIX: tl.constexpr, BLOCK_C: tl.const
     return c, pid // (C_BLOCKS * pixel_blocks), pid // C_BLOCKS % pixel_blocks
 
 
-@autotuned(FUSION, FUSION_KEY, prune_fusion)
+@autotuned(FUSION, FUSION_KEY, prune_channels)
 @triton.jit(do_not_specialize=["N", "P"])
 def fusion_blend(
     u3_ptr,  # [N, P, C]
@@ -111,7 +111,7 @@ def fusion_blend(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@autotuned(FUSION, FUSION_KEY, prune_fusion)
+@autotuned(FUSION, FUSION_KEY, prune_channels)
 @triton.jit(do_not_specialize=["N", "P"])
 def fusion_blend_grad(
     grad_ptr,  # [N, P, C]

@@ -75,5 +75,5 @@ def load_pooled(
                 offset = (dy * WIDTH + dx).to(tl.int64) * pixel_stride
                 total += tl.load(tile + offset, mask=mask, other=0.0).to(tl.float32)
         count = window_overlap(row, HEIGHT, STRIDE_H) * window_overlap(column, WIDTH, STRIDE_W)
-        pooled = (total / tl.maximum(count, 1).to(tl.float32)[:, None]).to(pointers.dtype.element_ty)
+        pooled = (total * (1.0 / tl.maximum(count, 1).to(tl.float32))[:, None]).to(pointers.dtype.element_ty)
     return pooled

@@ -29,10 +29,14 @@ def fits(block: int, size: int, smallest: int) -> bool:
     return block <= max(smallest, triton.next_power_of_2(size))
 
 
-def spills_in_float32(candidate: triton.Config) -> bool:
-    """64 accumulators a thread and the wider operands of float32 overflow the registers of four warps on sm_80."""
-    blocks = candidate.kwargs.values()
-    return candidate.num_warps < 8 and max(blocks) * sorted(blocks)[-2] >= 64 * 32 * candidate.num_warps
+def spills_in_float32(candidate: triton.Config, strided: bool) -> bool:
+    """64 accumulators a thread, with the wider operands of float32, overflow the registers of sm_80.
+
+    Eight warps share the operands among more threads and just hold it, unless pooling needs registers too.
+    """
+    blocks = sorted(candidate.kwargs.values())
+    accumulators = blocks[-1] * blocks[-2] // (32 * candidate.num_warps)
+    return accumulators >= 64 and (candidate.num_warps < 8 or strided)
 
 
 def overflows_shared_memory(candidate: triton.Config, itemsize: int) -> bool:
@@ -41,30 +45,40 @@ def overflows_shared_memory(candidate: triton.Config, itemsize: int) -> bool:
     return candidate.num_stages * 2 * max(blocks) * min(blocks) * itemsize > 160 * 1024
 
 
-def prune_branch(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
-    """Keep the configs whose channel blocks fit a group, and that the dtype leaves registers for."""
+def prune_layer(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
+    """Keep the configs whose channel blocks fit a group, and that the dtype leaves registers and memory for."""
     arguments = {**named_args, **kwargs}
-    limits = {name: arguments[size] // arguments["G"] for name, size in (("BLOCK_CO", "CO"), ("BLOCK_C", "CR"))}
+    sizes = {name: arguments[size] // arguments["G"] for name, size in (("BLOCK_CO", "CO"), ("BLOCK_C", "CR"))}
     itemsize = arguments["grad_ptr" if "grad_ptr" in arguments else "x_ptr"].dtype.itemsize
+    strided = arguments["STRIDE_H"] * arguments["STRIDE_W"] > 1
     kept = [
         c
         for c in configs
-        if all(fits(c.kwargs[name], size, 16) for name, size in limits.items())
-        and not (itemsize == 4 and spills_in_float32(c))
+        if all(fits(c.kwargs[name], size, 16) for name, size in sizes.items() if name in c.kwargs)
+        and not (itemsize == 4 and spills_in_float32(c, strided))
         and not overflows_shared_memory(c, itemsize)
     ]
     return kept or [configs[-1]]
 
 
-def prune_fusion(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
+def prune_input_grad(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
+    """As :func:`prune_layer`; and at a stride the wider blocks spill a little on sm_90 and sm_100."""
+    arguments = {**named_args, **kwargs}
+    strided = arguments["STRIDE_H"] * arguments["STRIDE_W"] > 1
+    candidates = [c for c in configs if not strided or c.kwargs["BLOCK_C"] <= 32]
+    return prune_layer(candidates, named_args, **kwargs)
+
+
+def prune_channels(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
     """Keep the configs whose channel block fits."""
     channels = {**named_args, **kwargs}["C"]
     return [c for c in configs if fits(c.kwargs["BLOCK_C"], channels, 16)]
 
 
 BRANCH_KEY = ("CR", "CO", "G", "KH", "KW", "STRIDE_H", "STRIDE_W", "PRECISION")
+LAYER_KEY = ("C", *BRANCH_KEY)
 
-BRANCH_FORWARD = (
+FORWARD = (
     config(8, 3, BLOCK_PIX=128, BLOCK_CO=128, BLOCK_C=32),
     config(4, 4, BLOCK_PIX=128, BLOCK_CO=64, BLOCK_C=32),
     config(4, 4, BLOCK_PIX=64, BLOCK_CO=64, BLOCK_C=32),
@@ -72,20 +86,42 @@ BRANCH_FORWARD = (
     config(4, 3, BLOCK_PIX=64, BLOCK_CO=16, BLOCK_C=16),
 )
 
-BRANCH_INPUT_GRAD = (
+INPUT_GRAD = (
     config(8, 3, BLOCK_PIX=128, BLOCK_C=128, BLOCK_CO=32),
     config(4, 4, BLOCK_PIX=128, BLOCK_C=64, BLOCK_CO=32),
     config(4, 4, BLOCK_PIX=64, BLOCK_C=64, BLOCK_CO=32),
-    config(4, 3, BLOCK_PIX=128, BLOCK_C=32, BLOCK_CO=16),
+    config(4, 3, BLOCK_PIX=128, BLOCK_C=32, BLOCK_CO=32),
     config(4, 3, BLOCK_PIX=64, BLOCK_C=16, BLOCK_CO=16),
 )
 
-BRANCH_WEIGHT_GRAD = (
-    config(8, 3, BLOCK_PIX=64, BLOCK_C=128, BLOCK_CO=128),
-    config(4, 3, BLOCK_PIX=64, BLOCK_C=64, BLOCK_CO=64),
-    config(4, 3, BLOCK_PIX=64, BLOCK_C=32, BLOCK_CO=64),
-    config(4, 3, BLOCK_PIX=64, BLOCK_C=16, BLOCK_CO=32),
-    config(4, 3, BLOCK_PIX=32, BLOCK_C=16, BLOCK_CO=16),
+# Two accumulators and a tile of weights: eight warps for what four carry elsewhere.
+WEIGHT_GRAD = (
+    config(8, 3, BLOCK_PIX=64, BLOCK_CO=64),
+    config(8, 3, BLOCK_PIX=32, BLOCK_CO=64),
+    config(4, 3, BLOCK_PIX=32, BLOCK_CO=32),
+    config(4, 3, BLOCK_PIX=32, BLOCK_CO=16),
+)
+
+
+def weight_grad_channels(channels_per_group: int) -> int:
+    """BLOCK_C of the weight gradient. Not tuned: it decides the size of a buffer, which is allocated before."""
+    return min(64, max(16, triton.next_power_of_2(channels_per_group)))
+
+
+STATISTICS_KEY = ("C", "KH", "KW", "STRIDE_H", "STRIDE_W")
+
+STATISTICS = (
+    config(4, 3, BLOCK_PIX=32, BLOCK_C=128),
+    config(4, 3, BLOCK_PIX=64, BLOCK_C=64),
+    config(4, 3, BLOCK_PIX=64, BLOCK_C=32),
+    config(4, 3, BLOCK_PIX=64, BLOCK_C=16),
+)
+
+GATE_KEY = ("C", "CR", "CO", "G", "TAPS")
+
+GATE = (
+    config(4, 2, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=32),
+    config(4, 2, BLOCK_N=16, BLOCK_CO=16, BLOCK_C=16),
 )
 
 FUSION_KEY = ("C",)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import native, native_onepass, reference
 from .checks import (
     check_alike,
     check_bias,
@@ -201,8 +201,10 @@ def spconv2d(
             groups=groups,
             branch_bias=branch_bias,
         )
+    elif chosen == "native":
+        y = native_onepass.spconv2d(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     else:
-        y = _from_branches(chosen, x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
+        y = _on_triton(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y.contiguous(memory_format=memory_format(x))
 
 
@@ -211,8 +213,7 @@ def _cast(tensor: Any, dtype: torch.dtype) -> Any:
     return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
 
 
-def _from_branches(
-    chosen: str,
+def _on_triton(
     x: Tensor,
     weight_gwc: Tensor,
     weight_pwc: Tensor,
@@ -221,18 +222,10 @@ def _from_branches(
     branch_bias: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    """The layer from its parts, with U3 and U1 in memory."""
-    x3, x1 = x.split((weight_pwc.shape[1], x.shape[1] - weight_pwc.shape[1]), dim=1)
-    if chosen == "triton":
-        u3 = ops.representative_branch(x3, weight_gwc, weight_pwc, *geometry[1:])
-    else:
-        u3 = native.representative_branch(x3, weight_gwc, weight_pwc, geometry)
-    if branch_bias is not None:
-        u3 = (u3 + branch_bias[0, :, None, None]).to(x.dtype)
-    y = u3
     if weight_redundant is not None:
-        u1 = native.pointwise(x1, weight_redundant, geometry)
-        if branch_bias is not None:
-            u1 = (u1 + branch_bias[1, :, None, None]).to(x.dtype)
-        y = ops.gap_softmax_fusion(u3, u1)[0] if chosen == "triton" else native.gap_softmax_fusion(u3, u1)
+        weights = (weight_gwc, weight_pwc, weight_redundant)
+        return ops.spconv2d(x, *weights, bias, branch_bias, *geometry[1:])[0]
+    y = ops.representative_branch(x, weight_gwc, weight_pwc, *geometry[1:])
+    if branch_bias is not None:
+        y = (y + branch_bias[0, :, None, None]).to(x.dtype)
     return y if bias is None else y + bias[:, None, None]

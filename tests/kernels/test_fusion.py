@@ -32,11 +32,11 @@ def branches(shape: tuple[int, ...], dtype: torch.dtype, device: str, *, mean: f
     return tuple(t.to(dtype).contiguous(memory_format=torch.channels_last) for t in tensors)
 
 
-def check(u3: Tensor, u1: Tensor, grad: Tensor) -> None:
+def check(u3: Tensor, u1: Tensor, grad: Tensor, *, condition: float = 1.0) -> None:
     got, same_dtype = (fuse(u3, u1, grad, backend) for backend in ("triton", "reference"))
     exact = fuse(u3.double(), u1.double(), grad.double(), "reference")
     for name, value in exact.items():
-        assert_within_budget(name, got[name], same_dtype[name], value)
+        assert_within_budget(name, got[name], same_dtype[name], value, condition=condition)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,7 +47,7 @@ def test_agrees_with_float64(shape: tuple[int, ...], dtype: torch.dtype, device:
 
 @pytest.mark.parametrize("gate", [-200.0, -20.0, 20.0, 200.0])
 def test_saturated_gate(gate: float, device: str) -> None:
-    check(*branches((2, 16, 5, 4), torch.float32, device, gate=gate))
+    check(*branches((2, 16, 5, 4), torch.float32, device, gate=gate), condition=abs(gate))
 
 
 def test_large_mean(device: str) -> None:
@@ -72,10 +72,13 @@ def test_empty_batch(device: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_spreads_as_in_the_reference(value: float, device: str) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_shows_and_stays_in_its_plane(value: float, device: str) -> None:
     u3, u1, grad = branches((2, 8, 3, 3), torch.float32, device)
+    clean = fuse(u3, u1, grad, "triton")["y"]
     u3[0, 1, 2, 0] = value
-    got, expected = (fuse(u3, u1, grad, backend)["y"] for backend in ("triton", "reference"))
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert torch.equal(got.isinf(), expected.isinf())
+    got = fuse(u3, u1, grad, "triton")["y"]
+    assert not got[0, 1, 2, 0].isfinite()
+    elsewhere = torch.ones(2, 8, dtype=torch.bool, device=device)
+    elsewhere[0, 1] = False
+    assert torch.equal(got[elsewhere], clean[elsewhere])

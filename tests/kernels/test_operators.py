@@ -14,6 +14,8 @@ from spconv_triton import SPConv2d, functional, ops
 BY_NAME = {case.name: case for case in SMALL}
 BRANCH = torch.ops.spconv_triton.representative_branch.default
 BRANCH_BACKWARD = torch.ops.spconv_triton.representative_branch_backward.default
+LAYER = torch.ops.spconv_triton.spconv2d.default
+LAYER_BACKWARD = torch.ops.spconv_triton.spconv2d_backward.default
 FUSION = torch.ops.spconv_triton.gap_softmax_fusion.default
 FUSION_BACKWARD = torch.ops.spconv_triton.gap_softmax_fusion_backward.default
 
@@ -36,6 +38,23 @@ def test_branch_passes_opcheck(name: str, memory_format: torch.memory_format, de
     torch.library.opcheck(BRANCH_BACKWARD, (grad, *detached))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("name", "memory_format"),
+    [("odd-channels", torch.channels_last), ("stride-2-odd", torch.contiguous_format)],
+    ids=str,
+)
+def test_layer_passes_opcheck(name: str, memory_format: torch.memory_format, bias: bool, device: str) -> None:
+    case = BY_NAME[name]
+    inputs = make_inputs(case, device=device, memory_format=memory_format, bias=bias, branch_bias=bias)
+    window = (*map(list, (case.stride, case.padding, case.dilation)), case.groups)
+    torch.library.opcheck(LAYER, (*inputs.positional(), inputs.branch_bias, *window))
+    detached = [value if value is None else value.detach() for value in inputs.positional()[:4]]
+    branch_bias = None if inputs.branch_bias is None else inputs.branch_bias.detach()
+    y, *kept = LAYER(*detached, None, branch_bias, *window)
+    torch.library.opcheck(LAYER_BACKWARD, (torch.randn_like(y), *detached, branch_bias, *kept, *window))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_fusion_passes_opcheck(memory_format: torch.memory_format, device: str) -> None:
     u3, u1, grad = (torch.randn(2, 12, 5, 6, device=device).contiguous(memory_format=memory_format) for _ in range(3))
@@ -48,7 +67,7 @@ def test_compiled_layer_equals_eager_at_any_batch_and_size(device: str) -> None:
     layer = SPConv2d(16, 16, 3, padding=1, backend="triton", device=device)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
-    for shape in ((2, 16, 6, 6), (3, 16, 5, 7), (4, 16, 8, 4)):
+    for shape in ((2, 16, 6, 7), (3, 16, 5, 4), (4, 16, 8, 8)):
         x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
         with torch._dynamo.config.patch(error_on_recompile=shape[0] > 2):
             y = compiled(x)
@@ -71,7 +90,7 @@ def test_flops_are_counted(device: str) -> None:
 
 
 def test_every_operator_is_registered() -> None:
-    names = {"representative_branch", "gap_softmax_fusion"}
+    names = {"representative_branch", "gap_softmax_fusion", "spconv2d"}
     names |= {f"{name}_backward" for name in names}
     registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "spconv_triton" in n}
     assert registered == names

@@ -1,0 +1,152 @@
+"""The gate from the statistics of x, before any convolution.
+
+GAP is linear, so S3 and S1 are the layer's weights applied to the mean of what each tap reads:
+
+    S3[n, m] = sum_{tap, c in group} Wg[m, c, tap] win[n, tap, c] / P + sum_c Wp[m, c] pool[n, c] / P + b3[m]
+    S1[n, m] = sum_c W1[m, c] pool[n, c] / P + b1[m]
+
+with P output pixels. beta = 1 / (1 + r) and gamma = r / (1 + r) with r = exp(S1 - S3). The planes that the convolution
+applies are
+
+    ratio  = min(r, e^60)                      what the redundant sum is multiplied by before the rest is added
+    scale  = beta                              what the total is multiplied by
+    offset = beta b3 + gamma b1 + bias
+
+The clamp keeps ratio finite; at it beta is 1e-26, far below what any output can show.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import dot
+from .tuning import GATE, GATE_KEY, autotuned, prune_channels
+
+MAX_EXPONENT = tl.constexpr(60.0)
+
+
+@triton.jit
+def _mean(partial_ptr, offset, mask, P, SPLITS: tl.constexpr, split_stride):
+    """Sum of the splits in fixed order, over P."""
+    total = tl.load(partial_ptr + offset, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(partial_ptr + split * split_stride + offset, mask=mask, other=0.0)
+    return total / P.to(tl.float32)
+
+
+@triton.jit
+def _pooled_mean(
+    partial_ptr,
+    offset,
+    mask,
+    P,
+    SPLITS: tl.constexpr,
+    split_stride,
+    C: tl.constexpr,
+    POOL_ROW: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """Mean of pool(x): the centre tap's row at stride 1, else the two rows after the taps."""
+    mean = _mean(partial_ptr, offset + POOL_ROW * C, mask, P, SPLITS, split_stride)
+    if POOL_ROW == TAPS:
+        mean += _mean(partial_ptr, offset + (POOL_ROW + 1) * C, mask, P, SPLITS, split_stride)
+    return mean
+
+
+@autotuned(GATE, GATE_KEY, prune_channels)
+@triton.jit(do_not_specialize=["N", "P"])
+def gate_planes(
+    partial_ptr,  # [SPLITS, N, ROWS, C] float32
+    gwc_ptr,  # [CO, KH KW, CG]
+    pwc_ptr,  # [CO, CR]
+    redundant_ptr,  # [CO, C - CR]
+    bias_ptr,  # [CO]; read only if BIAS
+    branch_bias_ptr,  # [2, CO]; read only if BRANCH_BIAS
+    ratio_ptr,  # [N, CO] float32
+    scale_ptr,  # [N, CO] float32
+    offset_ptr,  # [N, CO] float32
+    tap_mean_ptr,  # [N, KH KW, CR], for the backward
+    pool_mean_ptr,  # [N, C], for the backward
+    N,
+    P,
+    C: tl.constexpr,
+    CR: tl.constexpr,
+    CO: tl.constexpr,
+    G: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    POOL_ROW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BRANCH_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (output-channel blocks of a group x groups x sample blocks,), output channels fastest.
+
+    The first output-channel block of a group also stores the means of the group's channels, and that of the first
+    group those of pool.
+    """
+    CG: tl.constexpr = CR // G
+    COG: tl.constexpr = CO // G
+    CRED: tl.constexpr = C - CR
+    CO_BLOCKS: tl.constexpr = (COG + BLOCK_CO - 1) // BLOCK_CO
+    pid = tl.program_id(0)
+    co_block = pid % CO_BLOCKS
+    group = pid // CO_BLOCKS % G
+    in_group = co_block * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    co = group * COG + in_group
+    co_mask = in_group < COG
+    n = pid // (CO_BLOCKS * G) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = n < N
+    split_stride = N.to(tl.int64) * ROWS * C
+    samples = n.to(tl.int64)[:, None] * ROWS * C
+    c = tl.arange(0, BLOCK_C)
+
+    s1 = tl.zeros((BLOCK_N, BLOCK_CO), tl.float32)
+    for c0 in range(0, CRED, BLOCK_C):
+        c_mask = (c0 + c < CRED)[None, :]
+        mask = n_mask[:, None] & c_mask
+        offset = samples + (CR + c0 + c)[None, :]
+        mean = _pooled_mean(partial_ptr, offset, mask, P, SPLITS, split_stride, C, POOL_ROW, TAPS)
+        if (co_block == 0) & (group == 0):
+            tl.store(pool_mean_ptr + n[:, None] * C + (CR + c0 + c)[None, :], mean, mask=mask)
+        w = tl.load(redundant_ptr + co[:, None] * CRED + (c0 + c)[None, :], mask=co_mask[:, None] & c_mask, other=0.0)
+        s1 = dot(mean, tl.trans(w.to(tl.float32)), s1, "ieee")
+
+    s3 = tl.zeros((BLOCK_N, BLOCK_CO), tl.float32)
+    for c0 in range(0, CR, BLOCK_C):
+        c_mask = (c0 + c < CR)[None, :]
+        mask = n_mask[:, None] & c_mask
+        mean = _pooled_mean(partial_ptr, samples + (c0 + c)[None, :], mask, P, SPLITS, split_stride, C, POOL_ROW, TAPS)
+        if (co_block == 0) & (group == 0):
+            tl.store(pool_mean_ptr + n[:, None] * C + (c0 + c)[None, :], mean, mask=mask)
+        w = tl.load(pwc_ptr + co[:, None] * CR + (c0 + c)[None, :], mask=co_mask[:, None] & c_mask, other=0.0)
+        s3 = dot(mean, tl.trans(w.to(tl.float32)), s3, "ieee")
+    for tap in range(0, TAPS):
+        for c0 in range(0, CG, BLOCK_C):
+            c_mask = (c0 + c < CG)[None, :]
+            mask = n_mask[:, None] & c_mask
+            channel = (group * CG + c0 + c)[None, :]
+            mean = _mean(partial_ptr, samples + tap * C + channel, mask, P, SPLITS, split_stride)
+            if co_block == 0:
+                tl.store(tap_mean_ptr + (n[:, None] * TAPS + tap) * CR + channel, mean, mask=mask)
+            rows = gwc_ptr + co[:, None] * (TAPS * CG) + tap * CG
+            w = tl.load(rows + (c0 + c)[None, :], mask=co_mask[:, None] & c_mask, other=0.0)
+            s3 = dot(mean, tl.trans(w.to(tl.float32)), s3, "ieee")
+
+    b3 = tl.zeros((BLOCK_CO,), tl.float32)
+    b1 = tl.zeros((BLOCK_CO,), tl.float32)
+    if BRANCH_BIAS:
+        b3 += tl.load(branch_bias_ptr + co, mask=co_mask, other=0.0).to(tl.float32)
+        b1 += tl.load(branch_bias_ptr + CO + co, mask=co_mask, other=0.0).to(tl.float32)
+    ratio = tl.exp(tl.minimum(s1 + b1[None, :] - s3 - b3[None, :], MAX_EXPONENT))
+    beta = 1.0 / (1.0 + ratio)
+    offset = beta * b3[None, :] + ratio * beta * b1[None, :]
+    if BIAS:
+        offset += tl.load(bias_ptr + co, mask=co_mask, other=0.0).to(tl.float32)[None, :]
+    plane = n[:, None] * CO + co[None, :]
+    mask = n_mask[:, None] & co_mask[None, :]
+    tl.store(ratio_ptr + plane, ratio, mask=mask)
+    tl.store(scale_ptr + plane, beta, mask=mask)
+    tl.store(offset_ptr + plane, offset, mask=mask)

@@ -1,0 +1,91 @@
+"""Sums of x over the pixels that each tap reads, from one read of x.
+
+    win[n, tap, c] = sum_{p in output} x[n, p at tap, c]          (pixels outside the image count as 0)
+    pool[n, c]     = sum_{p in output} pool(x)[n, p, c]           (at stride 1 this is the centre tap's win)
+
+Both are sums over pixels with weights that do not depend on n or c, so a block of pixels contributes one small matrix
+product: [rows, pixels] weights times [pixels, channels] of x. That holds for any kernel size, stride, padding and
+dilation. The weights of win are 0 or 1. Those of pool are 1 / (valid pixels of the window), which half precision may
+not hold, so they are split into a high and a low part, a row each.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import dot, pixel_pointers, window_overlap
+from .tuning import STATISTICS, STATISTICS_KEY, autotuned, prune_channels
+
+
+@triton.jit
+def _tap_reads(position, tap, OUT, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr):
+    """Whether ``tap`` of some output position reads input ``position``."""
+    shifted = position + PAD - tap * DILATION
+    return (shifted >= 0) & (shifted % STRIDE == 0) & (shifted // STRIDE < OUT)
+
+
+@triton.jit
+def _window_share(position, SIZE, OUT, STRIDE: tl.constexpr, CENTRE: tl.constexpr):
+    """1 / (valid positions of the pooling window that holds ``position``), 0 where none does."""
+    shifted = position - CENTRE
+    index = tl.maximum(shifted, 0) // STRIDE
+    count = window_overlap(index * STRIDE + CENTRE, SIZE, STRIDE)
+    held = (shifted >= 0) & (index < OUT) & (count > 0)
+    return tl.where(held, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
+
+
+@autotuned(STATISTICS, STATISTICS_KEY, prune_channels)
+@triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO", "pixels_per_split"])
+def window_statistics(
+    x_ptr,  # [N, H, W, C], pixels x_stride apart
+    partial_ptr,  # [SPLITS, N, ROWS, C] float32
+    N,
+    H,
+    W,
+    HO,
+    WO,
+    pixels_per_split,  # of the input
+    x_stride,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    ROWS: tl.constexpr,  # KH KW taps; at a stride two more, the high and the low part of pool
+    BLOCK_ROWS: tl.constexpr,  # a power of two of at least ROWS and 16
+    BLOCK_PIX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (channel blocks x N, splits of the pixels), channels fastest."""
+    C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    TAPS: tl.constexpr = KH * KW
+    c = tl.program_id(0) % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    sample = tl.program_id(0) // C_BLOCKS
+    split = tl.program_id(1)
+    c_mask = c < C
+    t = tl.arange(0, BLOCK_ROWS)[:, None]
+    start = split * pixels_per_split
+    end = tl.minimum(start + pixels_per_split, H * W)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    for pixel0 in range(start, end, BLOCK_PIX):
+        pixel = pixel0 + tl.arange(0, BLOCK_PIX)
+        in_range = pixel < end
+        row = pixel // W
+        column = pixel % W
+        pointers = pixel_pointers(x_ptr, sample, row, column, H, W, x_stride)
+        x = tl.load(pointers[:, None] + c[None, :], mask=in_range[:, None] & c_mask[None, :], other=0.0)
+        reads = _tap_reads(row[None, :], t // KW, HO, STRIDE_H, PAD_H, DILATION_H)
+        reads &= _tap_reads(column[None, :], t % KW, WO, STRIDE_W, PAD_W, DILATION_W)
+        weight = tl.where(reads & (t < TAPS), 1.0, 0.0)
+        if ROWS > TAPS:
+            share = _window_share(row, H, HO, STRIDE_H, DILATION_H * (KH - 1) // 2 - PAD_H)
+            share *= _window_share(column, W, WO, STRIDE_W, DILATION_W * (KW - 1) // 2 - PAD_W)
+            high = share.to(x_ptr.dtype.element_ty).to(tl.float32)
+            weight = tl.where(t == TAPS, high[None, :], weight)
+            weight = tl.where(t == TAPS + 1, (share - high)[None, :], weight)
+        acc = dot(weight.to(x_ptr.dtype.element_ty), x, acc, "ieee")
+    out = partial_ptr + ((split * N + sample).to(tl.int64) * ROWS + t) * C + c[None, :]
+    tl.store(out, acc, mask=(t < ROWS) & c_mask[None, :])
