@@ -60,6 +60,7 @@ def representative_branch(
     Source: Zhang et al., IJCAI 2020, section 3.3.
     """
     check_input("x3", x3)
+    x3, weight_gwc, weight_pwc = _autocast(x3, weight_gwc, weight_pwc)
     check_kernel_weight(weight_gwc)
     geometry = resolve(tuple(weight_gwc.shape[2:]), stride, padding, dilation, groups)
     check_representative("x3", x3, weight_gwc, weight_pwc, geometry)
@@ -105,6 +106,7 @@ def redundant_branch(
     Source: Zhang et al., IJCAI 2020, section 3.3.
     """
     check_input("x1", x1)
+    x1, weight_redundant = _autocast(x1, weight_redundant)
     check_alike("weight_redundant", weight_redundant, "x1", x1)
     check_pointwise_weight("weight_redundant", weight_redundant, x1.shape[1], "x1")
     return native.pointwise(x1, weight_redundant, resolve(kernel_size, stride, padding, dilation, 1))
@@ -174,10 +176,7 @@ def spconv2d(
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
     """
     check_input("x", x)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight_gwc, weight_pwc = x.to(dtype), _cast(weight_gwc, dtype), _cast(weight_pwc, dtype)
-        weight_redundant, bias = _cast(weight_redundant, dtype), _cast(bias, dtype)
+    x, weight_gwc, weight_pwc, weight_redundant, bias = _autocast(x, weight_gwc, weight_pwc, weight_redundant, bias)
     check_kernel_weight(weight_gwc)
     geometry = resolve(tuple(weight_gwc.shape[2:]), stride, padding, dilation, groups)
     check_representative("x", x, weight_gwc, weight_pwc, geometry)
@@ -208,9 +207,16 @@ def spconv2d(
     return y.contiguous(memory_format=memory_format(x))
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """Autocast's rule for one argument; what is not a floating-point tensor is left for the checks to name."""
-    return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
+def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """All arguments in the dtype of an enclosing ``torch.autocast``, as for ``torch.nn.functional.conv2d``.
+
+    float64 stays, and what is not a floating-point tensor is left for the checks to name.
+    """
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, *others))
 
 
 def _on_triton(

@@ -25,7 +25,7 @@ def _geometry(
     return Geometry((kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
 
 
-@traceable_op("representative_branch", launch.BRANCH_FORWARD_KERNELS)
+@traceable_op("representative_branch", launch.branch.FORWARD_KERNELS)
 def representative_branch(
     x3: Tensor,
     weight_gwc: Tensor,
@@ -55,7 +55,7 @@ def _(
     return launch.empty_channels_last(x3, weight_gwc.shape[0], height, width)
 
 
-@traceable_op("representative_branch_backward", launch.LAYER_BACKWARD_KERNELS)
+@traceable_op("representative_branch_backward", launch.gradients.KERNELS)
 def representative_branch_backward(
     grad: Tensor,
     x3: Tensor,
@@ -99,7 +99,7 @@ def _branch_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 representative_branch.register_autograd(_branch_autograd, setup_context=_save_branch)
 
 
-@traceable_op("spconv2d", launch.LAYER_FORWARD_KERNELS)
+@traceable_op("spconv2d", launch.layer.FORWARD_KERNELS)
 def spconv2d(
     x: Tensor,
     weight_gwc: Tensor,
@@ -140,7 +140,7 @@ def _(
     )
 
 
-@traceable_op("spconv2d_backward", launch.LAYER_BACKWARD_KERNELS)
+@traceable_op("spconv2d_backward", launch.gradients.KERNELS)
 def spconv2d_backward(
     grad: Tensor,
     x: Tensor,
@@ -206,7 +206,7 @@ def _layer_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 spconv2d.register_autograd(_layer_autograd, setup_context=_save_layer)
 
 
-@traceable_op("gap_softmax_fusion", launch.FUSION_FORWARD_KERNELS)
+@traceable_op("gap_softmax_fusion", launch.fusion.FORWARD_KERNELS)
 def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
     """Y [N, M, H, W], channels_last, and S3 - S1 [N, M] float32, of which the gate is the sigmoid."""
     return launch.gap_softmax_fusion(u3, u1)
@@ -218,7 +218,7 @@ def _(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
     return y, u3.new_empty(u3.shape[:2], dtype=torch.float32)
 
 
-@traceable_op("gap_softmax_fusion_backward", launch.FUSION_BACKWARD_KERNELS)
+@traceable_op("gap_softmax_fusion_backward", launch.fusion.BACKWARD_KERNELS)
 def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of u3 and u1, channels_last; ``gate`` is S3 - S1 as the forward returned it."""
     return launch.gap_softmax_fusion_backward(grad, u3, u1, gate)

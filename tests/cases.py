@@ -78,6 +78,8 @@ SMALL = (
     Case("one-column", 3, 16, 16, (9, 1)),
     Case("one-pixel", 4, 16, 16, (1, 1)),
     Case("alpha-1/16", 2, 64, 32, (6, 6), alpha=1 / 16),
+    Case("tiny", 1, 10, 6, (4, 3), alpha=0.6),
+    Case("tiny-stride-2", 2, 6, 4, (3, 4), stride=(2, 2), alpha=0.67),
     Case("alpha-1", 2, 16, 16, (6, 5), alpha=1.0),
 )
 

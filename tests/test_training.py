@@ -305,14 +305,7 @@ def test_score_weighs_batches_by_their_size() -> None:
         ("none", 0.5, False),
         ("none", 0.5, True),
         ("bfloat16", 0.5, False),
-        pytest.param(
-            "bfloat16",
-            0.5,
-            True,
-            marks=pytest.mark.xfail(
-                raises=TypeError, strict=True, reason="functional.representative_branch does not follow autocast"
-            ),
-        ),
+        ("bfloat16", 0.5, True),
     ],
 )
 def test_networks_learn(amp: str, alpha: float | None, branch_norm: bool) -> None:

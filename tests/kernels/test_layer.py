@@ -57,7 +57,7 @@ def test_branch_norm_in_training(device: str) -> None:
 
 
 def test_gradients_accumulate_over_two_calls(device: str) -> None:
-    case = BY_NAME["odd-pixels"]
+    case = BY_NAME["tiny"]
     inputs = make_inputs(case, device=device)
     grad = output_grad(inputs)
     once = run(functional.spconv2d, inputs, grad, backend="triton")["weight_gwc"]

@@ -1,0 +1,26 @@
+"""From tensors to kernels: allocation, strides, grids. The only importer of the kernels.
+
+Every function takes and returns plain tensors; differentiation and registration are :mod:`spconv_triton.ops`'s.
+Activations are channels_last, and so is the group-wise weight; what comes in another layout is copied.
+"""
+
+from . import branch, fusion, gradients, layer
+from .branch import representative_branch, representative_branch_backward
+from .common import empty_channels_last, empty_output
+from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
+from .layer import spconv2d, spconv2d_backward
+
+__all__ = [
+    "branch",
+    "empty_channels_last",
+    "empty_output",
+    "fusion",
+    "gap_softmax_fusion",
+    "gap_softmax_fusion_backward",
+    "gradients",
+    "layer",
+    "representative_branch",
+    "representative_branch_backward",
+    "spconv2d",
+    "spconv2d_backward",
+]

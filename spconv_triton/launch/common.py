@@ -1,0 +1,107 @@
+"""What every launch needs: layouts, allocation, and the constants of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..geometry import Geometry
+
+MAX_PIXELS = 2**31 - 1
+
+TARGET_PROGRAMS = 512
+"""How many programs a reduction is split into at least: a few for each of a large GPU's 80 to 150 processors. Fixed, so
+that the order of summation, and with it every bit of the result, does not depend on the device."""
+
+Grid = Callable[[dict[str, Any]], tuple[int, ...]]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` with its channels next to each other and no gaps; a copy unless it is already."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def pixel_major(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` and the distance of its pixels, in elements; a copy unless they are evenly spaced and channels adjacent.
+
+    A slice of the channels of a channels_last tensor is read in place. Axes of one element may have any stride.
+    """
+    _, channels, height, width = x.shape
+    spacing = channels
+    for axis, pixels in ((0, height * width), (2, width), (3, 1)):
+        if x.shape[axis] > 1:
+            spacing = x.stride(axis) // pixels
+    evenly = all(
+        x.shape[axis] == 1 or x.stride(axis) == step
+        for axis, step in ((1, 1), (0, height * width * spacing), (2, width * spacing), (3, spacing))
+    )
+    return (x, spacing) if evenly else (channels_last(x), channels)
+
+
+def pixel_arguments(x: Tensor, y: Tensor) -> tuple[int, int, int, int, int]:
+    """Output pixels of the batch, and H, W, H_out, W_out.
+
+    Raises:
+        ValueError: more pixels than 32 bits can number (elements are counted in 64).
+    """
+    batch, _, height, width = x.shape
+    pixels = batch * y.shape[2] * y.shape[3]
+    if max(pixels, batch * height * width) > MAX_PIXELS:
+        raise ValueError(f"x must have at most {MAX_PIXELS} pixels in a batch, got {list(map(int, x.shape))}")
+    return pixels, height, width, y.shape[2], y.shape[3]
+
+
+def empty_channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Uninitialised [N, channels, height, width] of the dtype and device of ``x``."""
+    return torch.empty(
+        (x.shape[0], channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+def empty_output(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> Tensor:
+    """Uninitialised [N, M, H_out, W_out], channels_last."""
+    return empty_channels_last(x, weight_gwc.shape[0], *geometry.output_size(x.shape[2], x.shape[3]))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: as PyTorch's setting for convolutions says."""
+    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        return "tf32"
+    return "ieee"
+
+
+def window_constants(geometry: Geometry) -> dict[str, int]:
+    """The window, compiled into a layer's kernels."""
+    return {
+        "KH": geometry.kernel_size[0],
+        "KW": geometry.kernel_size[1],
+        "STRIDE_H": geometry.stride[0],
+        "STRIDE_W": geometry.stride[1],
+        "PAD_H": geometry.padding[0],
+        "PAD_W": geometry.padding[1],
+        "DILATION_H": geometry.dilation[0],
+        "DILATION_W": geometry.dilation[1],
+    }
+
+
+def layer_constants(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> dict[str, Any]:
+    """Channels, groups, window and precision, compiled into a layer's kernels."""
+    return {
+        "CR": weight_pwc.shape[1],
+        "CO": weight_gwc.shape[0],
+        "G": geometry.groups,
+        "PRECISION": dot_precision(x.dtype),
+        **window_constants(geometry),
+    }
+
+
+def forward_grid(pixels: int, weight_gwc: Tensor, geometry: Geometry) -> Grid:
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        per_group = triton.cdiv(weight_gwc.shape[0] // geometry.groups, meta["BLOCK_CO"])
+        return (triton.cdiv(pixels, meta["BLOCK_PIX"]) * geometry.groups * per_group,)
+
+    return grid

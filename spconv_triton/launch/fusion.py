@@ -1,0 +1,86 @@
+"""GAP / softmax fusion of two branches in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from ..kernels.fusion import fusion_blend, fusion_blend_grad, fusion_statistics
+from .common import TARGET_PROGRAMS, Grid, channels_last
+
+FORWARD_KERNELS = (fusion_statistics, fusion_blend)
+BACKWARD_KERNELS = (fusion_statistics, fusion_blend_grad)
+
+
+def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
+    """Y [N, M, H, W], channels_last, and the gate's argument S3 - S1, [N, M] float32."""
+    u3, u1 = channels_last(u3), channels_last(u1)
+    y = torch.empty_like(u3)
+    gate = u3.new_empty(u3.shape[:2], dtype=torch.float32)
+    if u3.numel() == 0:
+        return y, gate
+    partial = _fusion_statistics(u3, u1, None)
+    batch, channels, height, width = u3.shape
+    wrap_triton(fusion_blend)[_blend_grid(u3)](
+        u3, u1, partial, y, gate, batch, height * width, C=channels, SPLITS=partial.shape[0]
+    )
+    return y, gate
+
+
+def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of u3 and u1, channels_last.
+
+    Args:
+        grad: dL/dY, [N, M, H, W].
+        u3, u1: the branches.
+        gate: S3 - S1, [N, M] float32.
+    """
+    grad, u3, u1 = channels_last(grad), channels_last(u3), channels_last(u1)
+    du3, du1 = torch.empty_like(u3), torch.empty_like(u3)
+    if u3.numel() == 0:
+        return du3, du1
+    partial = _fusion_statistics(u3, u1, grad)
+    batch, channels, height, width = u3.shape
+    wrap_triton(fusion_blend_grad)[_blend_grid(u3)](
+        grad, partial, gate, du3, du1, batch, height * width, C=channels, SPLITS=partial.shape[0]
+    )
+    return du3, du1
+
+
+def _fusion_statistics(u3: Tensor, u1: Tensor, grad: Tensor | None) -> Tensor:
+    """Partial sums of U3 - U1, weighted by ``grad`` if given: [splits, N, M] float32."""
+    batch, channels, height, width = u3.shape
+    pixels = height * width
+    blocks = batch * triton.cdiv(channels, 64)
+    splits = max(1, min(triton.cdiv(TARGET_PROGRAMS, blocks), triton.cdiv(pixels, 256), 16))
+    partial = u3.new_empty((splits, batch, channels), dtype=torch.float32)
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        return batch * triton.cdiv(channels, meta["BLOCK_C"]), splits
+
+    wrap_triton(fusion_statistics)[grid](
+        u3,
+        u1,
+        u3 if grad is None else grad,
+        partial,
+        batch,
+        pixels,
+        triton.cdiv(pixels, splits),
+        C=channels,
+        WEIGHTED=grad is not None,
+    )
+    return partial
+
+
+def _blend_grid(u3: Tensor) -> Grid:
+    batch, channels, height, width = u3.shape
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        pixel_blocks = triton.cdiv(height * width, meta["BLOCK_PIX"])
+        return (batch * pixel_blocks * triton.cdiv(channels, meta["BLOCK_C"]),)
+
+    return grid

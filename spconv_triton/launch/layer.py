@@ -1,0 +1,192 @@
+"""The whole layer in one pass: statistics, gate, convolution; and its gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from einops import rearrange
+from torch import Tensor
+from torch.library import wrap_triton
+
+from ..geometry import Geometry
+from ..kernels.gate import gate_planes
+from ..kernels.onepass import onepass_forward
+from ..kernels.statistics import window_statistics
+from .common import (
+    TARGET_PROGRAMS,
+    channels_last,
+    empty_output,
+    forward_grid,
+    layer_constants,
+    pixel_arguments,
+    pixel_major,
+    window_constants,
+)
+from .gradients import layer_input_grad, layer_weight_grad, unpack_weights
+
+FORWARD_KERNELS = (window_statistics, gate_planes, onepass_forward)
+
+
+def spconv2d(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The layer in three launches: statistics, gate, convolution.
+
+    Args:
+        x: [N, L, H, W]; a channel slice of a channels_last tensor is read in place.
+        weight_gwc, weight_pwc, weight_redundant: [M, alpha L / G, k, k], [M, alpha L, 1, 1], [M, L - alpha L, 1, 1].
+        bias: [M]; branch_bias: [2, M].
+        residual: [N, M, H_out, W_out], added to the output.
+        relu: clamps the output at 0, after the residual.
+
+    Returns:
+        Y [N, M, H_out, W_out], channels_last, and what the backward needs: gamma / beta [N, M] float32, the mean of
+        what each tap reads [N, k k, alpha L], and of what the point-wise convolutions read [N, L], in the dtype of x.
+    """
+    x, spacing = pixel_major(x)
+    y = empty_output(x, weight_gwc, geometry)
+    batch, channels = x.shape[:2]
+    outputs, representative = weight_pwc.shape[:2]
+    ratio, scale, offset = (x.new_empty((batch, outputs), dtype=torch.float32) for _ in range(3))
+    tap_mean = x.new_empty((batch, geometry.taps, representative))
+    pool_mean = x.new_empty((batch, channels))
+    if y.numel() == 0:
+        return y, ratio, tap_mean, pool_mean
+    pixels, *sizes = pixel_arguments(x, y)
+    gwc, pwc, redundant = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
+    partial, pool_row = _window_statistics(x, spacing, y, geometry)
+
+    def gate_grid(meta: dict[str, Any]) -> tuple[int]:
+        per_group = triton.cdiv(outputs // geometry.groups, meta["BLOCK_CO"])
+        return (per_group * geometry.groups * triton.cdiv(batch, meta["BLOCK_N"]),)
+
+    wrap_triton(gate_planes)[gate_grid](
+        partial,
+        gwc,
+        pwc,
+        redundant,
+        ratio if bias is None else bias,
+        ratio if branch_bias is None else branch_bias.contiguous(),
+        ratio,
+        scale,
+        offset,
+        tap_mean,
+        pool_mean,
+        batch,
+        y.shape[2] * y.shape[3],
+        C=channels,
+        CR=representative,
+        CO=outputs,
+        G=geometry.groups,
+        TAPS=geometry.taps,
+        ROWS=partial.shape[2],
+        POOL_ROW=pool_row,
+        SPLITS=partial.shape[0],
+        BIAS=bias is not None,
+        BRANCH_BIAS=branch_bias is not None,
+    )
+    wrap_triton(onepass_forward)[forward_grid(pixels, weight_gwc, geometry)](
+        x,
+        gwc,
+        pwc,
+        redundant,
+        ratio,
+        scale,
+        offset,
+        y if residual is None else channels_last(residual),
+        y,
+        pixels,
+        *sizes,
+        spacing,
+        C=channels,
+        RESIDUAL=residual is not None,
+        RELU=relu,
+        **layer_constants(x, weight_gwc, weight_pwc, geometry),
+    )
+    return y, ratio, tap_mean, pool_mean
+
+
+def spconv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    branch_bias: Tensor | None,
+    ratio: Tensor,
+    tap_mean: Tensor,
+    pool_mean: Tensor,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (channels_last), the three weights, and the branch bias ([0, M] where there is none).
+
+    Args:
+        grad: dL/dY, [N, M, H_out, W_out].
+        ratio, tap_mean, pool_mean: as :func:`spconv2d` returned them.
+    """
+    weights = (weight_gwc, weight_pwc, weight_redundant)
+    total, inner = layer_weight_grad(grad, x, weights, ratio, geometry)
+    beta = 1 / (1 + ratio)
+    gamma = ratio * beta
+    a1, a3 = inner
+    if branch_bias is not None:
+        grad_sum = grad.sum((2, 3), dtype=torch.float32)
+        a3, a1 = a3 + branch_bias[0] * grad_sum, a1 + branch_bias[1] * grad_sum
+    delta = beta * gamma * (a3 - a1)
+    if branch_bias is not None:
+        d_branch_bias = torch.stack([beta * grad_sum + delta, gamma * grad_sum - delta]).sum(1).to(branch_bias.dtype)
+    else:
+        d_branch_bias = grad.new_zeros((0, grad.shape[1]))
+    representative = weight_pwc.shape[1]
+    pool3, pool1 = pool_mean.float().split((representative, weight_redundant.shape[1]), dim=1)
+    by_group = rearrange(delta, "n (g m) -> g m n", g=geometry.groups)
+    taps = rearrange(tap_mean.float(), "n t (g c) -> g n (t c)", g=geometry.groups)
+    rank_n = (-(delta.T @ pool1), delta.T @ pool3, torch.bmm(by_group, taps))
+    total = total + torch.cat([term.reshape(-1) for term in rank_n])
+    d_gwc, d_pwc, d_redundant = unpack_weights(total, weights)
+    pixels = max(1, grad.shape[2] * grad.shape[3])
+    dx = layer_input_grad(grad, x, weights, ratio, delta / pixels, geometry)
+    return dx, d_gwc, d_pwc, d_redundant, d_branch_bias
+
+
+def _window_statistics(x: Tensor, spacing: int, y: Tensor, geometry: Geometry) -> tuple[Tensor, int]:
+    """Sums over what the taps read, [splits, N, rows, L] float32, and the row of what the point-wise ones read."""
+    batch, channels, height, width = x.shape
+    kh, kw = geometry.kernel_size
+    pooled = geometry.stride != (1, 1)
+    rows = geometry.taps + (2 if pooled else 0)
+    pool_row = geometry.taps if pooled else (kh // 2) * kw + kw // 2
+    blocks = batch * triton.cdiv(channels, 64)
+    splits = max(1, min(triton.cdiv(TARGET_PROGRAMS, blocks), triton.cdiv(height * width, 256), 16))
+    partial = x.new_empty((splits, batch, rows, channels), dtype=torch.float32)
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        return batch * triton.cdiv(channels, meta["BLOCK_C"]), splits
+
+    wrap_triton(window_statistics)[grid](
+        x,
+        partial,
+        batch,
+        height,
+        width,
+        y.shape[2],
+        y.shape[3],
+        triton.cdiv(height * width, splits),
+        spacing,
+        C=channels,
+        ROWS=rows,
+        BLOCK_ROWS=max(16, triton.next_power_of_2(rows)),
+        **window_constants(geometry),
+    )
+    return partial, pool_row
