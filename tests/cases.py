@@ -214,3 +214,18 @@ def assert_agrees(
         assert_within_budget(name, got[name], same_dtype[name], exact[name], condition=condition)
     for name, tensor in inputs.tensors().items():
         assert torch.equal(tensor.detach(), before[name]), f"{name} was written to"
+
+
+def kept_bytes(call: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of ``call``, each storage counted once, whole."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()  # alive while it is counted, or its storages' addresses would be reused
+    del result
+    return sum(storages.values())
