@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description="SPConv2d against nn.Conv2d")
     parser.add_argument("--rounds", type=int, default=25, help="rounds per row (default: %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: %(default)s)")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")
     others = NAMES[1:]
     print("| layer | N | direction | conv2d ms |", *(f"{name} x |" for name in others), "MACs x |")
@@ -83,7 +85,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def machine() -> str:
-    """What the figures were taken on."""
+    """What the figures were taken on; a load above 0 before the first of them is somebody else's."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, {str(DTYPE).removeprefix('torch.')}"
     if DEVICE == "cuda":
         return f"{torch.cuda.get_device_name()}; {versions}"
@@ -91,7 +93,9 @@ def machine() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
     features = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {features}; {versions}"
+    threads = torch.get_num_threads()
+    load = f"load {os.getloadavg()[0]:.1f}"
+    return f"{model}, {os.cpu_count()} cores, {features}, {threads} thread{'s'[: threads > 1]}, {load}; {versions}"
 
 
 if __name__ == "__main__":
