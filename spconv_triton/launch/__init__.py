@@ -8,7 +8,8 @@ from . import branch, fusion, gradients, layer
 from .branch import representative_branch, representative_branch_backward
 from .common import empty_channels_last, empty_output
 from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
-from .layer import spconv2d, spconv2d_backward
+from .gradients import spconv2d_backward
+from .layer import spconv2d
 
 __all__ = [
     "branch",

@@ -136,3 +136,46 @@ def unpack_weights(flat: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tens
     if weight_redundant is not None:
         d_redundant.copy_(parts[0].view(weight_redundant.shape))
     return d_gwc, d_pwc, d_redundant
+
+
+def spconv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    branch_bias: Tensor | None,
+    ratio: Tensor,
+    tap_mean: Tensor,
+    pool_mean: Tensor,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (channels_last), the three weights, and the branch bias ([0, M] where there is none).
+
+    Args:
+        grad: dL/dY, [N, M, H_out, W_out].
+        ratio, tap_mean, pool_mean: as :func:`spconv_triton.launch.spconv2d` returned them.
+    """
+    weights = (weight_gwc, weight_pwc, weight_redundant)
+    total, inner = layer_weight_grad(grad, x, weights, ratio, geometry)
+    beta = 1 / (1 + ratio)
+    gamma = ratio * beta
+    a1, a3 = inner
+    if branch_bias is not None:
+        grad_sum = grad.sum((2, 3), dtype=torch.float32)
+        a3, a1 = a3 + branch_bias[0] * grad_sum, a1 + branch_bias[1] * grad_sum
+    delta = beta * gamma * (a3 - a1)
+    if branch_bias is not None:
+        d_branch_bias = torch.stack([beta * grad_sum + delta, gamma * grad_sum - delta]).sum(1).to(branch_bias.dtype)
+    else:
+        d_branch_bias = grad.new_zeros((0, grad.shape[1]))
+    representative = weight_pwc.shape[1]
+    pool3, pool1 = pool_mean.float().split((representative, weight_redundant.shape[1]), dim=1)
+    by_group = rearrange(delta, "n (g m) -> g m n", g=geometry.groups)
+    taps = rearrange(tap_mean.float(), "n t (g c) -> g n (t c)", g=geometry.groups)
+    rank_n = (-(delta.T @ pool1), delta.T @ pool3, torch.bmm(by_group, taps))
+    total = total + torch.cat([term.reshape(-1) for term in rank_n])
+    d_gwc, d_pwc, d_redundant = unpack_weights(total, weights)
+    pixels = max(1, grad.shape[2] * grad.shape[3])
+    dx = layer_input_grad(grad, x, weights, ratio, delta / pixels, geometry)
+    return dx, d_gwc, d_pwc, d_redundant, d_branch_bias
