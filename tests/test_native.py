@@ -1,0 +1,261 @@
+"""The layer on ATen: what it computes, what it keeps for the backward, and how it composes with torch's transforms."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import RESNET50, SMALL, Case, Inputs, assert_agrees, assert_within_budget, make_inputs, output_grad, run
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from spconv_triton import native_onepass, reference
+from spconv_triton.functional import spconv2d
+
+BY_NAME = {case.name: case for case in SMALL}
+GATED = [case for case in SMALL if case.alpha < 1]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+
+# With inputs around 100 so are S3 and S1, and one rounding of theirs is a hundred of beta.
+MEAN_100 = 100.0
+
+
+def native(*arguments: Tensor | None, **options: object) -> Tensor:
+    return spconv2d(*arguments, backend="native", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> None:
+    for memory_format in LAYOUTS:
+        assert_agrees(native, make_inputs(case, dtype, memory_format=memory_format, bias=False))
+    assert_agrees(native, make_inputs(case, dtype, branch_bias=True))
+
+
+@pytest.mark.parametrize("case", RESNET50, ids=str)
+def test_agrees_on_the_layers_of_resnet50(case: Case) -> None:
+    assert_agrees(native, make_inputs(replace(case, batch=2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_agrees_under_large_means_and_saturated_gates(case: Case, dtype: torch.dtype) -> None:
+    assert_agrees(native, make_inputs(case, dtype, mean=100.0), condition=MEAN_100)
+    assert_agrees(native, make_inputs(case, dtype, mean=100.0), names=["y"])
+    for gate in (-30.0, -8.0, 8.0, 30.0):
+        assert_agrees(native, make_inputs(case, dtype, gate=gate), condition=abs(gate))
+
+
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_agrees_where_the_gate_comes_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for large maps, on small ones."""
+    monkeypatch.setattr(native_onepass, "LARGE", 0)
+    for dtype in (torch.float32, torch.float64):
+        assert_agrees(native, make_inputs(case, dtype, bias=False))
+        assert_agrees(native, make_inputs(case, dtype, branch_bias=True))
+    assert_agrees(native, make_inputs(case, mean=100.0), condition=MEAN_100)
+    for gate in (-80.0, -30.0, -8.0, 8.0, 30.0, 80.0):
+        assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate))
+
+
+def test_agrees_with_float32_branch_biases() -> None:
+    inputs = make_inputs(BY_NAME["plain"], torch.bfloat16, branch_bias=True)
+    inputs.branch_bias = inputs.branch_bias.detach().float().requires_grad_()
+    grad = output_grad(inputs)
+    got = run(native, inputs, grad)
+    same_dtype, exact = run(reference.spconv2d, inputs, grad), run(reference.spconv2d, inputs.to(torch.float64), grad)
+    for name in exact:
+        assert_within_budget(name, got[name], same_dtype[name], exact[name])
+
+
+def strided(inputs: Inputs) -> Tensor:
+    return inputs.x.detach().repeat_interleave(2, 3)[..., ::2]
+
+
+def expanded(inputs: Inputs) -> Tensor:
+    return inputs.x.detach()[:1].expand(inputs.x.shape)
+
+
+def sliced(inputs: Inputs) -> Tensor:
+    return torch.cat((inputs.x.detach(), inputs.x.detach()), 1)[:, : inputs.x.shape[1]]
+
+
+def transposed(inputs: Inputs) -> Tensor:
+    return inputs.x.detach().transpose(2, 3).contiguous().transpose(2, 3)
+
+
+@pytest.mark.parametrize("view", [strided, expanded, sliced, transposed])
+def test_takes_any_strides(view: Callable[[Inputs], Tensor]) -> None:
+    for memory_format in LAYOUTS:
+        inputs = make_inputs(BY_NAME["odd-pixels"], memory_format=memory_format)
+        inputs.x = view(inputs).requires_grad_()
+        assert_agrees(native, inputs)
+
+
+@pytest.mark.parametrize("case", [BY_NAME["plain"], BY_NAME["stride-2-odd"], BY_NAME["no-padding"]], ids=str)
+def test_takes_an_empty_batch(case: Case) -> None:
+    inputs = make_inputs(replace(case, batch=0), branch_bias=True)
+    got = run(native, inputs, output_grad(inputs))
+    assert got["y"].shape == (0, case.out_channels, *case.output_size())
+    for name in ("weight_gwc", "weight_pwc", "weight_redundant", "bias", "branch_bias"):
+        assert not got[name].any(), name
+
+
+@pytest.mark.parametrize("name", ["x", "weight_gwc", "weight_pwc", "weight_redundant", "bias", "branch_bias"])
+def test_differentiates_one_argument_alone(name: str) -> None:
+    """Every gradient is skipped on its own, and the others do not depend on it."""
+    for case in (BY_NAME["plain"], BY_NAME["stride-2"]):
+        inputs = make_inputs(case, branch_bias=True)
+        grad = output_grad(inputs)
+        expected = run(native, inputs, grad)[name]
+        for other, tensor in inputs.tensors().items():
+            tensor.requires_grad_(other == name)
+        y = native(*inputs.positional(), branch_bias=inputs.branch_bias, **inputs.window)
+        (got,) = torch.autograd.grad(y, [inputs.tensors()[name]], grad)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_gradcheck(case: Case) -> None:
+    inputs = make_inputs(replace(case, batch=min(case.batch, 2)), torch.float64, branch_bias=True)
+    leaves = (*inputs.positional(), inputs.branch_bias)
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return native(*tensors[:5], branch_bias=tensors[5], **inputs.window)
+
+    assert torch.autograd.gradcheck(layer, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(layer, leaves, fast_mode=True)
+
+
+def test_gradcheck_element_by_element() -> None:
+    case = Case("smallest", 2, 5, 2, (2, 3), stride=(1, 2), alpha=0.4)
+    inputs = make_inputs(case, torch.float64, branch_bias=True)
+    leaves = (*inputs.positional(), inputs.branch_bias)
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return native(*tensors[:5], branch_bias=tensors[5], **inputs.window)
+
+    assert torch.autograd.gradcheck(layer, leaves)
+    assert torch.autograd.gradgradcheck(layer, leaves)
+
+
+def kept(function: Callable[..., Tensor], inputs: Inputs) -> int:
+    """Bytes that autograd keeps for the backward of ``function``, parameters aside."""
+    parameters = {t.untyped_storage().data_ptr() for name, t in inputs.tensors().items() if name != "x"}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function(*inputs.positional(), **inputs.window)
+    assert y.requires_grad
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=("eager", "compiled"))
+@pytest.mark.parametrize("case", RESNET50, ids=str)
+def test_keeps_little_more_than_its_input(case: Case, compiled: bool) -> None:
+    inputs = make_inputs(case, bias=False)
+    # Inductor lays convolution weights out in channels_last and would keep its copy, as it does for nn.Conv2d.
+    inputs.weight_gwc = inputs.weight_gwc.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    function = torch.compile(native, fullgraph=True) if compiled else native
+    allowed = (1.25 if case.size == (7, 7) else 1.05) * inputs.x.untyped_storage().nbytes()
+    assert kept(function, inputs) <= allowed
+
+
+@pytest.mark.parametrize("case", [BY_NAME["plain"], BY_NAME["stride-2-odd"]], ids=str)
+def test_compiles_whole_and_for_any_size(case: Case) -> None:
+    torch._dynamo.reset()
+    function = torch.compile(native, fullgraph=True)
+    for batch, size in ((5, (11, 13)), (6, (9, 15)), (7, (13, 7))):
+        inputs = make_inputs(replace(case, batch=batch, size=size), branch_bias=True)
+        for axis in (0, 2, 3):
+            torch._dynamo.mark_dynamic(inputs.x, axis)
+        with torch._dynamo.config.patch(error_on_recompile=batch > 5):
+            # Inductor adds the terms of a sum one after the other.
+            assert_agrees(function, inputs, condition=16.0)
+    with torch.no_grad():
+        got, expected = run(function, inputs)["y"], run(native, inputs)["y"]
+    torch.testing.assert_close(got, expected)
+
+
+def test_exports_plain_operators() -> None:
+    inputs = make_inputs(BY_NAME["plain"])
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, *weights: Tensor) -> Tensor:
+            return native(x, *weights, **inputs.window)
+
+    exported = torch.export.export(Layer(), inputs.positional())
+    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert {name for name in called if not name.startswith("aten.")} <= {str(operator.getitem)}
+    assert "aten.conv2d.default" in called, called
+    torch.testing.assert_close(exported.module()(*inputs.positional()), native(*inputs.positional(), **inputs.window))
+
+
+def test_composes_with_function_transforms() -> None:
+    inputs = make_inputs(BY_NAME["odd-pixels"], torch.float64)
+    x, weights = inputs.x.detach(), tuple(w.detach() for w in inputs.positional()[1:])
+
+    def loss(backend: str) -> Callable[..., Tensor]:
+        def of_sample(x: Tensor, *weights: Tensor) -> Tensor:
+            return spconv2d(x[None], *weights, **inputs.window, backend=backend).square().sum()
+
+        return of_sample
+
+    def per_sample(backend: str) -> tuple[Tensor, ...]:
+        gradients = torch.func.grad(loss(backend), argnums=(0, 1, 2, 3, 4))
+        return torch.func.vmap(gradients, in_dims=(0, None, None, None, None))(x, *weights)
+
+    torch.testing.assert_close(per_sample("native"), per_sample("reference"))
+
+    def directional(backend: str) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(lambda *tensors: loss(backend)(*tensors), (x[0], *weights), (x[1], *weights))
+
+    torch.testing.assert_close(directional("native"), directional("reference"))
+
+    def curvature(backend: str) -> Tensor:
+        def slope(x: Tensor) -> Tensor:
+            return torch.func.grad(loss(backend))(x, *weights).square().sum()
+
+        return torch.func.grad(slope)(x[0])
+
+    torch.testing.assert_close(curvature("native"), curvature("reference"))
+
+
+def test_runs_repeat_bit_for_bit() -> None:
+    for case in (*RESNET50[2:], BY_NAME["stride-2-odd"]):
+        inputs = make_inputs(replace(case, batch=2))
+        grad = output_grad(inputs)
+        first, second = run(native, inputs, grad), run(native, inputs, grad)
+        for name in first:
+            assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_values_with_and_without_gradients(dtype: torch.dtype) -> None:
+    inputs = make_inputs(BY_NAME["plain"], dtype)
+    expected = run(native, inputs)["y"]
+    with torch.no_grad():
+        assert torch.equal(run(native, inputs)["y"], expected)
+    with torch.inference_mode():
+        assert torch.equal(native(*inputs.positional(), **inputs.window), expected)
+
+
+def test_counts_the_operations_of_its_parts() -> None:
+    """FLOP counters see ATen's convolutions, not oneDNN's fused ones."""
+    inputs = make_inputs(BY_NAME["plain"])
+    counts = []
+    for backend in ("native", "reference"):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            spconv2d(*inputs.positional(), backend=backend, **inputs.window)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
