@@ -59,10 +59,7 @@ def representative_branch(x3: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, ge
 
 def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
     """Y = beta U3 + gamma U1; shapes as in :func:`spconv_triton.functional.gap_softmax_fusion`."""
-    precise = torch.promote_types(u3.dtype, torch.float32)
-    s3 = u3.mean((2, 3), keepdim=True, dtype=precise)
-    s1 = u1.mean((2, 3), keepdim=True, dtype=precise)
-    return (torch.sigmoid(s3 - s1) * u3 + torch.sigmoid(s1 - s3) * u1).to(u3.dtype)
+    return reference.gap_softmax_fusion(u3, u1)
 
 
 def compose(

@@ -38,25 +38,27 @@ def gate_difference(
     """
     representative, groups = weight_pwc.shape[1], geometry.groups
     batch, outputs = x.shape[0], weight_gwc.shape[0]
-    total = x.sum((2, 3))  # [N, L]
-    windows = window_sums(x[:, :representative], total[:, :representative], geometry)  # [N, alpha L, k k]
+    # Where x has a mean, S3 and S1 are large and d is not: from the row sums on, float64 costs next to nothing.
+    row_sums = x.sum(3).double()  # [N, L, H]
+    total = row_sums.sum(2)  # [N, L]
+    windows = window_sums(x[:, :representative], row_sums[:, :representative], geometry)
     windows = windows.view(batch, groups, -1).transpose(0, 1)
-    grouped = torch.bmm(windows, weight_gwc.reshape(groups, outputs // groups, -1).transpose(1, 2))
+    grouped = torch.bmm(windows, weight_gwc.double().reshape(groups, outputs // groups, -1).transpose(1, 2))
     difference = grouped.transpose(0, 1).reshape(batch, outputs)
-    difference = torch.addmm(difference, total[:, :representative], weight_pwc.flatten(1).T)
-    difference = torch.addmm(difference, total[:, representative:], weight_redundant.flatten(1).T, alpha=-1)
-    return (difference / (x.shape[2] * x.shape[3]))[:, :, None, None]
+    pointwise = torch.cat((weight_pwc, -weight_redundant), 1).double().flatten(1)
+    difference = torch.addmm(difference, total, pointwise.T) / (x.shape[2] * x.shape[3])
+    return difference[:, :, None, None].to(x.dtype)
 
 
-def window_sums(x3: Tensor, total: Tensor, geometry: Geometry) -> Tensor:
-    """win, [N, C, k k]; ``x3`` [N, C, H, W] and its sum over the pixels, ``total`` [N, C]."""
+def window_sums(x3: Tensor, row_sums: Tensor, geometry: Geometry) -> Tensor:
+    """win, [N, C, k k], in float64; ``x3`` [N, C, H, W] and its sum over the columns, ``row_sums`` [N, C, H]."""
     row_lines, row_signs = _missed(x3.shape[2], geometry.kernel_size[0], geometry.dilation[0])
     column_lines, column_signs = _missed(x3.shape[3], geometry.kernel_size[1], geometry.dilation[1])
-    rows, columns = _take(x3, 2, row_lines), _take(x3, 3, column_lines)
-    first = torch.cat((total[:, :, None], columns.sum(2)), 2)[:, :, None]  # [N, C, 1, 1 + columns]
-    others = torch.cat((rows.sum(3, keepdim=True), _take(rows, 3, column_lines)), 3)  # [N, C, rows, 1 + columns]
-    signs = torch.kron(x3.new_tensor(row_signs), x3.new_tensor(column_signs))
-    return torch.cat((first, others), 2).flatten(2) @ signs
+    columns = _take(x3, 3, column_lines).double()  # [N, C, H, missed columns]
+    # Line 0 of either axis stands for all lines, the others for one missed line each.
+    sums = torch.cat((row_sums[..., None], columns), 3)
+    sums = torch.cat((sums.sum(2, keepdim=True), _take(sums, 2, row_lines)), 2)
+    return sums.flatten(2) @ torch.kron(sums.new_tensor(row_signs), sums.new_tensor(column_signs))
 
 
 def _take(x: Tensor, axis: int, lines: tuple[int, ...]) -> Tensor:

@@ -66,85 +66,77 @@ def spconv2d(
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
     """
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
-    if weight_redundant is None:
+    # Function transforms and forward-mode differentiation look into every operation: they get the plain ones.
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    if weight_redundant is None or transformed:
         return native.compose(*arguments)
+    differentiates = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
     if torch.compiler.is_compiling():
         # What the backward below recomputes depends on no gradient, so the partitioner would move it into the forward
         # and keep it; a checkpoint tells it not to. Inductor fuses the blend either way.
-        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        if differentiates and not torch.compiler.is_exporting():
             return checkpoint(native.compose, *arguments, use_reentrant=False, preserve_rng_state=False)
         return native.compose(*arguments)
-    y, _ = OnePass.apply(*arguments)
+    if differentiates:
+        return OnePass.apply(*arguments)
+    y, _ = _forward(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y
 
 
 class OnePass(torch.autograd.Function):
-    """(Y, d) from the arguments of :func:`spconv2d`; d = S3 - S1, [N, M, 1, 1], is kept and not differentiable."""
+    """Y from the arguments of :func:`spconv2d`; keeps them and d = S3 - S1."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight_gwc: Tensor,
-        weight_pwc: Tensor,
-        weight_redundant: Tensor,
-        bias: Tensor | None,
-        branch_bias: Tensor | None,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
-        representative = weight_pwc.shape[1]
-        x = _channels_last(x)
-        z = native.pointwise_input(x, geometry)
-        u1 = _convolve(z[:, representative:], weight_redundant)
-        gate_first = _is_large(u1) and u1.dtype == x.dtype and z is x
-        if gate_first:
-            d = gate_difference(x, weight_gwc, weight_pwc, weight_redundant, geometry)
-        else:
-            u3 = _convolve(x[:, :representative], weight_gwc, *geometry[1:])
-            u3 = _add_convolution(u3, z[:, :representative], weight_pwc)
-            d = u3.mean((2, 3), keepdim=True).sub_(u1.mean((2, 3), keepdim=True))
-        if branch_bias is not None:
-            d += _bias_difference(branch_bias, d.dtype)
-
-        if gate_first:
-            # At the clamp beta is 1e-26, and nothing overflows.
-            ratio = torch.exp(torch.clamp(-d, max=60))
-            y = u1.mul_(ratio)
-            y = _add_convolution(y, x[:, :representative], weight_gwc, *geometry[1:])
-            y = _add_convolution(y, x[:, :representative], weight_pwc)
-            y.mul_(ratio.add_(1).reciprocal_())
-        else:
-            y = u1.mul_(torch.sigmoid(-d)).addcmul_(u3, torch.sigmoid(d))
-        if bias is not None or branch_bias is not None:
-            y += _offset(d, bias, branch_bias)
-        return y.to(x.dtype), d
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.geometry = inputs
-        _, d = output
-        ctx.mark_non_differentiable(d)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.geometry = arguments
+        y, d = _forward(*arguments)
         ctx.save_for_backward(*tensors, d)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         *inputs, d = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*_differentiable_gradients(inputs, ctx.geometry, grads[0]), None)
-        return (*_gradients(*inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad), None)
+        return (*_gradients(*inputs, geometry=ctx.geometry, d=d, grad=grads[0], needed=ctx.needs_input_grad), None)
 
-    @staticmethod
-    def vmap(
-        info: Any,  # noqa: ARG004
-        in_dims: tuple[int | None, ...],
-        *arguments: Any,
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        *tensors, geometry = arguments
 
-        def layer(*sample: Any) -> Tensor:
-            return native.compose(*sample, geometry)
+def _forward(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better."""
+    representative = weight_pwc.shape[1]
+    x = _channels_last(x)
+    z = native.pointwise_input(x, geometry)
+    u1 = _convolve(z[:, representative:], weight_redundant)
+    gate_first = z is x and u1.dtype == x.dtype and _is_large(u1)
+    if gate_first:
+        d = gate_difference(x, weight_gwc, weight_pwc, weight_redundant, geometry)
+    else:
+        u3 = _convolve(x[:, :representative], weight_gwc, *geometry[1:])
+        u3 = _add_convolution(u3, z[:, :representative], weight_pwc)
+        d = u3.mean((2, 3), keepdim=True).sub_(u1.mean((2, 3), keepdim=True))
+    if branch_bias is not None:
+        d += _bias_difference(branch_bias, d.dtype)
 
-        y = torch.vmap(layer, in_dims[:-1])(*tensors)
-        return (y, y.new_zeros(y.shape[0], 1)), (0, 0)
+    if gate_first:
+        # At the clamp beta is 1e-26, and nothing overflows.
+        ratio = torch.exp(torch.clamp(-d, max=60))
+        y = u1.mul_(ratio)
+        y = _add_convolution(y, x[:, :representative], weight_gwc, *geometry[1:])
+        y = _add_convolution(y, x[:, :representative], weight_pwc)
+        y.mul_(ratio.add_(1).reciprocal_())
+    else:
+        y = u1.mul_(torch.sigmoid(-d)).addcmul_(u3, torch.sigmoid(d))
+    if bias is not None or branch_bias is not None:
+        y += _offset(d, bias, branch_bias)
+    return y.to(x.dtype), d
 
 
 def _gradients(
@@ -154,6 +146,7 @@ def _gradients(
     weight_redundant: Tensor,
     bias: Tensor | None,
     branch_bias: Tensor | None,
+    *,
     geometry: Geometry,
     d: Tensor,
     grad: Tensor,
@@ -254,7 +247,7 @@ def _differentiable_gradients(inputs: list[Any], geometry: Geometry, grad: Tenso
         x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
         return native.compose(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
 
-    _, pullback = torch.func.vjp(layer, *(inputs[i] for i in present))
+    pullback = torch.func.vjp(layer, *(inputs[i] for i in present))[1]
     gradients: list[Tensor | None] = [None] * len(inputs)
     for i, gradient in zip(present, pullback(grad), strict=True):
         gradients[i] = gradient
