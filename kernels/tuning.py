@@ -108,6 +108,11 @@ def weight_grad_channels(channels_per_group: int) -> int:
     return min(64, max(16, triton.next_power_of_2(channels_per_group)))
 
 
+def weight_block(channels_per_group: int) -> int:
+    """BLOCK_CO and BLOCK_C of the reductions over weights: small, for they are many and each waits for memory."""
+    return min(32, max(16, triton.next_power_of_2(channels_per_group)))
+
+
 STATISTICS_KEY = ("C", "KH", "KW", "STRIDE_H", "STRIDE_W")
 
 STATISTICS = (

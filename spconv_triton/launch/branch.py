@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
 from ..geometry import Geometry
 from ..kernels.branch import branch_forward
 from .common import channels_last, empty_output, forward_grid, layer_constants, pixel_arguments, pixel_major
-from .gradients import layer_input_grad, layer_weight_grad, unpack_weights
+from .gradients import finish_weight_grads, layer_input_grad, layer_weight_grad
 
 FORWARD_KERNELS = (branch_forward,)
 
@@ -50,5 +51,7 @@ def representative_branch_backward(
     """
     weights = (weight_gwc, weight_pwc, None)
     dx3 = layer_input_grad(grad, x3, weights, None, None, geometry)
-    d_gwc, d_pwc, _ = unpack_weights(layer_weight_grad(grad, x3, weights, None, geometry)[0], weights)
-    return dx3, d_gwc, d_pwc
+    if grad.numel() == 0:
+        return dx3, torch.zeros_like(weight_gwc), torch.zeros_like(weight_pwc)
+    partial = layer_weight_grad(grad, x3, weights, None, geometry)[0]
+    return dx3, *finish_weight_grads(partial, weights, None, geometry)[:2]

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-from einops import rearrange
 from torch import Tensor
 from torch.library import wrap_triton
 
 from ..geometry import Geometry
 from ..kernels.backward import input_grad, weight_grad
-from ..kernels.tuning import weight_grad_channels
+from ..kernels.reduction import finish_weights, gate_grad
+from ..kernels.tuning import weight_block, weight_grad_channels
 from .common import TARGET_PROGRAMS, channels_last, empty_channels_last, layer_constants, pixel_major
 
-KERNELS = (weight_grad, input_grad)
+KERNELS = (weight_grad, gate_grad, finish_weights, input_grad)
 
 Weights = tuple[Tensor, Tensor, Tensor | None]
 """Group-wise, point-wise and redundant weight; the branch alone has no redundant one."""
+
+
+class GateGrad(NamedTuple):
+    """What the gate adds to the gradients of everything that it was computed from."""
+
+    shift: Tensor  # delta / P, [N, M] float32
+    terms: Tensor | None  # each sample's part of the branch biases' gradient, [2, N, M] float32
+    branch_bias: Tensor | None
+    tap_mean: Tensor  # as the forward kept them
+    pool_mean: Tensor
+    pixels: int  # P
 
 
 def layer_input_grad(
@@ -65,19 +76,17 @@ def layer_input_grad(
 
 def layer_weight_grad(
     grad: Tensor, x: Tensor, weights: Weights, ratio: Tensor | None, geometry: Geometry
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Weight gradients short of the gate's own term, flat, in the order redundant, point-wise, group-wise; and A1, A3.
+) -> tuple[Tensor, Tensor, int]:
+    """Partial sums of the weight gradients, parts of A1 and A3, and how many of the latter's K blocks are A1's.
 
-    Both in float32; A1 and A3 are [N, M], or empty where ``ratio`` is None.
+    The partial sums lack the gate's own term and are [splits, weights] float32, in the order redundant, point-wise,
+    group-wise; the parts are [K blocks, N, slices, M] float32, or empty where ``ratio`` is None.
     """
     weight_gwc, weight_pwc, weight_redundant = weights
     batch, channels, height, width = x.shape
     outputs, representative = weight_pwc.shape[:2]
     count = sum(w.numel() for w in weights if w is not None)
     pixels = grad.shape[2] * grad.shape[3]
-    if batch == 0:
-        none = x.new_zeros((batch, outputs), dtype=torch.float32)
-        return x.new_zeros(count, dtype=torch.float32), (none, none)
     grad, (x, spacing) = channels_last(grad), pixel_major(x)
     block = weight_grad_channels(representative // geometry.groups)
     redundant_blocks = triton.cdiv(channels - representative, block)
@@ -117,25 +126,97 @@ def layer_weight_grad(
         BLOCK_C=block,
         **layer_constants(x, weight_gwc, weight_pwc, geometry),
     )
-    if ratio is None:
-        return partial.sum(0), (inner, inner)
-    a1, a3 = (part.sum((0, 2)) for part in inner.split((redundant_blocks, k_blocks - redundant_blocks)))
-    return partial.sum(0), (a1, a3)
+    return partial, inner, redundant_blocks
 
 
-def unpack_weights(flat: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Group-wise, point-wise and redundant weight from their flat concatenation, in the weights' dtypes and strides."""
+def gate_gradient(
+    grad: Tensor,
+    parts: Tensor,
+    redundant_blocks: int,
+    ratio: Tensor,
+    branch_bias: Tensor | None,
+    tap_mean: Tensor,
+    pool_mean: Tensor,
+) -> GateGrad:
+    """The gate's own gradient, from the parts of A1 and A3 that :func:`layer_weight_grad` left."""
+    batch, outputs = ratio.shape
+    pixels = grad.shape[2] * grad.shape[3]
+    shift = torch.empty_like(ratio)
+    terms = None if branch_bias is None else ratio.new_empty((2, batch, outputs))
+    block = min(64, triton.next_power_of_2(outputs))
+    wrap_triton(gate_grad)[(triton.cdiv(outputs, block) * batch,)](
+        parts,
+        ratio,
+        ratio if branch_bias is None else channels_last(grad),
+        ratio if branch_bias is None else branch_bias.contiguous(),
+        shift,
+        ratio if terms is None else terms,
+        batch,
+        pixels,
+        parts.shape[2],
+        CO=outputs,
+        K_BLOCKS=parts.shape[0],
+        REDUNDANT_BLOCKS=redundant_blocks,
+        BRANCH_BIAS=branch_bias is not None,
+        BLOCK_ROWS=16,
+        BLOCK_CO=block,
+    )
+    return GateGrad(shift, terms, branch_bias, tap_mean, pool_mean, pixels)
+
+
+def finish_weight_grads(
+    partial: Tensor,
+    weights: Weights,
+    gate: GateGrad | None,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the group-wise, point-wise and redundant weight and of the branch bias, from partial sums.
+
+    In the weights' dtypes and strides; empty where there is no such parameter.
+    """
     weight_gwc, weight_pwc, weight_redundant = weights
-    redundant = 0 if weight_redundant is None else weight_redundant.numel()
-    parts = flat.split((redundant, weight_pwc.numel(), weight_gwc.numel()))
-    outputs, _, kh, kw = weight_gwc.shape
+    outputs, representative = weight_pwc.shape[:2]
+    redundant = 0 if weight_redundant is None else weight_redundant.shape[1]
     d_gwc, d_pwc = torch.empty_like(weight_gwc), torch.empty_like(weight_pwc)
-    d_redundant = flat.new_empty(0) if weight_redundant is None else torch.empty_like(weight_redundant)
-    d_gwc.copy_(rearrange(parts[2], "(m kh kw c) -> m c kh kw", m=outputs, kh=kh, kw=kw))
-    d_pwc.copy_(parts[1].view(weight_pwc.shape))
-    if weight_redundant is not None:
-        d_redundant.copy_(parts[0].view(weight_redundant.shape))
-    return d_gwc, d_pwc, d_redundant
+    d_redundant = weight_pwc.new_empty(0) if weight_redundant is None else torch.empty_like(weight_redundant)
+    d_branch_bias = weight_pwc.new_empty((0, outputs))
+    terms = None
+    if gate is not None and gate.branch_bias is not None:
+        d_branch_bias, terms = torch.empty_like(gate.branch_bias), gate.terms
+    group_outputs, group_channels = outputs // geometry.groups, representative // geometry.groups
+    block_co, block_c = weight_block(group_outputs), weight_block(group_channels)
+    k_blocks = triton.cdiv(redundant, block_c) + triton.cdiv(representative, block_c)
+    k_blocks += geometry.taps * triton.cdiv(group_channels, block_c)
+    wrap_triton(finish_weights)[(triton.cdiv(group_outputs, block_co) * geometry.groups * k_blocks,)](
+        partial,
+        partial if gate is None else gate.shift,
+        weight_pwc if gate is None else gate.tap_mean,
+        weight_pwc if gate is None else gate.pool_mean,
+        partial if terms is None else terms,
+        d_gwc,
+        d_pwc,
+        d_pwc if weight_redundant is None else d_redundant,
+        partial if terms is None else d_branch_bias,
+        1 if gate is None else gate.shift.shape[0],
+        1 if gate is None else gate.pixels,
+        partial.shape[0],
+        *d_gwc.stride(),
+        *d_pwc.stride()[:2],
+        *((0, 0) if weight_redundant is None else d_redundant.stride()[:2]),
+        *((0, 0) if terms is None else d_branch_bias.stride()),
+        C=representative + redundant,
+        CR=representative,
+        CO=outputs,
+        G=geometry.groups,
+        KH=geometry.kernel_size[0],
+        KW=geometry.kernel_size[1],
+        GATED=gate is not None,
+        BRANCH_BIAS=terms is not None,
+        BLOCK_N=16,
+        BLOCK_CO=block_co,
+        BLOCK_C=block_c,
+    )
+    return d_gwc, d_pwc, d_redundant, d_branch_bias
 
 
 def spconv2d_backward(
@@ -157,25 +238,12 @@ def spconv2d_backward(
         ratio, tap_mean, pool_mean: as :func:`spconv_triton.launch.spconv2d` returned them.
     """
     weights = (weight_gwc, weight_pwc, weight_redundant)
-    total, inner = layer_weight_grad(grad, x, weights, ratio, geometry)
-    beta = 1 / (1 + ratio)
-    gamma = ratio * beta
-    a1, a3 = inner
-    if branch_bias is not None:
-        grad_sum = grad.sum((2, 3), dtype=torch.float32)
-        a3, a1 = a3 + branch_bias[0] * grad_sum, a1 + branch_bias[1] * grad_sum
-    delta = beta * gamma * (a3 - a1)
-    if branch_bias is not None:
-        d_branch_bias = torch.stack([beta * grad_sum + delta, gamma * grad_sum - delta]).sum(1).to(branch_bias.dtype)
-    else:
-        d_branch_bias = grad.new_zeros((0, grad.shape[1]))
-    representative = weight_pwc.shape[1]
-    pool3, pool1 = pool_mean.float().split((representative, weight_redundant.shape[1]), dim=1)
-    by_group = rearrange(delta, "n (g m) -> g m n", g=geometry.groups)
-    taps = rearrange(tap_mean.float(), "n t (g c) -> g n (t c)", g=geometry.groups)
-    rank_n = (-(delta.T @ pool1), delta.T @ pool3, torch.bmm(by_group, taps))
-    total = total + torch.cat([term.reshape(-1) for term in rank_n])
-    d_gwc, d_pwc, d_redundant = unpack_weights(total, weights)
-    pixels = max(1, grad.shape[2] * grad.shape[3])
-    dx = layer_input_grad(grad, x, weights, ratio, delta / pixels, geometry)
-    return dx, d_gwc, d_pwc, d_redundant, d_branch_bias
+    if grad.numel() == 0:
+        no_bias = grad.new_empty((0, grad.shape[1])) if branch_bias is None else torch.zeros_like(branch_bias)
+        dx = empty_channels_last(x, *x.shape[1:]).zero_()
+        d_gwc, d_pwc, d_redundant = map(torch.zeros_like, (weight_gwc, weight_pwc, weight_redundant))
+        return dx, d_gwc, d_pwc, d_redundant, no_bias
+    partial, parts, redundant_blocks = layer_weight_grad(grad, x, weights, ratio, geometry)
+    gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean)
+    d_weights = finish_weight_grads(partial, weights, gate, geometry)
+    return layer_input_grad(grad, x, weights, ratio, gate.shift, geometry), *d_weights
