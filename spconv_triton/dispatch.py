@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 
 import torch
@@ -10,7 +10,20 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "native", "reference")
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+def _import_triton() -> str | None:
+    """Why triton cannot be imported, None if it can: it may be missing, or installed and broken."""
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError:
+        return "triton is not installed"
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return None
+
+
+WITHOUT_TRITON = _import_triton()
+HAS_TRITON = WITHOUT_TRITON is None
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in (
     "1",
@@ -45,8 +58,8 @@ def choose(x: Tensor, backend: str = "auto") -> str:
 
 
 def _why_not_triton(x: Tensor) -> str | None:
-    if not HAS_TRITON:
-        return "triton is not installed"
+    if WITHOUT_TRITON is not None:
+        return WITHOUT_TRITON
     if x.dtype not in TRITON_DTYPES:
         return f"its kernels take float32, bfloat16 and float16, and x is {x.dtype}"
     if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):

@@ -17,6 +17,7 @@ from .checks import (
     check_pointwise_weight,
     check_redundant,
     check_representative,
+    check_window,
 )
 from .dispatch import HAS_TRITON, choose
 from .geometry import Geometry, IntPair, resolve
@@ -67,18 +68,20 @@ def representative_branch(
     check_pointwise_weight("weight_pwc", weight_pwc, x3.shape[1], "x3")
     chosen = choose(x3, backend)
     if chosen == "triton":
-        return ops.representative_branch(x3, weight_gwc, weight_pwc, *geometry[1:])
-    if chosen == "native":
-        return native.representative_branch(x3, weight_gwc, weight_pwc, geometry)
-    return reference.representative_branch(
-        x3,
-        weight_gwc,
-        weight_pwc,
-        stride=geometry.stride,
-        padding=geometry.padding,
-        dilation=geometry.dilation,
-        groups=groups,
-    )
+        u3 = ops.representative_branch(x3, weight_gwc, weight_pwc, *geometry[1:])
+    elif chosen == "native":
+        u3 = native.representative_branch(x3, weight_gwc, weight_pwc, geometry)
+    else:
+        u3 = reference.representative_branch(
+            x3,
+            weight_gwc,
+            weight_pwc,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=groups,
+        )
+    return u3.contiguous(memory_format=memory_format(x3))
 
 
 def redundant_branch(
@@ -109,7 +112,9 @@ def redundant_branch(
     x1, weight_redundant = _autocast(x1, weight_redundant)
     check_alike("weight_redundant", weight_redundant, "x1", x1)
     check_pointwise_weight("weight_redundant", weight_redundant, x1.shape[1], "x1")
-    return native.pointwise(x1, weight_redundant, resolve(kernel_size, stride, padding, dilation, 1))
+    geometry = resolve(kernel_size, stride, padding, dilation, 1)
+    check_window("x1", x1, geometry)
+    return native.pointwise(x1, weight_redundant, geometry).contiguous(memory_format=memory_format(x1))
 
 
 def gap_softmax_fusion(u3: Tensor, u1: Tensor, *, backend: str = "auto") -> Tensor:
@@ -130,10 +135,12 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor, *, backend: str = "auto") -> Tens
     check_fusion(u3, u1)
     chosen = choose(u3, backend)
     if chosen == "triton":
-        return ops.gap_softmax_fusion(u3, u1)[0]
-    if chosen == "native":
-        return native.gap_softmax_fusion(u3, u1)
-    return reference.gap_softmax_fusion(u3, u1)
+        y = ops.gap_softmax_fusion(u3, u1)[0]
+    elif chosen == "native":
+        y = native.gap_softmax_fusion(u3, u1)
+    else:
+        y = reference.gap_softmax_fusion(u3, u1)
+    return y.contiguous(memory_format=memory_format(u3))
 
 
 def spconv2d(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .checks import check_input, shape
+from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS
 from .geometry import IntPair, resolve
 from .layout import memory_format
@@ -112,8 +112,12 @@ class SPConv2d(nn.Module):
         self.redundant_channels = in_channels - representative
         self._window_padding = geometry.padding
 
+        if dtype is not None and dtype not in FLOATING:
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight_gwc = nn.Parameter(torch.empty(out_channels, representative // groups, *self.kernel_size, **like))
+        # channels_last in memory: the kernels read it as it is stored.
+        gwc = torch.empty(out_channels, representative // groups, *self.kernel_size, **like)
+        self.weight_gwc = nn.Parameter(gwc.contiguous(memory_format=torch.channels_last))
         self.weight_pwc = nn.Parameter(torch.empty(out_channels, representative, 1, 1, **like))
         if self.redundant_channels:
             self.weight_redundant = nn.Parameter(torch.empty(out_channels, self.redundant_channels, 1, 1, **like))
@@ -177,11 +181,14 @@ class SPConv2d(nn.Module):
         is copied.
 
         Raises:
-            TypeError: ``conv`` is not an ``nn.Conv2d``.
+            TypeError: ``conv`` is not an ``nn.Conv2d``, or of a class derived from it.
             ValueError: ``conv`` is itself grouped, or SPConv2d cannot have its shape at this alpha and groups.
         """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
+        if type(conv) is not nn.Conv2d:
+            raise TypeError(
+                "conv must be a torch.nn.Conv2d itself (a subclass may compute something else), "
+                f"got {type(conv).__name__}"
+            )
         if conv.groups != 1:
             raise ValueError(f"conv must have groups=1 (a grouped convolution is slim already), got {conv.groups}")
         layer = cls(
@@ -242,7 +249,7 @@ class SPConv2d(nn.Module):
         if self.weight_redundant is not None and self.norm_redundant is not None:
             u1 = functional.redundant_branch(x1, self.weight_redundant, kernel_size=self.kernel_size, **window)
             y = functional.gap_softmax_fusion(y, self.norm_redundant(u1), backend=self.backend)
-        return y if self.bias is None else y + self.bias[:, None, None]
+        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
