@@ -13,11 +13,15 @@ applies are
     offset = beta b3 + gamma b1 + bias
 
 The clamp keeps ratio finite; at it beta is 1e-26, far below what any output can show.
+
+With PACK the weights, which pass through here anyway, are also written as the one matrix that the descriptor kernel
+reads (:mod:`.packing` says which and why here).
 """
 
 import triton
 import triton.language as tl
 
+from .packing import packed_weight
 from .tiles import dot
 from .tuning import GATE, GATE_KEY, autotuned, prune_channels
 
@@ -66,6 +70,7 @@ def gate_planes(
     offset_ptr,  # [N, CO] float32
     tap_mean_ptr,  # [N, KH KW, CR], for the backward
     pool_mean_ptr,  # [N, C], for the backward
+    packed_ptr,  # [CO, (C - CR) + (CR - CG') + 9 CG'], CG' = MERGE CR / G; written only if PACK
     N,
     P,
     C: tl.constexpr,
@@ -78,6 +83,9 @@ def gate_planes(
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
     BRANCH_BIAS: tl.constexpr,
+    PACK: tl.constexpr,
+    MERGE: tl.constexpr,  # groups merged into one, if PACK
+    STRIDE: tl.constexpr,  # of the layer, if PACK
     BLOCK_N: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -85,7 +93,7 @@ def gate_planes(
     """Grid: (output-channel blocks of a group x groups x sample blocks,), output channels fastest.
 
     The first output-channel block of a group also stores the means of the group's channels, and that of the first
-    group those of pool.
+    group those of pool. The sample blocks share out the columns of the packed weight.
     """
     CG: tl.constexpr = CR // G
     COG: tl.constexpr = CO // G
@@ -150,3 +158,12 @@ def gate_planes(
     tl.store(ratio_ptr + plane, ratio, mask=mask)
     tl.store(scale_ptr + plane, beta, mask=mask)
     tl.store(offset_ptr + plane, offset, mask=mask)
+
+    if PACK:
+        COLUMNS: tl.constexpr = C + (TAPS - 1) * MERGE * CG
+        for k0 in range(pid // (CO_BLOCKS * G) * BLOCK_C, COLUMNS, tl.cdiv(N, BLOCK_N) * BLOCK_C):
+            k = k0 + c
+            held = co_mask[:, None] & (k < COLUMNS)[None, :]
+            packed = packed_weight(gwc_ptr, pwc_ptr, redundant_ptr, co, k, held, group, C, CR, G, MERGE, STRIDE)
+            pointers = packed_ptr + co[:, None] * COLUMNS + k[None, :]
+            tl.store(pointers, packed.to(packed_ptr.dtype.element_ty), mask=held)

@@ -1,7 +1,8 @@
-"""Registering an operator whose body ``torch.compile`` sees through."""
+"""Registering operators: those whose body ``torch.compile`` sees through, and opaque ones."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,5 +49,25 @@ def traceable_op(name: str, kernels: Sequence[object]) -> Callable[[Callable[...
         if not INTERPRETED:
             operator.register_torch_dispatch(FunctionalTensorMode, trace)
         return operator
+
+    return register
+
+
+def opaque_op(name: str, *, mutates: Sequence[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator that registers ``spconv_triton::name``, writing to ``mutates``, as an operator that is never traced.
+
+    Called from the body of a :func:`traceable_op` in eager mode, the decorated function runs at once: the dispatcher
+    has been there for the enclosing operator, and costs several microseconds a call.
+    """
+
+    def register(body: Callable[..., None]) -> Callable[..., None]:
+        schema = torch.library.infer_schema(body, mutates_args=mutates)
+        operator = custom_op(f"{NAMESPACE}::{name}", body, mutates_args=mutates, schema=schema)
+
+        @functools.wraps(body)
+        def call(*args: Any) -> None:
+            (operator if torch_triton.is_wrap_triton_enabled() else body)(*args)
+
+        return call
 
     return register

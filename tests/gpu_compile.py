@@ -24,6 +24,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+INSTRUCTION = r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
+
+PRODUCTS = {"HMMA", "HGMMA", "UTCHMMA"}
+"""Tensor-core products of sm_80, sm_90 and sm_100."""
+
 
 class CompileOnlyDriver:
     """Stands for the driver of a GPU that is not there; it answers what ``warmup`` asks, and launches nothing."""
@@ -90,14 +95,48 @@ def resources(compiled: Any) -> Resources:
         opcodes = tuple(re.findall(r"^\s+([a-z]\w+)", assembly, re.M))
         spilled = number["vgpr_spill_count"] + number["sgpr_spill_count"] + number["private_segment_fixed_size"]
         return Resources(number["vgpr_count"], spilled, shared, opcodes)
+    usage, sass = _disassemble(compiled)
+    number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = tuple(re.findall(f"^{INSTRUCTION}", sass, re.M))
+    return Resources(number["REG"], number["STACK"] + number["LOCAL"], shared, opcodes)
+
+
+def hot_loop(compiled: Any) -> tuple[str, ...]:
+    """Instructions of one step of the innermost loop with tensor-core products, as all but one step runs them.
+
+    A branch forward over multiplications is the gate: it is taken once, and left out.
+    """
+    position = 0
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    branches: list[tuple[int, str]] = []
+    for line in _disassemble(compiled)[1].splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = position
+        elif instruction := re.match(INSTRUCTION, line):
+            opcodes.append(instruction[1])
+            if target := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line):
+                branches.append((position, target[1]))
+            position += 1
+    jumps = [(source, labels[label]) for source, label in branches]
+    loops = [(target, source + 1) for source, target in jumps if target <= source]
+    start, stop = min(((a, b) for a, b in loops if PRODUCTS & set(opcodes[a:b])), key=lambda loop: loop[1] - loop[0])
+    once = {
+        position
+        for source, target in jumps
+        if start <= source < target <= stop and any(op.startswith("FMUL") for op in opcodes[source + 1 : target])
+        for position in range(source + 1, target)
+    }
+    return tuple(opcodes[i] for i in range(start, stop) if i not in once)
+
+
+def _disassemble(compiled: Any) -> tuple[str, str]:
+    """Resource usage and machine code of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin))
-        sass = _run(knobs.nvidia.nvdisasm.path, "-c", str(cubin))
-    number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = tuple(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.M))
-    return Resources(number["REG"], number["STACK"] + number["LOCAL"], shared, opcodes)
+        return usage, _run(knobs.nvidia.nvdisasm.path, "-c", str(cubin))
 
 
 def _run(*command: str) -> str:

@@ -51,7 +51,8 @@ def launch(name: str, dtype: torch.dtype, stride: int = 1, channels: int = 256) 
         return statistics.window_statistics, (p, f, 8, *sizes, 98, channels), window | rows_of
     constants = {"C": channels, "CR": channels // 2, "CO": channels, "G": 2, "TAPS": 9, "ROWS": rows, "SPLITS": 2}
     constants |= {"POOL_ROW": 4 if stride == 1 else 9, "BIAS": True, "BRANCH_BIAS": True}
-    return gate.gate_planes, (f, p, p, p, p, f, f, f, f, p, p, 8, 196 // stride**2), constants
+    constants |= {"PACK": True, "MERGE": 1, "STRIDE": stride}
+    return gate.gate_planes, (f, p, p, p, p, f, f, f, f, p, p, p, 8, 196 // stride**2), constants
 
 
 def chosen(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from ..geometry import Geometry
 from ..kernels.gate import gate_planes
 from ..kernels.onepass import onepass_forward
 from ..kernels.statistics import window_statistics
+from . import descriptor
 from .common import (
     TARGET_PROGRAMS,
     channels_last,
@@ -38,6 +39,7 @@ def spconv2d(
     *,
     residual: Tensor | None = None,
     relu: bool = False,
+    path: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layer in three launches: statistics, gate, convolution.
 
@@ -47,6 +49,8 @@ def spconv2d(
         bias: [M]; branch_bias: [2, M].
         residual: [N, M, H_out, W_out], added to the output.
         relu: clamps the output at 0, after the residual.
+        path: the convolution's kernel: ``"flat"`` takes any layer, ``"descriptor"`` what
+            :func:`.descriptor.supports`, ``"auto"`` the latter where :func:`.descriptor.can_run`.
 
     Returns:
         Y [N, M, H_out, W_out], channels_last, and what the backward needs: gamma / beta [N, M] float32, the mean of
@@ -63,6 +67,10 @@ def spconv2d(
         return y, ratio, tap_mean, pool_mean
     pixels, *sizes = pixel_arguments(x, y)
     gwc, pwc, redundant = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
+    if path == "auto":
+        path = "descriptor" if descriptor.can_run(x, weight_gwc, weight_pwc, geometry) else "flat"
+    plan = descriptor.packing(channels, representative, outputs, geometry.groups) if path == "descriptor" else None
+    packed = x.new_empty((outputs, plan.columns)) if plan else None
     partial, pool_row = _window_statistics(x, spacing, y, geometry)
 
     def gate_grid(meta: dict[str, Any]) -> tuple[int]:
@@ -81,6 +89,7 @@ def spconv2d(
         offset,
         tap_mean,
         pool_mean,
+        ratio if packed is None else packed,
         batch,
         y.shape[2] * y.shape[3],
         C=channels,
@@ -93,7 +102,14 @@ def spconv2d(
         SPLITS=partial.shape[0],
         BIAS=bias is not None,
         BRANCH_BIAS=branch_bias is not None,
+        PACK=plan is not None,
+        MERGE=plan.merge if plan else 1,
+        STRIDE=geometry.stride[0],
     )
+    if packed is not None:
+        window = (representative, geometry.groups, geometry.stride[0])
+        descriptor.convolve(x, packed, ratio, scale, offset, residual, y, *window, relu)
+        return y, ratio, tap_mean, pool_mean
     wrap_triton(onepass_forward)[forward_grid(pixels, weight_gwc, geometry)](
         x,
         gwc,

@@ -1,0 +1,192 @@
+"""The whole layer in one convolution kernel, for GPUs with tensor-map loads and warp-group products (Hopper and newer).
+
+The same equation as :mod:`.onepass`, as a transposed implicit GEMM
+
+    acc[m, pixel] = packed[m, K] . X^T[K, pixel],        K = [W1 | off-group Wp | taps]  (see :mod:`.packing`)
+
+over host tensor descriptors of channels_last activations. A tile of pixels is a box BLOCK_N x BLOCK_H x BLOCK_W, each
+tap's operand is that box moved by the tap, and the zeros that the hardware fills in outside the tensor are the padding:
+the loop over K has no masks and no pointers. Transposed, because the box then is the second operand, which the tensor
+cores read from shared memory as it lies; as the first it would pass through registers.
+
+At stride 2, for even H and W, x is viewed as [N, H/2, 2, W/2, 2C], where every tap is again a moved box, and the four
+pixels that the point-wise convolutions average are four taps.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import dot
+
+
+@triton.jit
+def _gate_plane(
+    plane_ptr,  # [N, CO] float32
+    first_sample,
+    co,  # [BLOCK_CO]
+    N,
+    CO: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """[BLOCK_CO, BLOCK_N] of the plane, 0 behind the last sample."""
+    sample = tl.arange(0, BLOCK_N)
+    pointers = plane_ptr + first_sample.to(tl.int64) * CO + sample[None, :] * CO + co[:, None]
+    return tl.load(pointers, mask=(first_sample + sample < N)[None, :], other=0.0)
+
+
+@triton.jit
+def _times(
+    acc,  # [BLOCK_CO, BLOCK_N PIXELS]
+    plane,  # [BLOCK_CO, BLOCK_N]
+    BLOCK_CO: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """acc times its sample's column of the plane. A load for each pixel would take half as many registers again."""
+    if PIXELS == 1:
+        return acc * plane
+    return (acc.reshape(BLOCK_CO, BLOCK_N, PIXELS) * plane[:, :, None]).reshape(BLOCK_CO, BLOCK_N * PIXELS)
+
+
+@triton.jit
+def _plus(acc, plane, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr):
+    """As :func:`_times`, a sum."""
+    if PIXELS == 1:
+        return acc + plane
+    return (acc.reshape(BLOCK_CO, BLOCK_N, PIXELS) + plane[:, :, None]).reshape(BLOCK_CO, BLOCK_N * PIXELS)
+
+
+@triton.jit
+def _tap_box(
+    x_desc,
+    first_sample,
+    first_row,
+    first_column,
+    tap_row,
+    tap_column,
+    channel,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_PIX: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What a tap reads for the tile, [BLOCK_PIX, BLOCK_K]; zero outside the image."""
+    if STRIDE == 1:
+        box = x_desc.load([first_sample, first_row + tap_row - 1, first_column + tap_column - 1, channel])
+    else:
+        # Input row 2 i + tap - 1: the odd row before for tap 0, else row tap - 1 of pair i. Columns likewise.
+        row = first_row - (tap_row == 0).to(tl.int32)
+        column = first_column - (tap_column == 0).to(tl.int32)
+        odd_row = (tap_row != 1).to(tl.int32)
+        odd_column = (tap_column != 1).to(tl.int32)
+        box = x_desc.load([first_sample, row, odd_row, column, odd_column * C + channel])
+    return box.reshape(BLOCK_PIX, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["N", "HO", "WO"])
+def onepass_descriptor(
+    x_desc,  # [N, H, W, C] in boxes [BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K]; at stride 2 see _tap_box
+    packed_desc,  # [CO, (C - CR) + (CR - CG') + 9 CG'] in boxes [BLOCK_CO, BLOCK_K], CG' = MERGE CR / G
+    ratio_ptr,  # [N, CO] float32
+    scale_ptr,  # [N, CO] float32
+    offset_ptr,  # [N, CO] float32
+    residual_desc,  # [N, HO, WO, CO] in boxes [BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_CO]; read only if RESIDUAL
+    y_desc,  # likewise
+    N,
+    HO,
+    WO,
+    C: tl.constexpr,
+    CR: tl.constexpr,
+    CO: tl.constexpr,
+    G: tl.constexpr,
+    MERGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Grid: (sample blocks x row blocks x column blocks x output-channel blocks,), output channels fastest.
+
+    Samples go backwards: the last ones are what the statistics pass left in the L2 cache.
+    """
+    CG: tl.constexpr = CR // G * MERGE
+    COG: tl.constexpr = CO // G * MERGE
+    CO_BLOCKS: tl.constexpr = CO // BLOCK_CO
+    PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
+    BLOCK_PIX: tl.constexpr = BLOCK_N * PIXELS
+    WINDOW: tl.constexpr = STRIDE * STRIDE  # pixels that a point-wise convolution averages
+    CRED: tl.constexpr = C - CR
+    RED_STEPS: tl.constexpr = CRED // BLOCK_K
+    PW_STEPS: tl.constexpr = (CR - CG) // BLOCK_K
+    TAP_STEPS: tl.constexpr = CG // BLOCK_K
+    TAPS_FROM: tl.constexpr = (RED_STEPS + PW_STEPS) * WINDOW  # the step at which the taps begin
+
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    block = tile // CO_BLOCKS
+    row_blocks = tl.cdiv(HO, BLOCK_H)
+    column_blocks = tl.cdiv(WO, BLOCK_W)
+    co0 = tile % CO_BLOCKS * BLOCK_CO
+    group = co0 // COG
+    column0 = block % column_blocks * BLOCK_W
+    row0 = block // column_blocks % row_blocks * BLOCK_H
+    n0 = block // (column_blocks * row_blocks) * BLOCK_N
+    co = co0 + tl.arange(0, BLOCK_CO)
+
+    # A tile of one pixel per sample skips the taps outside the image.
+    first_row = 0
+    first_column = 0
+    rows = 3
+    columns = 3
+    if PIXELS == 1:
+        first_row = (row0 == 0).to(tl.int32)
+        first_column = (column0 == 0).to(tl.int32)
+        rows -= first_row
+        columns -= first_column
+        if STRIDE == 1:
+            rows -= (row0 == HO - 1).to(tl.int32)
+            columns -= (column0 == WO - 1).to(tl.int32)
+
+    acc = tl.zeros((BLOCK_CO, BLOCK_PIX), tl.float32)
+    for step in range(0, TAPS_FROM + rows * columns * TAP_STEPS):
+        redundant = step < RED_STEPS * WINDOW
+        of_tap = step - TAPS_FROM
+        pointwise = of_tap < 0
+        tap = of_tap // TAP_STEPS
+        tap_k = (of_tap - tap * TAP_STEPS) * BLOCK_K
+        row = tap // columns
+        tap_row = first_row + row
+        tap_column = first_column + tap - row * columns
+        if STRIDE == 1:
+            pw_k = step * BLOCK_K
+            tap_row = tl.where(pointwise, 1, tap_row)
+            tap_column = tl.where(pointwise, 1, tap_column)
+        else:
+            pw_k = step // WINDOW * BLOCK_K
+            tap_row = tl.where(pointwise, 1 + step % WINDOW // STRIDE, tap_row)
+            tap_column = tl.where(pointwise, 1 + step % STRIDE, tap_column)
+        channel = tl.where(redundant, CR + pw_k, (pw_k - CRED + (group + 1) * CG) % CR)
+        channel = tl.where(pointwise, channel, group * CG + tap_k)
+        if (STRIDE == 1) & (PIXELS > 1):
+            k = step * BLOCK_K
+        else:
+            k = tl.where(pointwise, pw_k, CRED + CR - CG + (tap_row * 3 + tap_column) * CG + tap_k)
+        x = _tap_box(x_desc, n0, row0, column0, tap_row, tap_column, channel, C, STRIDE, BLOCK_PIX, BLOCK_K)
+        w = packed_desc.load([co0, k])
+        acc = dot(w, x.T, acc, PRECISION)
+        if step == RED_STEPS * WINDOW - 1:
+            ratio = _gate_plane(ratio_ptr, n0, co, N, CO, BLOCK_N)
+            acc = _times(acc, ratio, BLOCK_CO, BLOCK_N, PIXELS)
+
+    acc = _times(acc, _gate_plane(scale_ptr, n0, co, N, CO, BLOCK_N), BLOCK_CO, BLOCK_N, PIXELS)
+    acc = _plus(acc, _gate_plane(offset_ptr, n0, co, N, CO, BLOCK_N), BLOCK_CO, BLOCK_N, PIXELS)
+    if RESIDUAL:
+        acc += residual_desc.load([n0, row0, column0, co0]).reshape(BLOCK_PIX, BLOCK_CO).T.to(tl.float32)
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, which a maximum may not
+    y = acc.to(y_desc.dtype).T.reshape(BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_CO)
+    y_desc.store([n0, row0, column0, co0], y)

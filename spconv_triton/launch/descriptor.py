@@ -1,0 +1,248 @@
+"""The convolution over tensor-map descriptors: which layers it takes, in which tiles, and its launch."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..geometry import Geometry
+from ..kernels.descriptor import onepass_descriptor as kernel
+from ..registration import opaque_op
+from .common import channels_last, dot_precision, pixel_major
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+PROGRAMS = 264
+"""How many programs run at a time: two on each of an H100's 132 processors."""
+
+L2_BYTES = 24
+PRODUCTS = 1024
+"""What an H100's processor gets from the L2 cache and multiplies in half precision a cycle; only proportions matter."""
+
+BOXES = ((1, 1), (2, 2), (4, 4), (8, 8), (8, 16), (16, 16))
+"""Rows and columns of a tile. 56, 28 and 14 are multiples of 8, 4 and 2, where 8 x 16 wastes an eighth and more; a tile
+of single pixels skips the taps outside the image, which a 7 x 7 map has most of."""
+
+
+class Packing(NamedTuple):
+    """How a layer's weights become one matrix [M, columns]."""
+
+    merge: int
+    block_k: int
+    pointwise: int  # columns of W1 and of what of Wp is not folded into a tap
+    per_tap: int
+
+    @property
+    def columns(self) -> int:
+        return self.pointwise + 9 * self.per_tap
+
+
+class Tile(NamedTuple):
+    """A tile of the output, BLOCK_N x BLOCK_H x BLOCK_W pixels by BLOCK_CO channels, and how it is computed."""
+
+    block_n: int
+    block_h: int
+    block_w: int
+    block_co: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def pixels(self) -> int:
+        return self.block_n * self.block_h * self.block_w
+
+    def programs(self, batch: int, height: int, width: int, outputs: int) -> int:
+        """Programs that cover the output."""
+        blocks = zip((batch, height, width, outputs), self[:4], strict=True)
+        return functools.reduce(lambda total, sides: total * triton.cdiv(*sides), blocks, 1)
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None for anything else, AMD's included."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def can_run(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
+    """Whether the device of ``x`` has tensor-map loads and the warp-group products that the tiles are made for.
+
+    These are Hopper (9.0) and data-centre Blackwell (10.x): 12.x has the loads but neither the products nor the shared
+    memory.
+    """
+    found = capability(x.device)
+    return found is not None and found[0] in (9, 10) and supports(x, weight_gwc, weight_pwc, geometry)
+
+
+def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
+    """Whether the kernel computes this layer, on whatever device.
+
+    Alignment is no matter: with the channels that :func:`packing` takes a fresh tensor is aligned, and an unaligned
+    one is copied.
+    """
+    if x.dtype not in DTYPES or geometry.kernel_size != (3, 3) or geometry.padding != (1, 1):
+        return False
+    if geometry.dilation != (1, 1) or geometry.stride not in ((1, 1), (2, 2)):
+        return False
+    if geometry.stride == (2, 2) and (x.shape[2] % 2 or x.shape[3] % 2):
+        return False
+    return packing(x.shape[1], weight_pwc.shape[1], weight_gwc.shape[0], geometry.groups) is not None
+
+
+def packing(channels: int, representative: int, outputs: int, groups: int) -> Packing | None:
+    """The fewest groups merged that fill a tile of 64 output channels and blocks of at least 16 input channels.
+
+    Below 64 output channels the product is not a warp-group's; each merged group adds zeros to multiply. None where no
+    merging fits.
+    """
+    redundant = channels - representative
+    for merge in range(1, groups + 1):
+        group = representative // groups * merge
+        if groups % merge or outputs // groups * merge % 64 or redundant == 0:
+            continue
+        for block_k in (64, 32, 16):
+            if not (group % block_k or redundant % block_k or (representative - group) % block_k):
+                return Packing(merge, block_k, channels - group, group)
+    return None
+
+
+def tiles(packed: Packing, outputs: int, groups: int) -> list[Tile]:
+    """Every tile that a layer may get, the largest first.
+
+    Two programs share a processor, so each takes at most 128 registers a thread at 8 warps or 255 at 4, and half of the
+    shared memory. Samples have a column of the gate each in registers, hence the fewer the more pixels there are.
+    (A residual takes more: 146 at 8 warps.)
+    """
+    if outputs // groups * packed.merge % 128 == 0:
+        shapes = [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4)]
+    else:
+        shapes = [(256, 64, 32, 4, 4), (128, 64, 64, 4, 3), (64, 64, 64, 4, 4)]
+    return [
+        Tile(pixels // (rows * columns), rows, columns, block_co, min(block_k, packed.block_k), warps, stages)
+        for pixels, block_co, block_k, warps, stages in shapes
+        for rows, columns in BOXES
+        if 1 <= pixels // (rows * columns) <= 4096 // pixels
+    ]
+
+
+def cycles(tile: Tile, packed: Packing, stride: int, output: tuple[int, int, int, int]) -> float:
+    """What a launch is taken to last: its reads through the L2 cache, then its products, for as many programs in a row
+    as one of PROGRAMS places gets.
+
+    So it weighs small tiles, which read more, against large ones that leave processors idle, and what a tile wastes
+    beyond the edges of the output against what many samples read of the gate and what single pixels skip of the taps.
+
+    Args:
+        output: N, H_out, W_out, M.
+    """
+    taps = 9.0
+    if tile.block_h * tile.block_w == 1:
+        edges = 2 if stride == 1 else 1
+        taps = (3 - edges / output[1]) * (3 - edges / output[2])
+    depth = packed.pointwise * stride**2 + packed.per_tap * taps
+    read = 2 * depth * (tile.pixels + tile.block_co) + 3 * 4 * tile.block_n * tile.block_co
+    program = read / L2_BYTES + depth * tile.pixels * tile.block_co / PRODUCTS
+    return program * max(1.0, tile.programs(*output) / PROGRAMS)
+
+
+@functools.lru_cache(maxsize=1024)
+def best_tile(packed: Packing, groups: int, stride: int, output: tuple[int, int, int, int]) -> Tile:
+    """The tile of the fewest cycles, the larger of equals, for N, H_out, W_out, M."""
+    return min(tiles(packed, output[3], groups), key=lambda tile: cycles(tile, packed, stride, output))
+
+
+@opaque_op("onepass_descriptor", mutates=("y",))
+def convolve(
+    x: Tensor,
+    packed: Tensor,
+    ratio: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    representative: int,
+    groups: int,
+    stride: int,
+    relu: bool,
+) -> None:
+    """Write the output of a layer that :func:`supports` takes.
+
+    Opaque to ``torch.compile``: traced, a launch whose arguments are host descriptors vanishes from the graph.
+
+    Args:
+        x: [N, L, H, W].
+        packed: [M, columns], as the gate kernel wrote it.
+        ratio, scale, offset: [N, M] float32, likewise.
+        residual: [N, M, H_out, W_out], added to the output.
+        y: [N, M, H_out, W_out], channels_last without gaps; written.
+        representative, groups, stride: alpha L, G and the stride of the layer.
+        relu: clamps the output at 0, after the residual.
+    """
+    channels, outputs = x.shape[1], y.shape[1]
+    size = (y.shape[0], y.shape[2], y.shape[3])
+    plan = packing(channels, representative, outputs, groups)
+    if plan is None:
+        raise ValueError(
+            f"no tile takes {channels} channels, {representative} of them in {groups} groups, to {outputs}"
+        )
+    tile = best_tile(plan, groups, stride, (*size, outputs))
+    box, pixel_box = tile[:3], [*tile[:3], tile.block_co]
+    y_boxes = _boxes(y, outputs, pixel_box)
+    kernel[(tile.programs(*size, outputs),)](
+        _strided_boxes(x, [*box, tile.block_k]) if stride == 2 else _boxes(*_aligned(x), [*box, tile.block_k]),
+        TensorDescriptor.from_tensor(packed, [tile.block_co, tile.block_k]),
+        ratio,
+        scale,
+        offset,
+        y_boxes if residual is None else _boxes(*_aligned(residual), pixel_box),
+        y_boxes,
+        *size,
+        C=channels,
+        CR=representative,
+        CO=outputs,
+        G=groups,
+        MERGE=plan.merge,
+        STRIDE=stride,
+        PRECISION=dot_precision(x.dtype),
+        RESIDUAL=residual is not None,
+        RELU=relu,
+        BLOCK_N=tile.block_n,
+        BLOCK_H=tile.block_h,
+        BLOCK_W=tile.block_w,
+        BLOCK_CO=tile.block_co,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _aligned(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` and the distance of its pixels; a copy unless both lie on 16 bytes, as descriptors want."""
+    x, spacing = pixel_major(x)
+    if x.data_ptr() % 16 or spacing * x.itemsize % 16:
+        x, spacing = x.clone(memory_format=torch.channels_last), x.shape[1]
+    return x, spacing
+
+
+def _boxes(x: Tensor, spacing: int, box: list[int]) -> TensorDescriptor:
+    """[N, H, W, C]. Strides are computed: those of an axis of one element may be anything."""
+    batch, channels, height, width = x.shape
+    strides = [height * width * spacing, width * spacing, spacing, 1]
+    return TensorDescriptor(x, [batch, height, width, channels], strides, box)
+
+
+def _strided_boxes(x: Tensor, box: list[int]) -> TensorDescriptor:
+    """[N, H / 2, 2, W / 2, 2 C] of adjacent pixels: a channel slice is copied."""
+    batch, channels, height, width = x.shape
+    x, spacing = _aligned(x)
+    if spacing != channels:
+        x = channels_last(x)
+    shape = [batch, height // 2, 2, width // 2, 2 * channels]
+    strides = [height * width * channels, 2 * width * channels, width * channels, 2 * channels, 1]
+    return TensorDescriptor(x, shape, strides, [*box[:2], 1, *box[2:]])
