@@ -1,0 +1,128 @@
+"""The descriptor kernel, compiled for Hopper and Blackwell in every tile that ResNet-50's layers get."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import triton
+
+from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
+
+if not HAS_TRITON or INTERPRETED:
+    pytest.skip("needs compiled kernels: runs natively", allow_module_level=True)
+
+from cases import RESNET50, Case
+from gpu_compile import compile_kernel, hot_loop, resources
+from lowering import inductor_sources
+from test_lowering import launches
+
+from spconv_triton import SPConv2d
+from spconv_triton.launch import descriptor
+from spconv_triton.launch.descriptor import Tile
+
+BATCHES = (1, 8, 32, 128, 256)
+
+SHARED_BYTES = 227 * 1024
+
+# Instructions of a K step on sm_90 as the sketch of this kernel has them, compiled by Triton 3.8; a step that loads and
+# multiplies this little is bound by them where they are more than the tensor cores' cycles.
+SKETCH = {
+    "resnet50-64@56": ((4, 8, 8), 94),
+    "resnet50-128@28": ((16, 4, 4), 94),
+    "resnet50-256@14": ((32, 2, 2), 107),
+    "resnet50-512@7": ((64, 1, 1), 157),
+}
+
+
+def tile_of(case: Case, batch: int, stride: int = 1) -> Tile:
+    plan = descriptor.packing(case.in_channels, case.representative, case.out_channels, case.groups)
+    assert plan is not None
+    height, width = (side // stride for side in case.size)
+    return descriptor.best_tile(plan, case.groups, stride, (batch, height, width, case.out_channels))
+
+
+def compiled(case: Case, tile: Tile, target: str, dtype: torch.dtype, stride: int = 1, **epilogue: bool) -> Any:
+    """The kernel as the launch would compile it."""
+    launched: list[tuple[Any, ...]] = []
+    height, width = case.size
+    x = torch.empty(8, height, width, case.in_channels, dtype=dtype, device="meta").permute(0, 3, 1, 2)
+    y = torch.empty(8, height // stride, width // stride, case.out_channels, dtype=dtype, device="meta")
+    y = y.permute(0, 3, 1, 2)
+    plane = torch.empty(8, case.out_channels, device="meta")
+    plan = descriptor.packing(case.in_channels, case.representative, case.out_channels, case.groups)
+    packed = x.new_empty((case.out_channels, plan.columns))
+    kernel = mock.MagicMock()
+    kernel.__getitem__.return_value = lambda *args, **constants: launched.append((args, constants))
+    residual = y if epilogue.get("residual") else None
+    window = (case.representative, case.groups, stride, epilogue.get("relu", False))
+    with mock.patch.object(descriptor, "kernel", kernel), mock.patch.object(descriptor, "best_tile", lambda *_: tile):
+        descriptor.convolve.__wrapped__(x, packed, plane, plane, plane, residual, y, *window)
+    args, constants = launched[0]
+    config = triton.Config({}, num_warps=constants.pop("num_warps"), num_stages=constants.pop("num_stages"))
+    return compile_kernel(descriptor.kernel, target, config, *args, **constants)
+
+
+def check(kernel: Any, target: str) -> None:
+    used, loop = resources(kernel), hot_loop(kernel)
+    assert used.spilled_bytes == 0, f"{used.spilled_bytes} bytes spilled a thread"
+    assert not {"LDL", "STL"} & set(used.opcodes), "local memory"
+    assert used.shared_bytes <= SHARED_BYTES
+    assert ("HGMMA" if target == "sm_90" else "UTCHMMA") in loop
+    assert loop.count("UTMALDG") == 2, "x and weights, one box each"
+    assert not {"LDG", "LDGSTS"} & set(loop), "pointers in the loop"
+
+
+def variants() -> list[Any]:
+    """Every tile of every layer in float16 on sm_90; elsewhere the tile at batch 128."""
+    found = []
+    for case in RESNET50:
+        picks = sorted({tile_of(case, batch) for batch in BATCHES})
+        found += [("sm_90", torch.float16, case, tile) for tile in picks]
+        found += [("sm_100", torch.float16, case, tile) for tile in picks]
+        found += [
+            ("sm_90", torch.bfloat16, case, tile_of(case, 128)),
+            ("sm_100", torch.bfloat16, case, tile_of(case, 128)),
+        ]
+    return [pytest.param(*v, id=f"{v[0]}-{v[1]}-{v[2]}-{'x'.join(map(str, v[3][:4]))}") for v in found]
+
+
+@pytest.mark.parametrize(("target", "dtype", "case", "tile"), variants())
+def test_every_tile_of_resnet50(target: str, dtype: torch.dtype, case: Case, tile: Tile) -> None:
+    check(compiled(case, tile, target, dtype), target)
+
+
+@pytest.mark.parametrize("case", RESNET50, ids=str)
+def test_residual_and_relu(case: Case) -> None:
+    check(compiled(case, tile_of(case, 128), "sm_90", torch.float16, residual=True, relu=True), "sm_90")
+
+
+@pytest.mark.parametrize("case", RESNET50, ids=str)
+def test_stride_2(case: Case) -> None:
+    check(compiled(case, tile_of(case, 128, 2), "sm_90", torch.float16, 2), "sm_90")
+
+
+@pytest.mark.parametrize("case", RESNET50, ids=str)
+def test_steps_are_as_short_as_the_sketch_s(case: Case) -> None:
+    box, instructions = SKETCH[case.name]
+    tile = tile_of(case, 128)
+    assert tile[:3] == box
+    kernel = compiled(case, tile, "sm_90", torch.float16)
+    assert len(hot_loop(kernel)) <= 1.05 * instructions
+    programs = min(
+        65536 // (resources(kernel).registers * 32 * tile.num_warps), SHARED_BYTES // resources(kernel).shared_bytes
+    )
+    assert programs >= 2, "programs that share a processor"
+
+
+def test_compiled_layer_calls_the_operator_after_its_weights_are_packed() -> None:
+    layer = SPConv2d(64, 64, 3, padding=1, bias=False, backend="triton").half().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 64, 8, 8).half().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with mock.patch.object(descriptor, "capability", lambda device: (9, 0)):
+        forward, backward = inductor_sources(layer, x)
+    assert launches(forward) == ["window_statistics", "gate_planes"]
+    called = forward.index("torch.ops.spconv_triton.onepass_descriptor")
+    assert forward.rindex(".run(") < called
+    assert "onepass_descriptor" not in backward
