@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,21 +52,26 @@ def traceable_op(name: str, kernels: Sequence[object]) -> Callable[[Callable[...
     return register
 
 
-def opaque_op(name: str, *, mutates: Sequence[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator that registers ``spconv_triton::name``, writing to ``mutates``, as an operator that is never traced.
+class OpaqueOp:
+    """``spconv_triton::name``, an operator that is never traced, with ``body`` as its body; it writes to ``mutates``.
 
-    Called from the body of a :func:`traceable_op` in eager mode, the decorated function runs at once: the dispatcher
-    has been there for the enclosing operator, and costs several microseconds a call.
+    Called from the body of a :func:`traceable_op` in eager mode, it runs at once: the dispatcher has been there for the
+    enclosing operator, and costs several microseconds a call.
     """
 
-    def register(body: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self, name: str, body: Callable[..., Any], mutates: Sequence[str]) -> None:
         schema = torch.library.infer_schema(body, mutates_args=mutates)
-        operator = custom_op(f"{NAMESPACE}::{name}", body, mutates_args=mutates, schema=schema)
+        self.body = body
+        self.operator = custom_op(f"{NAMESPACE}::{name}", body, mutates_args=mutates, schema=schema)
+        self.register_fake = self.operator.register_fake
 
-        @functools.wraps(body)
-        def call(*args: Any) -> None:
-            (operator if torch_triton.is_wrap_triton_enabled() else body)(*args)
+    def __call__(self, *args: Any) -> Any:
+        return (self.operator if torch_triton.is_wrap_triton_enabled() else self.body)(*args)
 
-        return call
 
-    return register
+def opaque_op(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], OpaqueOp]:
+    """Decorator that makes an :class:`OpaqueOp` of the decorated function.
+
+    Better return a tensor than mutate one: Inductor fills an uninitialised tensor before an operator mutates it.
+    """
+    return lambda body: OpaqueOp(name, body, mutates)

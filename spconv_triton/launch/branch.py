@@ -26,7 +26,7 @@ def representative_branch(x3: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, ge
     u3 = empty_output(x3, weight_gwc, geometry)
     if u3.numel() == 0:
         return u3
-    pixels, *sizes = pixel_arguments(x3, u3)
+    pixels, *sizes = pixel_arguments(x3, (u3.shape[2], u3.shape[3]))
     wrap_triton(branch_forward)[forward_grid(pixels, weight_gwc, geometry)](
         x3,
         channels_last(weight_gwc),

@@ -42,17 +42,17 @@ def pixel_major(x: Tensor) -> tuple[Tensor, int]:
     return (x, spacing) if evenly else (channels_last(x), channels)
 
 
-def pixel_arguments(x: Tensor, y: Tensor) -> tuple[int, int, int, int, int]:
+def pixel_arguments(x: Tensor, output_size: tuple[int, int]) -> tuple[int, int, int, int, int]:
     """Output pixels of the batch, and H, W, H_out, W_out.
 
     Raises:
         ValueError: more pixels than 32 bits can number (elements are counted in 64).
     """
     batch, _, height, width = x.shape
-    pixels = batch * y.shape[2] * y.shape[3]
+    pixels = batch * output_size[0] * output_size[1]
     if max(pixels, batch * height * width) > MAX_PIXELS:
         raise ValueError(f"x must have at most {MAX_PIXELS} pixels in a batch, got {list(map(int, x.shape))}")
-    return pixels, height, width, y.shape[2], y.shape[3]
+    return pixels, height, width, *output_size
 
 
 def empty_channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..geometry import Geometry
 from ..kernels.descriptor import onepass_descriptor as kernel
 from ..registration import opaque_op
-from .common import channels_last, dot_precision, pixel_major
+from .common import channels_last, dot_precision, empty_channels_last, pixel_major
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -157,7 +157,7 @@ def best_tile(packed: Packing, groups: int, stride: int, output: tuple[int, int,
     return min(tiles(packed, output[3], groups), key=lambda tile: cycles(tile, packed, stride, output))
 
 
-@opaque_op("onepass_descriptor", mutates=("y",))
+@opaque_op("onepass_descriptor")
 def convolve(
     x: Tensor,
     packed: Tensor,
@@ -165,13 +165,12 @@ def convolve(
     scale: Tensor,
     offset: Tensor,
     residual: Tensor | None,
-    y: Tensor,
     representative: int,
     groups: int,
     stride: int,
     relu: bool,
-) -> None:
-    """Write the output of a layer that :func:`supports` takes.
+) -> Tensor:
+    """Y [N, M, H_out, W_out], channels_last, of a layer that :func:`supports` takes.
 
     Opaque to ``torch.compile``: traced, a launch whose arguments are host descriptors vanishes from the graph.
 
@@ -180,12 +179,11 @@ def convolve(
         packed: [M, columns], as the gate kernel wrote it.
         ratio, scale, offset: [N, M] float32, likewise.
         residual: [N, M, H_out, W_out], added to the output.
-        y: [N, M, H_out, W_out], channels_last without gaps; written.
         representative, groups, stride: alpha L, G and the stride of the layer.
         relu: clamps the output at 0, after the residual.
     """
-    channels, outputs = x.shape[1], y.shape[1]
-    size = (y.shape[0], y.shape[2], y.shape[3])
+    batch, channels, height, width = x.shape
+    outputs, size = packed.shape[0], (batch, height // stride, width // stride)
     plan = packing(channels, representative, outputs, groups)
     if plan is None:
         raise ValueError(
@@ -193,14 +191,15 @@ def convolve(
         )
     tile = best_tile(plan, groups, stride, (*size, outputs))
     box, pixel_box = tile[:3], [*tile[:3], tile.block_co]
-    y_boxes = _boxes(y, outputs, pixel_box)
+    y = empty_channels_last(x, outputs, *size[1:])
+    y_boxes = boxes(y, outputs, pixel_box)
     kernel[(tile.programs(*size, outputs),)](
-        _strided_boxes(x, [*box, tile.block_k]) if stride == 2 else _boxes(*_aligned(x), [*box, tile.block_k]),
+        _strided_boxes(x, [*box, tile.block_k]) if stride == 2 else boxes(*aligned(x), [*box, tile.block_k]),
         TensorDescriptor.from_tensor(packed, [tile.block_co, tile.block_k]),
         ratio,
         scale,
         offset,
-        y_boxes if residual is None else _boxes(*_aligned(residual), pixel_box),
+        y_boxes if residual is None else boxes(*aligned(residual), pixel_box),
         y_boxes,
         *size,
         C=channels,
@@ -220,9 +219,26 @@ def convolve(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    return y
 
 
-def _aligned(x: Tensor) -> tuple[Tensor, int]:
+@convolve.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    _ratio: Tensor,
+    _scale: Tensor,
+    _offset: Tensor,
+    _residual: Tensor | None,
+    _representative: int,
+    _groups: int,
+    stride: int,
+    _relu: bool,
+) -> Tensor:
+    return empty_channels_last(x, packed.shape[0], x.shape[2] // stride, x.shape[3] // stride)
+
+
+def aligned(x: Tensor) -> tuple[Tensor, int]:
     """``x`` and the distance of its pixels; a copy unless both lie on 16 bytes, as descriptors want."""
     x, spacing = pixel_major(x)
     if x.data_ptr() % 16 or spacing * x.itemsize % 16:
@@ -230,7 +246,7 @@ def _aligned(x: Tensor) -> tuple[Tensor, int]:
     return x, spacing
 
 
-def _boxes(x: Tensor, spacing: int, box: list[int]) -> TensorDescriptor:
+def boxes(x: Tensor, spacing: int, box: list[int]) -> TensorDescriptor:
     """[N, H, W, C]. Strides are computed: those of an axis of one element may be anything."""
     batch, channels, height, width = x.shape
     strides = [height * width * spacing, width * spacing, spacing, 1]
@@ -240,7 +256,7 @@ def _boxes(x: Tensor, spacing: int, box: list[int]) -> TensorDescriptor:
 def _strided_boxes(x: Tensor, box: list[int]) -> TensorDescriptor:
     """[N, H / 2, 2, W / 2, 2 C] of adjacent pixels: a channel slice is copied."""
     batch, channels, height, width = x.shape
-    x, spacing = _aligned(x)
+    x, spacing = aligned(x)
     if spacing != channels:
         x = channels_last(x)
     shape = [batch, height // 2, 2, width // 2, 2 * channels]

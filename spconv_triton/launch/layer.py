@@ -52,26 +52,27 @@ def spconv2d(
         path: the convolution's kernel: ``"flat"`` takes any layer, ``"descriptor"`` what
             :func:`.descriptor.supports`, ``"auto"`` the latter where :func:`.descriptor.can_run`.
 
+    Raises:
+        ValueError: ``"descriptor"`` for a layer that its kernel does not compute, or an unknown path.
+
     Returns:
         Y [N, M, H_out, W_out], channels_last, and what the backward needs: gamma / beta [N, M] float32, the mean of
         what each tap reads [N, k k, alpha L], and of what the point-wise convolutions read [N, L], in the dtype of x.
     """
     x, spacing = pixel_major(x)
-    y = empty_output(x, weight_gwc, geometry)
-    batch, channels = x.shape[:2]
+    batch, channels, height, width = x.shape
+    output_size = geometry.output_size(height, width)
+    pixels, *sizes = pixel_arguments(x, output_size)
     outputs, representative = weight_pwc.shape[:2]
     ratio, scale, offset = (x.new_empty((batch, outputs), dtype=torch.float32) for _ in range(3))
     tap_mean = x.new_empty((batch, geometry.taps, representative))
     pool_mean = x.new_empty((batch, channels))
-    if y.numel() == 0:
-        return y, ratio, tap_mean, pool_mean
-    pixels, *sizes = pixel_arguments(x, y)
+    if pixels == 0:
+        return empty_output(x, weight_gwc, geometry), ratio, tap_mean, pool_mean
     gwc, pwc, redundant = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
-    if path == "auto":
-        path = "descriptor" if descriptor.can_run(x, weight_gwc, weight_pwc, geometry) else "flat"
-    plan = descriptor.packing(channels, representative, outputs, geometry.groups) if path == "descriptor" else None
+    plan = _plan(path, x, weight_gwc, weight_pwc, geometry)
     packed = x.new_empty((outputs, plan.columns)) if plan else None
-    partial, pool_row = _window_statistics(x, spacing, y, geometry)
+    partial, pool_row = _window_statistics(x, spacing, output_size, geometry)
 
     def gate_grid(meta: dict[str, Any]) -> tuple[int]:
         per_group = triton.cdiv(outputs // geometry.groups, meta["BLOCK_CO"])
@@ -91,7 +92,7 @@ def spconv2d(
         pool_mean,
         ratio if packed is None else packed,
         batch,
-        y.shape[2] * y.shape[3],
+        output_size[0] * output_size[1],
         C=channels,
         CR=representative,
         CO=outputs,
@@ -108,8 +109,9 @@ def spconv2d(
     )
     if packed is not None:
         window = (representative, geometry.groups, geometry.stride[0])
-        descriptor.convolve(x, packed, ratio, scale, offset, residual, y, *window, relu)
+        y = descriptor.convolve(x, packed, ratio, scale, offset, residual, *window, relu)
         return y, ratio, tap_mean, pool_mean
+    y = empty_output(x, weight_gwc, geometry)
     wrap_triton(onepass_forward)[forward_grid(pixels, weight_gwc, geometry)](
         x,
         gwc,
@@ -131,7 +133,21 @@ def spconv2d(
     return y, ratio, tap_mean, pool_mean
 
 
-def _window_statistics(x: Tensor, spacing: int, y: Tensor, geometry: Geometry) -> tuple[Tensor, int]:
+def _plan(
+    path: str, x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry
+) -> descriptor.Packing | None:
+    """How the gate kernel packs the weights for the descriptor kernel; None on the flat path."""
+    layer = (x, weight_gwc, weight_pwc, geometry)
+    if path == "flat" or (path == "auto" and not descriptor.can_run(*layer)):
+        return None
+    if path not in ("auto", "descriptor"):
+        raise ValueError(f"path must be 'auto', 'flat' or 'descriptor', got {path!r}")
+    if not descriptor.supports(*layer):
+        raise ValueError(f"path='descriptor' does not take a layer of {geometry} on {list(x.shape)} in {x.dtype}")
+    return descriptor.packing(x.shape[1], weight_pwc.shape[1], weight_gwc.shape[0], geometry.groups)
+
+
+def _window_statistics(x: Tensor, spacing: int, output_size: tuple[int, int], geometry: Geometry) -> tuple[Tensor, int]:
     """Sums over what the taps read, [splits, N, rows, L] float32, and the row of what the point-wise ones read."""
     batch, channels, height, width = x.shape
     kh, kw = geometry.kernel_size
@@ -151,8 +167,7 @@ def _window_statistics(x: Tensor, spacing: int, y: Tensor, geometry: Geometry) -
         batch,
         height,
         width,
-        y.shape[2],
-        y.shape[3],
+        *output_size,
         triton.cdiv(height * width, splits),
         spacing,
         C=channels,

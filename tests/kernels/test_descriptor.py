@@ -98,7 +98,7 @@ def test_agrees_with_float64_and_packs_as_defined(case: Case, device: str, monke
     inputs = make_inputs(case, torch.float16, device=device, branch_bias=True)
     packed: list[Tensor] = []
     convolve = descriptor.convolve
-    monkeypatch.setattr(descriptor, "convolve", lambda x, w, *rest: (packed.append(w), convolve(x, w, *rest)))
+    monkeypatch.setattr(descriptor, "convolve", lambda x, w, *rest: packed.append(w) or convolve(x, w, *rest))
     check(inputs, case)
     assert torch.equal(packed[0], eager_packing(inputs, case))
 
@@ -156,10 +156,10 @@ def test_every_box(
     guard = case.out_channels * width
     memory = torch.full((case.batch * case.out_channels * height * width + 2 * guard,), 7.0, dtype=dtype, device=device)
     y = memory[guard:-guard].view(case.batch, height, width, case.out_channels).permute(0, 3, 1, 2).fill_(float("nan"))
+    monkeypatch.setattr(descriptor, "empty_channels_last", lambda *args: y)
     packed = eager_packing(inputs, case)
     window = (case.representative, case.groups, case.stride[0], False)
-    with set_wrap_triton_enabled(False):
-        descriptor.convolve(inputs.x.detach(), packed, ratio, scale, offset, None, y, *window)
+    descriptor.convolve.body(inputs.x.detach(), packed, ratio, scale, offset, None, *window)
 
     expected = [mixed(i, case, ratio, scale, offset) for i in (inputs, inputs.to(torch.float64))]
     assert_within_budget("y", y, *expected)
@@ -174,13 +174,10 @@ def test_slice_is_read_where_it_lies_or_copied(first: int, stride: int, device: 
     x = whole[..., first : first + 64].permute(0, 3, 1, 2)
     packed = torch.randn(64, 32 + 9 * 32, device=device).half() / 16
     planes = torch.rand(3, 2, 64, device=device)
-    size = 4 // stride
-    results = []
-    for source in (x, x.contiguous(memory_format=torch.channels_last)):
-        y = torch.empty(2, size, size, 64, dtype=x.dtype, device=device).permute(0, 3, 1, 2)
-        with set_wrap_triton_enabled(False):
-            descriptor.convolve(source, packed, *planes, None, y, 32, 1, stride, False)
-        results.append(y)
+    results = [
+        descriptor.convolve(source, packed, *planes, None, 32, 1, stride, False)
+        for source in (x, x.contiguous(memory_format=torch.channels_last))
+    ]
     assert torch.equal(*results)
 
 
@@ -215,8 +212,18 @@ def test_weights_are_never_stale(device: str) -> None:
 def test_other_layers_are_declined(case: Case, device: str) -> None:
     inputs = make_inputs(case, torch.float16, device=device)
     assert not descriptor.supports(inputs.x, inputs.weight_gwc, inputs.weight_pwc, geometry(case))
-    wide = make_inputs(PLAIN, device=device)
-    assert not descriptor.supports(wide.x, wide.weight_gwc, wide.weight_pwc, geometry(PLAIN)), "float32"
+    with pytest.raises(ValueError, match="path='descriptor' does not take"):
+        layer(inputs, case)
+
+
+def test_float32_is_declined(device: str) -> None:
+    inputs = make_inputs(PLAIN, device=device)
+    assert not descriptor.supports(inputs.x, inputs.weight_gwc, inputs.weight_pwc, geometry(PLAIN))
+
+
+def test_unknown_path_is_named(device: str) -> None:
+    with pytest.raises(ValueError, match="path must be 'auto', 'flat' or 'descriptor', got 'tma'"):
+        layer(make_inputs(PLAIN, device=device), PLAIN, "tma")
 
 
 @pytest.mark.parametrize(
@@ -226,3 +233,13 @@ def test_choice_by_device(found: Any, expected: bool, device: str, monkeypatch: 
     monkeypatch.setattr(descriptor, "capability", lambda device: found)
     inputs = make_inputs(PLAIN, torch.float16, device=device)
     assert descriptor.can_run(inputs.x, inputs.weight_gwc, inputs.weight_pwc, geometry(PLAIN)) is expected
+
+
+def test_operator_passes_opcheck(device: str) -> None:
+    x = torch.randn(2, 64, 4, 2, device=device).half().contiguous(memory_format=torch.channels_last)
+    packed = torch.randn(64, 32 + 9 * 32, device=device).half() / 16
+    planes = torch.rand(3, 2, 64, device=device)
+    for stride in (1, 2):
+        torch.library.opcheck(
+            torch.ops.spconv_triton.onepass_descriptor, (x, packed, *planes, None, 32, 1, stride, False)
+        )
