@@ -38,25 +38,31 @@ def gate_difference(
     """
     representative, groups = weight_pwc.shape[1], geometry.groups
     batch, outputs = x.shape[0], weight_gwc.shape[0]
-    # Where x has a mean, S3 and S1 are large and d is not: from the row sums on, float64 costs next to nothing.
-    row_sums = x.sum(3).double()  # [N, L, H]
-    total = row_sums.sum(2)  # [N, L]
-    windows = window_sums(x[:, :representative], row_sums[:, :representative], geometry)
+    sums = row_sums(x)
+    windows = window_sums(x[:, :representative], sums[:, :representative], geometry)
     windows = windows.view(batch, groups, -1).transpose(0, 1)
     grouped = torch.bmm(windows, weight_gwc.double().reshape(groups, outputs // groups, -1).transpose(1, 2))
     difference = grouped.transpose(0, 1).reshape(batch, outputs)
     pointwise = torch.cat((weight_pwc, -weight_redundant), 1).double().flatten(1)
-    difference = torch.addmm(difference, total, pointwise.T) / (x.shape[2] * x.shape[3])
+    difference = torch.addmm(difference, sums.sum(2), pointwise.T) / (x.shape[2] * x.shape[3])
     return difference[:, :, None, None].to(x.dtype)
 
 
-def window_sums(x3: Tensor, row_sums: Tensor, geometry: Geometry) -> Tensor:
-    """win, [N, C, k k], in float64; ``x3`` [N, C, H, W] and its sum over the columns, ``row_sums`` [N, C, H]."""
+def row_sums(x: Tensor) -> Tensor:
+    """Sums over the columns of [N, C, H, W]: [N, C, H] in float64.
+
+    Where x has a mean, S3 and S1 are large and their difference is not; from here on float64 costs next to nothing.
+    """
+    return x.permute(0, 2, 3, 1).sum(2).double().transpose(1, 2)  # so reduced, channels_last is read in order
+
+
+def window_sums(x3: Tensor, sums: Tensor, geometry: Geometry) -> Tensor:
+    """win, [N, C, k k], in float64; ``x3`` [N, C, H, W] and its :func:`row_sums`, ``sums``."""
     row_lines, row_signs = _missed(x3.shape[2], geometry.kernel_size[0], geometry.dilation[0])
     column_lines, column_signs = _missed(x3.shape[3], geometry.kernel_size[1], geometry.dilation[1])
     columns = _take(x3, 3, column_lines).double()  # [N, C, H, missed columns]
     # Line 0 of either axis stands for all lines, the others for one missed line each.
-    sums = torch.cat((row_sums[..., None], columns), 3)
+    sums = torch.cat((sums[..., None], columns), 3)
     sums = torch.cat((sums.sum(2, keepdim=True), _take(sums, 2, row_lines)), 2)
     return sums.flatten(2) @ torch.kron(sums.new_tensor(row_signs), sums.new_tensor(column_signs))
 

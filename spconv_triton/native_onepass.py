@@ -18,7 +18,8 @@ and everything else is linear in E3 and E1, with z the input of the point-wise c
     dx3 = GWC^T(E3) + pool^T(Wp^T E3)             dx1 = pool^T(W1^T E1)
     dWg = E3 (*) x3,   dWp = E3 z3^T,   dW1 = E1 z1^T,   db3 = sum E3,   db1 = sum E1
 
-A needs the difference of the branches only, which is one pair of convolutions: GWC(x3) and [Wp, -W1] z.
+A needs the difference of the branches only, which is one pair of convolutions, GWC(x3) and [Wp, -W1] z. (It also falls
+out of the weight gradients of single samples, A3[n,m] = sum W[m,.] G_n[m,.], but oneDNN takes longer over those.)
 gamma is sigmoid(-d), not 1 - beta: where the gate is saturated the latter would be all rounding error.
 """
 
@@ -114,27 +115,30 @@ def _forward(
     representative = weight_pwc.shape[1]
     x = _channels_last(x)
     z = native.pointwise_input(x, geometry)
-    u1 = _convolve(z[:, representative:], weight_redundant)
-    gate_first = z is x and u1.dtype == x.dtype and _is_large(u1)
-    if gate_first:
+    x3, z3, z1 = x[:, :representative], z[:, :representative], z[:, representative:]
+    if z is x and _is_large(x, weight_gwc.shape[0]):
         d = gate_difference(x, weight_gwc, weight_pwc, weight_redundant, geometry)
-    else:
-        u3 = _convolve(x[:, :representative], weight_gwc, *geometry[1:])
-        u3 = _add_convolution(u3, z[:, :representative], weight_pwc)
-        d = u3.mean((2, 3), keepdim=True).sub_(u1.mean((2, 3), keepdim=True))
+        if branch_bias is not None:
+            d += _bias_difference(branch_bias, d.dtype)
+        ratio = torch.exp(torch.clamp(-d, max=60))  # at the clamp beta is 1e-26, and nothing overflows
+        y = F.conv2d(x[:, representative:], weight_redundant).mul_(ratio)
+        y = _add_convolution(y, x3, weight_gwc, *geometry[1:])
+        y = _add_convolution(y, x3, weight_pwc)
+        scale = ratio.add_(1).reciprocal_()
+        if bias is None and branch_bias is None:
+            return y.mul_(scale), d
+        return torch.addcmul(_offset(d, bias, branch_bias), y, scale, out=y), d
+
+    # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
+    joins = branch_bias is None and _is_precise(x.dtype)
+    u3 = _convolve(x3, weight_gwc, bias if joins else None, *geometry[1:])
+    u3 = _add_convolution(u3, z3, weight_pwc)
+    u1 = _convolve(z1, weight_redundant, bias if joins else None)
+    d = u3.mean((2, 3), keepdim=True).sub_(u1.mean((2, 3), keepdim=True))
     if branch_bias is not None:
         d += _bias_difference(branch_bias, d.dtype)
-
-    if gate_first:
-        # At the clamp beta is 1e-26, and nothing overflows.
-        ratio = torch.exp(torch.clamp(-d, max=60))
-        y = u1.mul_(ratio)
-        y = _add_convolution(y, x[:, :representative], weight_gwc, *geometry[1:])
-        y = _add_convolution(y, x[:, :representative], weight_pwc)
-        y.mul_(ratio.add_(1).reciprocal_())
-    else:
-        y = u1.mul_(torch.sigmoid(-d)).addcmul_(u3, torch.sigmoid(d))
-    if bias is not None or branch_bias is not None:
+    y = u1.lerp_(u3, torch.sigmoid(d))
+    if not joins and (bias is not None or branch_bias is not None):
         y += _offset(d, bias, branch_bias)
     return y.to(x.dtype), d
 
@@ -158,14 +162,14 @@ def _gradients(
     z = native.pointwise_input(x, geometry)
     x3, z3, z1 = x[:, :representative], z[:, :representative], z[:, representative:]
     g = grad.to(d.dtype)
-    pixels = g.shape[2] * g.shape[3]
     beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
 
-    difference = _convolve(z, torch.cat((weight_pwc, -weight_redundant), 1))
-    difference = _add_convolution(difference, x3, weight_gwc, *window)
-    a = difference.mul_(g).sum((2, 3), keepdim=True)
+    # One map serves g (U3 - U1), then E3, then E1.
+    scratch = _convolve(z, torch.cat((weight_pwc, -weight_redundant), 1))
+    scratch = _add_convolution(scratch, x3, weight_gwc, *window)
+    a = scratch.mul_(g).sum((2, 3), keepdim=True)
     dbias = dbranch_bias = None
-    if needed[4] or branch_bias is not None:
+    if bias is not None or branch_bias is not None:
         total = g.sum((2, 3), keepdim=True)
         if bias is not None:
             dbias = total.sum((0, 2, 3)).to(bias.dtype)
@@ -174,66 +178,44 @@ def _gradients(
             to_s3 = beta * gamma * a
             dbranch_bias = torch.stack(((beta * total + to_s3).sum((0, 2, 3)), (gamma * total - to_s3).sum((0, 2, 3))))
             dbranch_bias = dbranch_bias.to(branch_bias.dtype)
-    delta = beta * gamma * a / pixels
-    e3 = torch.addcmul(delta, g, beta).to(x.dtype)
-    e1 = torch.addcmul(-delta, g, gamma, out=difference).to(x.dtype)
+    delta = beta * gamma * a / (g.shape[2] * g.shape[3])
 
-    dweight_gwc = _weight_gradient(e3, x3, weight_gwc, *window) if needed[1] else None
-    dweight_pwc = _weight_gradient(e3, z3, weight_pwc) if needed[2] else None
-    dweight_redundant = _weight_gradient(e1, z1, weight_redundant) if needed[3] else None
-    dx = _input_gradient(x, weight_gwc, weight_pwc, weight_redundant, geometry, e3, e1) if needed[0] else None
+    dx3 = dweight_gwc = dweight_pwc = dweight_redundant = dz3 = dz1 = dx = None
+    e = torch.addcmul(delta, g, beta, out=scratch).to(x.dtype)
+    if needed[0] or needed[1]:
+        dx3, dweight_gwc = _convolution_backward(e, x3, weight_gwc, needed[:2], *window)
+    if needed[2]:
+        dweight_pwc = _convolution_backward(e, z3, weight_pwc, (False, True))[1]
+    if dx3 is not None:
+        transposed = weight_pwc.transpose(0, 1).contiguous()
+        dz3 = _add_convolution(dx3, e, transposed) if z is x else F.conv2d(e, transposed)
+
+    e = torch.addcmul(-delta, g, gamma, out=scratch).to(x.dtype)
+    if needed[3]:
+        dweight_redundant = _convolution_backward(e, z1, weight_redundant, (False, True))[1]
+    if dx3 is not None and dz3 is not None:
+        dz1 = F.conv2d(e, weight_redundant.transpose(0, 1).contiguous())
+        dx = torch.cat((dz3, dz1), 1)
+        if z is not x:
+            dx = native.pointwise_input_adjoint(dx, (x.shape[2], x.shape[3]), geometry)
+            dx[:, :representative] += dx3
     return dx, dweight_gwc, dweight_pwc, dweight_redundant, dbias, dbranch_bias
 
 
-def _input_gradient(
-    x: Tensor,
-    weight_gwc: Tensor,
-    weight_pwc: Tensor,
-    weight_redundant: Tensor,
-    geometry: Geometry,
-    e3: Tensor,
-    e1: Tensor,
-) -> Tensor:
-    """dx from E3 and E1, [N, M, H_out, W_out] each."""
-    representative = weight_pwc.shape[1]
-    weight_pwc, weight_redundant = (w.transpose(0, 1).contiguous() for w in (weight_pwc, weight_redundant))
-    if geometry.is_centred and geometry.stride == (1, 1):
-        # The transpose of such a convolution is one of the same window, with the taps turned round.
-        turned = weight_gwc.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1)
-        dx = torch.zeros_like(x)
-        dx3 = _add_convolution(dx[:, :representative], e3, turned, *geometry[1:])
-        _add_convolution(dx3, e3, weight_pwc)
-        _add_convolution(dx[:, representative:], e1, weight_redundant)
-        return dx
-    dz = torch.cat((F.conv2d(e3, weight_pwc), F.conv2d(e1, weight_redundant)), 1)
-    dx = native.pointwise_input_adjoint(dz, (x.shape[2], x.shape[3]), geometry)
-    dx[:, :representative] += torch.ops.aten.convolution_backward(
-        e3,
-        x[:, :representative],
-        weight_gwc,
-        None,
-        *geometry[1:4],
-        False,
-        (0, 0),
-        geometry.groups,
-        (True, False, False),
-    )[0]
-    return dx
-
-
-def _weight_gradient(
+def _convolution_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
+    needed: tuple[bool, ...],
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
-) -> Tensor:
-    """The gradient of ``F.conv2d(x, weight, None, stride, ...)`` with respect to ``weight``."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``F.conv2d(x, weight, None, stride, ...)`` by ``x`` and ``weight``, where ``needed``."""
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (False, True, False)
-    )[1]
+        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*needed, False)
+    )[:2]
 
 
 def _differentiable_gradients(inputs: list[Any], geometry: Geometry, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -254,9 +236,14 @@ def _differentiable_gradients(inputs: list[Any], geometry: Geometry, grad: Tenso
     return tuple(gradients)
 
 
-def _is_large(y: Tensor) -> bool:
-    """Whether a map of this size is worth sparing: it outgrows the cache and what malloc keeps for reuse."""
-    return y.device.type == "cpu" and y.numel() * y.element_size() > LARGE
+def _is_large(x: Tensor, outputs: int) -> bool:
+    """Whether a map of ``outputs`` channels is worth sparing: it outgrows what malloc keeps for the next call."""
+    size = x.shape[0] * outputs * x.shape[2] * x.shape[3] * x.element_size()
+    return x.device.type == "cpu" and _is_precise(x.dtype) and size > LARGE
+
+
+def _is_precise(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -281,9 +268,9 @@ def _bias_difference(branch_bias: Tensor, dtype: torch.dtype) -> Tensor:
     return (shift3 - shift1)[:, None, None]
 
 
-def _convolve(x: Tensor, weight: Tensor, *window: Any) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *window: Any) -> Tensor:
     """A convolution as a new tensor, in float32 or better."""
-    return F.conv2d(x, weight, None, *window).to(torch.promote_types(x.dtype, torch.float32))
+    return F.conv2d(x, weight, bias, *window).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _add_convolution(
