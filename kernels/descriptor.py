@@ -20,7 +20,7 @@ from .tiles import dot
 
 
 @triton.jit
-def _gate_plane(
+def gate_plane(
     plane_ptr,  # [N, CO] float32
     first_sample,
     co,  # [BLOCK_CO]
@@ -35,7 +35,7 @@ def _gate_plane(
 
 
 @triton.jit
-def _times(
+def times(
     acc,  # [BLOCK_CO, BLOCK_N PIXELS]
     plane,  # [BLOCK_CO, BLOCK_N]
     BLOCK_CO: tl.constexpr,
@@ -49,8 +49,8 @@ def _times(
 
 
 @triton.jit
-def _plus(acc, plane, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr):
-    """As :func:`_times`, a sum."""
+def plus(acc, plane, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr):
+    """As :func:`times`, a sum."""
     if PIXELS == 1:
         return acc + plane
     return (acc.reshape(BLOCK_CO, BLOCK_N, PIXELS) + plane[:, :, None]).reshape(BLOCK_CO, BLOCK_N * PIXELS)
@@ -179,11 +179,11 @@ def onepass_descriptor(
         w = packed_desc.load([co0, k])
         acc = dot(w, x.T, acc, PRECISION)
         if step == RED_STEPS * WINDOW - 1:
-            ratio = _gate_plane(ratio_ptr, n0, co, N, CO, BLOCK_N)
-            acc = _times(acc, ratio, BLOCK_CO, BLOCK_N, PIXELS)
+            ratio = gate_plane(ratio_ptr, n0, co, N, CO, BLOCK_N)
+            acc = times(acc, ratio, BLOCK_CO, BLOCK_N, PIXELS)
 
-    acc = _times(acc, _gate_plane(scale_ptr, n0, co, N, CO, BLOCK_N), BLOCK_CO, BLOCK_N, PIXELS)
-    acc = _plus(acc, _gate_plane(offset_ptr, n0, co, N, CO, BLOCK_N), BLOCK_CO, BLOCK_N, PIXELS)
+    acc = times(acc, gate_plane(scale_ptr, n0, co, N, CO, BLOCK_N), BLOCK_CO, BLOCK_N, PIXELS)
+    acc = plus(acc, gate_plane(offset_ptr, n0, co, N, CO, BLOCK_N), BLOCK_CO, BLOCK_N, PIXELS)
     if RESIDUAL:
         acc += residual_desc.load([n0, row0, column0, co0]).reshape(BLOCK_PIX, BLOCK_CO).T.to(tl.float32)
     if RELU:

@@ -102,7 +102,7 @@ def resources(compiled: Any) -> Resources:
 
 
 def hot_loop(compiled: Any) -> tuple[str, ...]:
-    """Instructions of one step of the innermost loop with tensor-core products, as all but one step runs them.
+    """Instructions of one step of the shortest loop with the most tensor-core products, as all but one step runs them.
 
     A branch forward over multiplications is the gate: it is taken once, and left out.
     """
@@ -120,7 +120,8 @@ def hot_loop(compiled: Any) -> tuple[str, ...]:
             position += 1
     jumps = [(source, labels[label]) for source, label in branches]
     loops = [(target, source + 1) for source, target in jumps if target <= source]
-    start, stop = min(((a, b) for a, b in loops if PRODUCTS & set(opcodes[a:b])), key=lambda loop: loop[1] - loop[0])
+    products = {loop: sum(op in PRODUCTS for op in opcodes[slice(*loop)]) for loop in loops}
+    start, stop = min(loops, key=lambda loop: (-products[loop], loop[1] - loop[0]))
     once = {
         position
         for source, target in jumps

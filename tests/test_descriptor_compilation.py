@@ -15,7 +15,7 @@ if not HAS_TRITON or INTERPRETED:
     pytest.skip("needs compiled kernels: runs natively", allow_module_level=True)
 
 from cases import RESNET50, Case
-from gpu_compile import compile_kernel, hot_loop, resources
+from gpu_compile import Resources, compile_kernel, hot_loop, resources
 from lowering import inductor_sources
 from test_lowering import launches
 
@@ -44,25 +44,30 @@ def tile_of(case: Case, batch: int, stride: int = 1) -> Tile:
     return descriptor.best_tile(plan, case.groups, stride, (batch, height, width, case.out_channels))
 
 
-def compiled(case: Case, tile: Tile, target: str, dtype: torch.dtype, stride: int = 1, **epilogue: bool) -> Any:
-    """The kernel as the launch would compile it."""
+def compiled(case: Case, tile: Tile | None, target: str, dtype: torch.dtype, stride: int = 1, **epilogue: bool) -> Any:
+    """The kernel as the launch would compile it; the row kernel where there is no tile."""
     launched: list[tuple[Any, ...]] = []
     height, width = case.size
     x = torch.empty(8, height, width, case.in_channels, dtype=dtype, device="meta").permute(0, 3, 1, 2)
     plane = torch.empty(8, case.out_channels, device="meta")
     plan = descriptor.packing(case.in_channels, case.representative, case.out_channels, case.groups)
     packed = x.new_empty((case.out_channels, plan.columns))
-    kernel = mock.MagicMock()
-    kernel.__getitem__.return_value = lambda *args, **constants: launched.append((args, constants))
+    recorder = mock.MagicMock()
+    recorder.__getitem__.return_value = lambda *args, **constants: launched.append((args, constants))
+    kernel = descriptor.kernel if tile else descriptor.onepass_rows
     residual = (
         x.new_empty((8, case.out_channels, height // stride, width // stride)) if epilogue.get("residual") else None
     )
     window = (case.representative, case.groups, stride, epilogue.get("relu", False))
-    with mock.patch.object(descriptor, "kernel", kernel), mock.patch.object(descriptor, "best_tile", lambda *_: tile):
+    with (
+        mock.patch.multiple(descriptor, kernel=recorder, onepass_rows=recorder),
+        mock.patch.object(descriptor, "best_tile", lambda *_: tile),
+        mock.patch.object(descriptor, "streamed_rows", lambda *_: None if tile else 28),
+    ):
         descriptor.convolve.body(x, packed, plane, plane, plane, residual, *window)
     args, constants = launched[0]
     config = triton.Config({}, num_warps=constants.pop("num_warps"), num_stages=constants.pop("num_stages"))
-    return compile_kernel(descriptor.kernel, target, config, *args, **constants)
+    return compile_kernel(kernel, target, config, *args, **constants)
 
 
 def check(kernel: Any, target: str) -> None:
@@ -104,6 +109,23 @@ def test_stride_2(case: Case) -> None:
     check(compiled(case, tile_of(case, 128, 2), "sm_90", torch.float16, 2), "sm_90")
 
 
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", descriptor.DTYPES, ids=str)
+def test_rows(dtype: torch.dtype, target: str) -> None:
+    kernel = compiled(RESNET50[0], None, target, dtype)
+    used = resources(kernel)
+    assert used.spilled_bytes == 0, f"{used.spilled_bytes} bytes spilled a thread"
+    assert used.count("HGMMA" if target == "sm_90" else "UTCHMMA") == 20, "ten products of 32 channels"
+    loop = hot_loop(kernel)
+    assert loop.count("UTMALDG") == 4, "a row three times, and the redundant channels once"
+    assert programs_a_processor(used, 4) >= 2
+
+
+def programs_a_processor(used: Resources, warps: int) -> int:
+    """How many share a processor of 64 Ki registers."""
+    return min(65536 // (used.registers * 32 * warps), SHARED_BYTES // used.shared_bytes)
+
+
 @pytest.mark.parametrize("case", RESNET50, ids=str)
 def test_steps_are_as_short_as_the_sketch_s(case: Case) -> None:
     box, instructions = SKETCH[case.name]
@@ -111,10 +133,7 @@ def test_steps_are_as_short_as_the_sketch_s(case: Case) -> None:
     assert tile[:3] == box
     kernel = compiled(case, tile, "sm_90", torch.float16)
     assert len(hot_loop(kernel)) <= 1.05 * instructions
-    programs = min(
-        65536 // (resources(kernel).registers * 32 * tile.num_warps), SHARED_BYTES // resources(kernel).shared_bytes
-    )
-    assert programs >= 2, "programs that share a processor"
+    assert programs_a_processor(resources(kernel), tile.num_warps) >= 2
 
 
 def test_compiled_layer_calls_the_operator_after_its_weights_are_packed() -> None:
