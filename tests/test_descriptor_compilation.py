@@ -99,6 +99,13 @@ def test_every_tile_of_resnet50(target: str, dtype: torch.dtype, case: Case, til
     check(compiled(case, tile, target, dtype), target)
 
 
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("case", RESNET50, ids=str)
+def test_tf32(case: Case, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptor, "dot_precision", lambda dtype: "tf32")
+    check(compiled(case, tile_of(case, 128), target, torch.float32), target)
+
+
 @pytest.mark.parametrize("case", RESNET50, ids=str)
 def test_residual_and_relu(case: Case) -> None:
     check(compiled(case, tile_of(case, 128), "sm_90", torch.float16, residual=True, relu=True), "sm_90")

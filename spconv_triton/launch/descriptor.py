@@ -87,12 +87,14 @@ def can_run(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometr
 def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
     """Whether the kernel computes this layer, on whatever device.
 
-    Alignment is no matter: with the channels that :func:`packing` takes a fresh tensor is aligned, and an unaligned
-    one is copied.
+    Float32 only where it is multiplied as TF32. Alignment is no matter: with the channels that :func:`packing` takes a
+    fresh tensor is aligned, and an unaligned one is copied.
     """
-    if x.dtype not in DTYPES or geometry.kernel_size != (3, 3) or geometry.padding != (1, 1):
+    if x.dtype not in DTYPES and dot_precision(x.dtype) != "tf32":
         return False
-    if geometry.dilation != (1, 1) or geometry.stride not in ((1, 1), (2, 2)):
+    if geometry.kernel_size != (3, 3) or geometry.padding != (1, 1) or geometry.dilation != (1, 1):
+        return False
+    if geometry.stride not in ((1, 1), (2, 2)):
         return False
     if geometry.stride == (2, 2) and (x.shape[2] % 2 or x.shape[3] % 2):
         return False
@@ -218,16 +220,19 @@ def convolve(
             f"no tile takes {channels} channels, {representative} of them in {groups} groups, to {outputs}"
         )
     y = empty_channels_last(x, outputs, *size[1:])
-    rows = streamed_rows(plan, groups, stride, (*size, outputs)) if residual is None else None
+    rows = None
+    if residual is None and x.dtype in DTYPES:
+        rows = streamed_rows(plan, groups, stride, (*size, outputs))
     if rows is not None:
         _stream_rows(x, packed, (ratio, scale, offset), y, rows, relu)
         return y
     tile = best_tile(plan, groups, stride, (*size, outputs))
     box, pixel_box = tile[:3], [*tile[:3], tile.block_co]
+    block_k = max(16, tile.block_k * 2 // x.itemsize)  # as many bytes in float32
     y_boxes = boxes(y, outputs, pixel_box)
     kernel[(tile.programs(*size, outputs),)](
-        _strided_boxes(x, [*box, tile.block_k]) if stride == 2 else boxes(*aligned(x), [*box, tile.block_k]),
-        TensorDescriptor.from_tensor(packed, [tile.block_co, tile.block_k]),
+        _strided_boxes(x, [*box, block_k]) if stride == 2 else boxes(*aligned(x), [*box, block_k]),
+        TensorDescriptor.from_tensor(packed, [tile.block_co, block_k]),
         ratio,
         scale,
         offset,
@@ -247,7 +252,7 @@ def convolve(
         BLOCK_H=tile.block_h,
         BLOCK_W=tile.block_w,
         BLOCK_CO=tile.block_co,
-        BLOCK_K=tile.block_k,
+        BLOCK_K=block_k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

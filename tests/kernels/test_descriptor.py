@@ -231,9 +231,12 @@ def test_other_layers_are_declined(case: Case, device: str) -> None:
         layer(inputs, case)
 
 
-def test_float32_is_declined(device: str) -> None:
+def test_float32_is_declined_unless_tf32_is_allowed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptor, "dot_precision", lambda dtype: "ieee")
     inputs = make_inputs(PLAIN, device=device)
     assert not descriptor.supports(inputs.x, inputs.weight_gwc, inputs.weight_pwc, geometry(PLAIN))
+    monkeypatch.setattr(descriptor, "dot_precision", lambda dtype: "tf32")
+    check(inputs, PLAIN)
 
 
 def test_unknown_path_is_named(device: str) -> None:
