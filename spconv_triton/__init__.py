@@ -1,7 +1,20 @@
 """SPConv ("Split to Be Slim", IJCAI 2020) as a drop-in convolution. Importing this registers its operators."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import functional, reference
 from .modules import SPConv2d
 
-__all__ = ["SPConv2d", "functional", "reference"]
+if TYPE_CHECKING:
+    from .explanation import explain
+
+__all__ = ["SPConv2d", "explain", "functional", "reference"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "explain":  # tracing and profiling, which few programs need, double the time of the import
+        from .explanation import explain
+
+        return explain
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

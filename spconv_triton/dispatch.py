@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib
 import os
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "native", "reference")
+
+
+class Path(NamedTuple):
+    """One way to compute a layer.
+
+    Attributes:
+        backend: whose it is.
+        name: what :func:`spconv_triton.explain` calls it.
+        device, dtypes, layers: what it is taken for.
+        kernel: the launch that it is known by; empty where ATen computes.
+    """
+
+    backend: str
+    name: str
+    device: str
+    dtypes: str
+    layers: str
+    kernel: str
+
+
+PATHS = (
+    Path(
+        "triton",
+        "descriptor",
+        "CUDA, compute capability 9.x or 10.x",
+        "float16, bfloat16, float32 as TF32",
+        "3 x 3, padding 1, stride 1, or stride 2 on even sizes; channels in multiples that fill its tiles",
+        "onepass_descriptor",
+    ),
+    Path("triton", "flat", "any GPU", "float32, float16, bfloat16", "any", "onepass_forward"),
+    Path("triton", "branch", "any GPU", "float32, float16, bfloat16", "alpha = 1, branch norms", "branch_forward"),
+    Path("native", "gate first", "CPU", "float32, float64", "stride 1, half-window padding, large maps", ""),
+    Path("native", "both branches", "any", "any", "any", ""),
+    Path("reference", "reference", "any", "any", "any", ""),
+)
+"""The paths, first match first: :func:`choose` finds the backend, and within Triton's the launch of the layer asks
+``launch.descriptor.can_run`` and ``launch.gradients_descriptor.can_run``, which hold their rows' conditions."""
 
 
 def _import_triton() -> str | None:
@@ -33,6 +74,26 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in 
     "y",
 )
 """Triton runs its kernels in NumPy, on tensors in host memory. Read once: kernels are built for one or the other."""
+
+_assumed: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("assumed capability", default=None)
+
+
+@contextlib.contextmanager
+def assuming(capability: tuple[int, int]) -> Iterator[None]:
+    """Decide as if every CUDA device had this compute capability: to ask about a GPU that is not there."""
+    token = _assumed.set(capability)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None for anything else, AMD's included."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return _assumed.get() or torch.cuda.get_device_capability(device)
+
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

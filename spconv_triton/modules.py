@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import functional
 from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS
-from .geometry import IntPair, resolve
+from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -159,6 +159,11 @@ class SPConv2d(nn.Module):
         for norm in (self.norm_representative, self.norm_redundant):
             if norm is not None:
                 norm.reset_parameters()
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the taps fall, padding words resolved."""
+        return Geometry(self.kernel_size, self.stride, self._window_padding, self.dilation, self.groups)
 
     @property
     def taps(self) -> int:

@@ -116,7 +116,7 @@ def _forward(
     x = _channels_last(x)
     z = native.pointwise_input(x, geometry)
     x3, z3, z1 = x[:, :representative], z[:, :representative], z[:, representative:]
-    if z is x and _is_large(x, weight_gwc.shape[0]):
+    if gate_comes_first(x, weight_gwc.shape[0], geometry):
         d = gate_difference(x, weight_gwc, weight_pwc, weight_redundant, geometry)
         if branch_bias is not None:
             d += _bias_difference(branch_bias, d.dtype)
@@ -236,10 +236,14 @@ def _differentiable_gradients(inputs: list[Any], geometry: Geometry, grad: Tenso
     return tuple(gradients)
 
 
-def _is_large(x: Tensor, outputs: int) -> bool:
-    """Whether a map of ``outputs`` channels is worth sparing: it outgrows what malloc keeps for the next call."""
-    size = x.shape[0] * outputs * x.shape[2] * x.shape[3] * x.element_size()
-    return x.device.type == "cpu" and _is_precise(x.dtype) and size > LARGE
+def gate_comes_first(x: Tensor, outputs: int, geometry: Geometry) -> bool:
+    """Whether a map of ``outputs`` channels is worth sparing: it outgrows what malloc keeps for the next call.
+
+    The statistics that the gate is then computed from are those of stride 1 and half-window padding.
+    """
+    if geometry.stride != (1, 1) or not geometry.is_centred or x.device.type != "cpu" or not _is_precise(x.dtype):
+        return False
+    return x.shape[0] * outputs * x.shape[2] * x.shape[3] * x.element_size() > LARGE
 
 
 def _is_precise(dtype: torch.dtype) -> bool:

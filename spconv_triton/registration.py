@@ -14,6 +14,12 @@ from .dispatch import INTERPRETED
 
 NAMESPACE = "spconv_triton"
 
+bodies: dict[str, Callable[..., Any]] = {}
+"""The body of each traceable operator, by its qualified name: what :mod:`spconv_triton.explain` looks into."""
+
+descriptions: dict[str, Callable[..., str]] = {}
+"""What an opaque operator would launch for given arguments, by its qualified name, likewise."""
+
 
 def traceable_op(name: str, kernels: Sequence[object]) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Decorator that registers ``spconv_triton::name`` with the decorated function as its body.
@@ -29,13 +35,15 @@ def traceable_op(name: str, kernels: Sequence[object]) -> Callable[[Callable[...
 
     def register(body: Callable[..., Any]) -> CustomOpDef:
         def eager(*args: Any, **kwargs: Any) -> Any:
-            with torch_triton.set_wrap_triton_enabled(False):
+            # Triton launches on the current device, which need not be the tensors'.
+            with torch_triton.set_wrap_triton_enabled(False), torch.cuda.device_of(args[0]):
                 return body(*args, **kwargs)
 
         qualified = f"{NAMESPACE}::{name}"
         schema = torch.library.infer_schema(body, mutates_args=())
         operator = custom_op(qualified, eager, mutates_args=(), schema=schema)
         torch_triton.triton_ops_to_kernels[qualified] = list(kernels)
+        bodies[qualified] = body
 
         def trace(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
             from torch.export import _trace  # loaded by whoever exports; of no use to anyone else
@@ -64,6 +72,10 @@ class OpaqueOp:
         self.body = body
         self.operator = custom_op(f"{NAMESPACE}::{name}", body, mutates_args=mutates, schema=schema)
         self.register_fake = self.operator.register_fake
+
+    def register_description(self, describe: Callable[..., str]) -> None:
+        """``describe``, called with the operator's arguments, says what it would launch: blocks and grid."""
+        descriptions[self.operator._qualname] = describe
 
     def __call__(self, *args: Any) -> Any:
         return (self.operator if torch_triton.is_wrap_triton_enabled() else self.body)(*args)

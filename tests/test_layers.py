@@ -28,6 +28,7 @@ HELPERS = ("checks", "dispatch", "geometry", "layout", "registration")
 
 # Imports inside functions, (importer, imported): why. Each one costs its callers an import they did not see coming.
 LATE_IMPORTS: dict[tuple[str, str], str] = {
+    ("", "explanation"): "tracing and profiling would double the time of importing the package",
     ("training.cli", "training.demo"): "--help and a mistyped option answer at once",
     ("training.cli", "training.loop"): "--help and a mistyped option answer at once",
 }

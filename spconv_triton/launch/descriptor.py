@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dispatch import capability
 from ..geometry import Geometry
 from ..kernels.descriptor import onepass_descriptor as kernel
 from ..kernels.rows import onepass_rows
@@ -65,13 +66,6 @@ class Tile(NamedTuple):
         """Programs that cover the output."""
         blocks = zip((batch, height, width, outputs), self[:4], strict=True)
         return functools.reduce(lambda total, sides: total * triton.cdiv(*sides), blocks, 1)
-
-
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a CUDA device; None for anything else, AMD's included."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    return torch.cuda.get_device_capability(device)
 
 
 def can_run(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
@@ -220,9 +214,7 @@ def convolve(
             f"no tile takes {channels} channels, {representative} of them in {groups} groups, to {outputs}"
         )
     y = empty_channels_last(x, outputs, *size[1:])
-    rows = None
-    if residual is None and x.dtype in DTYPES:
-        rows = streamed_rows(plan, groups, stride, (*size, outputs))
+    rows = _rows(plan, x, residual, groups, stride, (*size, outputs))
     if rows is not None:
         _stream_rows(x, packed, (ratio, scale, offset), y, rows, relu)
         return y
@@ -273,6 +265,43 @@ def _(
     _relu: bool,
 ) -> Tensor:
     return empty_channels_last(x, packed.shape[0], x.shape[2] // stride, x.shape[3] // stride)
+
+
+@convolve.register_description
+def _(
+    x: Tensor,
+    packed: Tensor,
+    _ratio: Tensor,
+    _scale: Tensor,
+    _offset: Tensor,
+    residual: Tensor | None,
+    representative: int,
+    groups: int,
+    stride: int,
+    _relu: bool,
+) -> str:
+    outputs, output = packed.shape[0], (x.shape[0], x.shape[2] // stride, x.shape[3] // stride, packed.shape[0])
+    plan = packing(x.shape[1], representative, outputs, groups)
+    assert plan is not None
+    merged = f", {plan.merge} groups merged" if plan.merge > 1 else ""
+    rows = _rows(plan, x, residual, groups, stride, output)
+    if rows is not None:
+        return f"onepass_rows: {ROW_BOX[0]} samples x {rows} streamed rows x {ROW_BOX[1]} columns{merged}"
+    tile = best_tile(plan, groups, stride, output)
+    return (
+        f"{tile.block_n} samples x {tile.block_h} x {tile.block_w} pixels x {tile.block_co} channels, "
+        f"BLOCK_K={tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages, "
+        f"grid ({tile.programs(*output)},){merged}"
+    )
+
+
+def _rows(
+    plan: Packing, x: Tensor, residual: Tensor | None, groups: int, stride: int, output: tuple[int, int, int, int]
+) -> int | None:
+    """:func:`streamed_rows`, where the row kernel computes the layer at all."""
+    if residual is not None or x.dtype not in DTYPES:
+        return None
+    return streamed_rows(plan, groups, stride, output)
 
 
 def _stream_rows(

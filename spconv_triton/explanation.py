@@ -1,0 +1,243 @@
+"""What a layer would run: backend, path, launches, tiles, bytes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity, profile
+
+from . import dispatch, registration
+from .checks import check_input, shape
+from .layout import memory_format
+from .modules import SPConv2d
+from .native_onepass import gate_comes_first
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, or one ATen operation.
+
+    Attributes:
+        name: of the kernel or operation.
+        tiles: the configurations that it may be launched with, and their grids; empty for ATen.
+        bytes: of the tensors that it is given, each once.
+    """
+
+    name: str
+    tiles: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found; printed, it is a readable report.
+
+    Attributes:
+        layer, input: what was asked about.
+        path: what runs, a row of :data:`spconv_triton.dispatch.PATHS`.
+        launches: of one inference, in order.
+        kept_bytes: what training keeps for the backward besides the parameters.
+        input_bytes: of the input, to compare with.
+    """
+
+    layer: str
+    input: str
+    path: dispatch.Path
+    launches: tuple[Launch, ...]
+    kept_bytes: int
+    input_bytes: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.layer} on {self.input}",
+            f"  backend {self.path.backend!r}, path {self.path.name!r}: {_reason(self.path)}",
+            f"  {len(self.launches)} launches in inference",
+        ]
+        for launch in self.launches:
+            lines.append(f"    {launch.name:<28} {launch.bytes / 1e6:9.3f} MB")
+            lines += [f"        {tile}" for tile in launch.tiles]
+        share = self.kept_bytes / self.input_bytes if self.input_bytes else 0.0
+        lines.append(f"  kept for the backward: {self.kept_bytes / 1e6:.3f} MB, {share:.3f} x the input")
+        return "\n".join(lines)
+
+
+def explain(module: SPConv2d, x: Tensor, *, capability: tuple[int, int] | None = None) -> Explanation:
+    """Find out which path serves ``x``, print it, and return it.
+
+    On a GPU the layer is traced, not run. On a CPU it is run once, forward. With ``capability`` it is traced as on a
+    CUDA device of that compute capability, so that a machine without one can ask.
+
+    Args:
+        module: the layer.
+        x: [N, L, H, W], an input of it.
+        capability: (major, minor), such as (9, 0).
+
+    Raises:
+        TypeError: ``module`` is not an ``SPConv2d``, or ``x`` is not a floating-point tensor.
+        ValueError: what calling the module would raise.
+    """
+    if not isinstance(module, SPConv2d):
+        raise TypeError(f"module must be an SPConv2d, got {type(module).__name__}")
+    check_input("x", x)
+    traced = capability is not None or x.is_cuda
+    with dispatch.assuming(capability) if capability is not None else nullcontext():
+        found = _explain_traced(module, x) if traced else _explain_run(module, x)
+    print(found)
+    return found
+
+
+def _describe(x: Tensor, device: str) -> str:
+    layout = "channels_last" if memory_format(x) == torch.channels_last else "contiguous"
+    return f"{shape(x)} {str(x.dtype).removeprefix('torch.')} {layout}, {device}"
+
+
+def _reason(path: dispatch.Path) -> str:
+    return f"taken on {path.device}; {path.dtypes}; layers: {path.layers}"
+
+
+def _explain_traced(module: SPConv2d, x: Tensor) -> Explanation:
+    """On fake CUDA tensors: nothing is allocated and nothing runs."""
+    with FakeTensorMode(), torch.no_grad():
+
+        def fake(tensor: Tensor) -> Tensor:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+
+        state = {name: fake(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+        value = fake(x)
+        backend = dispatch.choose(value, module.backend)
+        call = torch.func.functional_call
+        graph = make_fx(lambda tensors, value: call(module, tensors, (value,)))(state, value)
+        launches = tuple(_launches(graph))
+        kept = _kept_by_operators(graph)
+    names = {launch.name.rpartition("::")[2] for launch in launches}
+    path = next(p for p in dispatch.PATHS if p.backend == backend and (not p.kernel or p.kernel in names))
+    found = dispatch.capability(torch.device("cuda"))
+    where = "cuda" if found is None else f"cuda, compute capability {found[0]}.{found[1]}"
+    return Explanation(repr(module), _describe(x, where), path, launches, kept, x.numel() * x.itemsize)
+
+
+def _kept_by_operators(graph: torch.fx.GraphModule) -> int:
+    """Bytes of the inputs and outputs that the layer's operator would save: x, and all that it returns besides Y."""
+    kept = 0
+    for node in graph.graph.nodes:
+        if _operator_name(node) == f"{registration.NAMESPACE}::spconv2d":
+            _, *saved = node.meta["val"]
+            kept += sum(t.numel() * t.itemsize for t in (_values(node)[0], *saved))
+    return kept
+
+
+def _operator_name(node: torch.fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return str(node.target) if schema is None else schema.name
+
+
+def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
+    with torch.inference_mode():
+        module(x)  # the first call builds what oneDNN keeps
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiler:
+            module(x)
+    launches = tuple(
+        Launch(event.name, (), sum(prod(s) for s in event.input_shapes if s) * x.itemsize)
+        for event in profiler.events()
+        if event.cpu_parent is None and "::" in event.name and not _is_free(event.name)
+    )
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = module(x.detach().requires_grad_())
+    for parameter in module.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    del result
+    kept = sum(storages.values())
+    backend = dispatch.choose(x, module.backend)
+    gate_first = gate_comes_first(x, module.out_channels, module.geometry)
+    name = ("gate first" if gate_first else "both branches") if backend == "native" else backend
+    path = next(p for p in dispatch.PATHS if p.backend == backend and p.name == name)
+    return Explanation(repr(module), _describe(x, "cpu"), path, launches, kept, x.numel() * x.itemsize)
+
+
+def _is_free(operation: str) -> bool:
+    """Whether an ATen operation reads and writes no memory: a view, an allocation, or no tensor at all."""
+    if operation.startswith(("aten::empty", "aten::new_empty", "aten::detach")):
+        return True
+    returns = [s.returns for s in torch._C._jit_get_schemas_for_operator(operation)]
+    views = any(r.alias_info is not None and not r.alias_info.is_write for values in returns for r in values)
+    tensors = any(isinstance(r.type, torch.TensorType) for values in returns for r in values)
+    return bool(returns) and (views or not tensors)
+
+
+def _nodes(graph: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+    """The calls of a graph, operators of ours replaced by the calls of their bodies."""
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        body = registration.bodies.get(_operator_name(node))
+        if body is None:
+            yield node
+        else:
+            yield from _nodes(_trace(body, node))
+
+
+def _trace(body: Callable[..., Any], node: torch.fx.Node) -> torch.fx.GraphModule:
+    return make_fx(body)(*_values(node))
+
+
+def _values(node: torch.fx.Node) -> list[Any]:
+    """The arguments of a call, tensors as the fakes that stood for them."""
+    return [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args]
+
+
+def _launches(graph: torch.fx.GraphModule) -> Iterator[Launch]:
+    for node in _nodes(graph):
+        name = _operator_name(node)
+        if name.startswith("triton_kernel_wrapper"):
+            details: dict[str, Any] = dict(node.kwargs)
+            kernel = kernel_side_table.get_kernel(details["kernel_idx"])
+            yield Launch(_kernel_name(kernel), _tiles(kernel, details["grid"]), _bytes(details["kwargs"].values()))
+        elif not _is_free(name):
+            tensors = [a for a in node.args if isinstance(a, torch.fx.Node)]
+            describe = registration.descriptions.get(name)
+            tiles = () if describe is None else (describe(*_values(node)),)
+            yield Launch(name, tiles, _bytes([*tensors, node]))
+
+
+def _kernel_name(kernel: Any) -> str:
+    while not hasattr(kernel, "__name__"):
+        kernel = kernel.fn
+    return kernel.__name__
+
+
+def _tiles(kernel: Any, grids: list[Any]) -> tuple[str, ...]:
+    """The configurations left after pruning; the tuner times them once per layer, not per size."""
+    configs = getattr(kernel, "configs", [None] * len(grids))
+    rows = []
+    for config, grid in zip(configs, grids, strict=False):
+        blocks = "" if config is None else ", ".join(f"{k}={v}" for k, v in config.kwargs.items())
+        warps = "" if config is None else f", {config.num_warps} warps, {config.num_stages} stages"
+        rows.append(f"{blocks}{warps}, grid {tuple(grid)}")
+    return tuple(rows)
+
+
+def _bytes(values: Any) -> int:
+    tensors = {}
+    for value in values:
+        tensor = value.meta.get("val") if isinstance(value, torch.fx.Node) else None
+        if isinstance(tensor, Tensor):
+            tensors[value.name] = tensor.numel() * tensor.itemsize
+    return sum(tensors.values())

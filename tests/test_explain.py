@@ -1,0 +1,67 @@
+"""What a layer says it would run is what it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import RESNET50
+
+from spconv_triton import SPConv2d, dispatch, explain
+from spconv_triton.dispatch import INTERPRETED
+
+needs_triton = pytest.mark.skipif(
+    not dispatch.HAS_TRITON or INTERPRETED, reason="traces compiled kernels: runs natively"
+)
+
+
+def names(explanation: object) -> list[str]:
+    return [launch.name.rpartition("::")[2] for launch in explanation.launches]
+
+
+@needs_triton
+@pytest.mark.parametrize("case", RESNET50, ids=str)
+@pytest.mark.parametrize(
+    ("capability", "path", "kernel"),
+    [((9, 0), "descriptor", "onepass_descriptor"), ((8, 0), "flat", "onepass_forward")],
+)
+def test_resnet50_on_a_gpu(case, capability: tuple[int, int], path: str, kernel: str, capsys) -> None:
+    layer = SPConv2d(case.in_channels, case.out_channels, 3, padding=1, bias=False, dtype=torch.float16)
+    x = torch.empty(case.batch, case.in_channels, *case.size, dtype=torch.float16, device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    found = explain(layer, x, capability=capability)
+    assert (found.path.backend, found.path.name) == ("triton", path)
+    assert names(found) == ["window_statistics", "gate_planes", kernel]
+    assert all(launch.tiles and launch.bytes > 0 for launch in found.launches)
+    assert found.input_bytes < found.kept_bytes <= found.input_bytes * (1.05 if case.size[0] >= 14 else 1.25)
+    assert str(found) == capsys.readouterr().out.strip("\n")
+
+
+@needs_triton
+def test_branch_norms_on_a_gpu() -> None:
+    layer = SPConv2d(32, 32, 3, padding=1, branch_norm=True)
+    found = explain(layer, torch.randn(2, 32, 8, 8).to(memory_format=torch.channels_last), capability=(8, 0))
+    assert found.path.name == "branch"
+    assert [name for name in names(found) if not name.startswith(("convolution", "_native", "cudnn"))][
+        0
+    ] == "branch_forward"
+
+
+@pytest.mark.parametrize(("size", "path"), [(56, "gate first"), (7, "both branches")])
+def test_cpu(size: int, path: str) -> None:
+    x = torch.randn(8, 64, size, size).to(memory_format=torch.channels_last)
+    found = explain(SPConv2d(64, 64, 3, padding=1), x)
+    assert (found.path.backend, found.path.name) == ("native", path)
+    assert names(found)
+    assert found.input_bytes <= found.kept_bytes <= 1.25 * found.input_bytes
+
+
+def test_reference() -> None:
+    found = explain(SPConv2d(8, 8, 3, backend="reference"), torch.randn(1, 8, 5, 5))
+    assert found.path.name == "reference"
+
+
+def test_what_it_refuses() -> None:
+    with pytest.raises(TypeError, match="module must be an SPConv2d, got Conv2d"):
+        explain(torch.nn.Conv2d(8, 8, 3), torch.randn(1, 8, 5, 5))
+    with pytest.raises(ValueError, match="x must have 8 channels"):
+        explain(SPConv2d(8, 8, 3), torch.randn(1, 7, 5, 5))
