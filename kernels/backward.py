@@ -199,7 +199,7 @@ def input_grad(
 
 
 @autotuned(WEIGHT_GRAD, (*LAYER_KEY, "BLOCK_C"), prune_layer)
-@triton.jit(do_not_specialize=["units", "units_per_split", "slice_pixels", "H", "W", "HO", "WO"])
+@triton.jit(do_not_specialize=["units", "units_per_split", "slice_pixels", "H", "W", "HO", "WO", "SLICES"])
 def weight_grad(
     grad_ptr,  # g [N, HO, WO, CO]
     x_ptr,  # [N, H, W, C], pixels x_stride apart

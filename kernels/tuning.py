@@ -18,10 +18,11 @@ def config(num_warps: int, num_stages: int, **blocks: int) -> triton.Config:
 def autotuned(table: Sequence[triton.Config], key: Sequence[str], prune: Callable[..., list[triton.Config]]):
     """``triton.autotune`` over ``table``, or its last row where kernels are interpreted.
 
-    The interpreter cannot time, so it takes the last row, which every table keeps for the smallest blocks.
+    Timings are kept in Triton's cache on disk. The interpreter cannot time, so it takes the last row, which every table
+    keeps for the smallest blocks.
     """
     configs = [table[-1]] if knobs.runtime.interpret else list(table)
-    return triton.autotune(configs, key=list(key), prune_configs_by={"early_config_prune": prune})
+    return triton.autotune(configs, key=list(key), prune_configs_by={"early_config_prune": prune}, cache_results=True)
 
 
 def fits(block: int, size: int, smallest: int) -> bool:

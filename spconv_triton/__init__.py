@@ -7,8 +7,9 @@ from .modules import SPConv2d
 
 if TYPE_CHECKING:
     from .explanation import explain
+    from .tuning import load_tuning, save_tuning
 
-__all__ = ["SPConv2d", "explain", "functional", "reference"]
+__all__ = ["SPConv2d", "explain", "functional", "load_tuning", "reference", "save_tuning"]
 __version__ = "0.1.0"
 
 
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from .explanation import explain
 
         return explain
+    if name in ("load_tuning", "save_tuning"):  # needs triton
+        from . import tuning
+
+        return getattr(tuning, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,21 @@ from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
 from .gradients import spconv2d_backward
 from .layer import spconv2d
 
+TUNED_KERNELS = tuple(
+    dict.fromkeys(
+        (
+            *branch.FORWARD_KERNELS,
+            *fusion.FORWARD_KERNELS,
+            *fusion.BACKWARD_KERNELS,
+            *layer.FORWARD_KERNELS,
+            *gradients.KERNELS,
+        )
+    )
+)
+"""Every kernel whose configuration may be tuned."""
+
 __all__ = [
+    "TUNED_KERNELS",
     "branch",
     "empty_channels_last",
     "empty_output",

@@ -1,0 +1,117 @@
+"""Tuned choices travel between processes and machines of one kind, and no size of input tunes or compiles anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
+
+if not HAS_TRITON or INTERPRETED:
+    pytest.skip("needs compiled kernels", allow_module_level=True)
+
+import triton
+from gpu_compile import compile_kernel, compiling_for
+from test_kernel_compilation import KERNELS, chosen, launch
+
+from spconv_triton import load_tuning, save_tuning
+from spconv_triton.kernels.onepass import onepass_forward
+
+KEY = (64, 32, 64, 2, 3, 3, 1, 1, "ieee", "torch.float16")
+
+
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onepass_forward, "cache", {})
+
+
+def test_choices_survive_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    config = onepass_forward.configs[1]
+    onepass_forward.cache[KEY] = config
+    with compiling_for("sm_90"):
+        assert save_tuning(file) == 1
+        onepass_forward.cache.clear()
+        assert load_tuning(file) == 1
+    assert onepass_forward.cache == {KEY: config}
+    assert [p.name for p in tmp_path.iterdir()] == ["tuned.json"]
+
+
+def test_what_is_tuned_here_stays(tmp_path: Path) -> None:
+    onepass_forward.cache[KEY] = onepass_forward.configs[1]
+    with compiling_for("sm_90"):
+        save_tuning(tmp_path / "tuned.json")
+        onepass_forward.cache[KEY] = onepass_forward.configs[0]
+        assert load_tuning(tmp_path / "tuned.json") == 0
+    assert onepass_forward.cache[KEY] is onepass_forward.configs[0]
+
+
+def test_another_device_or_version_takes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    onepass_forward.cache[KEY] = onepass_forward.configs[1]
+    with compiling_for("sm_90"):
+        save_tuning(file)
+    onepass_forward.cache.clear()
+    with compiling_for("sm_80"):
+        assert load_tuning(file) == 0
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps({**saved, "triton": triton.__version__ + ".1"}))
+    with compiling_for("sm_90"):
+        assert load_tuning(file) == 0
+
+
+def test_a_config_that_the_table_lost_is_not_taken(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    onepass_forward.cache[KEY] = triton.Config({"BLOCK_PIX": 1, "BLOCK_CO": 1, "BLOCK_C": 1})
+    with compiling_for("sm_90"):
+        save_tuning(file)
+        onepass_forward.cache.clear()
+        assert load_tuning(file) == 0
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}', '{"format": 1, "device": 0, "triton": 0}'])
+def test_a_foreign_file_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    if "device" in text:
+        with compiling_for("sm_90"):
+            assert load_tuning(file) == 0
+        return
+    with compiling_for("sm_90"), pytest.raises(ValueError, match=r"other\.json"):
+        load_tuning(file)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tuned.json"
+    file.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with compiling_for("sm_90"), pytest.raises(OSError, match="no space"):
+        save_tuning(file)
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["tuned.json"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_another_size_is_the_same_binary(name: str) -> None:
+    kernel, args, constants = launch(name, torch.float16)
+    config = chosen(kernel, args, constants)[-1]
+    sizes = [i for i, a in enumerate(args) if isinstance(a, int) and kernel.arg_names[i] != "x_stride"]
+    first = compile_kernel(kernel, "sm_90", config, *args, **constants)
+    for size in (1, 16, 17, 4096):
+        resized = [size if i in sizes else a for i, a in enumerate(args)]
+        assert compile_kernel(kernel, "sm_90", config, *resized, **constants) is first, f"{name} at {size}"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_keys_name_no_size(name: str) -> None:
+    kernel, args, _ = launch(name, torch.float16)
+    at_run_time = {kernel.arg_names[i] for i, a in enumerate(args) if isinstance(a, int)}
+    assert at_run_time
+    assert not at_run_time & set(kernel.keys)
