@@ -10,7 +10,9 @@ B[n, m] = sum_p g, per (sample n, channel m):
     dWp   = sum of the partials + sum_n delta_n mean_p x[n, p at k],       likewise dWg; dW1 with -delta_n
 
 ``gate_grad`` makes delta / P, which the input gradient needs as well; ``finish_weights`` the rest, straight into the
-gradients, in their dtype and strides.
+gradients, in their dtype and strides. Programs of its own there prepare the input gradient of
+:mod:`.backward_descriptor`: the packed weights and the planes of the constant that are described there. Packing is a
+by-product, so there is no cache that an optimizer step or a graph could find stale.
 """
 
 import triton
@@ -27,6 +29,7 @@ def gate_grad(
     branch_bias_ptr,  # [2, CO]
     shift_ptr,  # delta / P [N, CO] float32
     terms_ptr,  # each sample's part of db3, db1 [2, N, CO] float32; written only if BRANCH_BIAS
+    gate_ptr,  # beta, gamma [2, N, CO] float32; written only if PREPARE
     N,
     P,
     SLICES,
@@ -34,6 +37,7 @@ def gate_grad(
     K_BLOCKS: tl.constexpr,
     REDUNDANT_BLOCKS: tl.constexpr,  # the first of the K blocks; they make A1
     BRANCH_BIAS: tl.constexpr,
+    PREPARE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CO: tl.constexpr,
 ):
@@ -70,6 +74,9 @@ def gate_grad(
         difference += (b3 - b1) * grad_sum
     delta = beta * gamma * difference
     tl.store(shift_ptr + plane, delta / P.to(tl.float32), mask=co_mask)
+    if PREPARE:
+        tl.store(gate_ptr + plane, beta, mask=co_mask)
+        tl.store(gate_ptr + N * CO + plane, gamma, mask=co_mask)
     if BRANCH_BIAS:
         tl.store(terms_ptr + plane, beta * grad_sum + delta, mask=co_mask)
         tl.store(terms_ptr + N * CO + plane, gamma * grad_sum - delta, mask=co_mask)
@@ -86,17 +93,163 @@ def _sum_of_samples(terms_ptr, out_ptr, out_stride, co, co_mask, N, CO: tl.const
     tl.store(out_ptr + co * out_stride, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=co_mask)
 
 
-@triton.jit(do_not_specialize=["N", "P", "SPLITS"])
-def finish_weights(
-    partial_ptr,  # [SPLITS, WEIGHTS] float32, WEIGHTS = CO ((C - CR) + CR + KH KW CG), in this order
-    shift_ptr,  # delta / P [N, CO] float32; this and the next two are read only if GATED
-    tap_mean_ptr,  # [N, KH KW, CR]
-    pool_mean_ptr,  # [N, C]
-    terms_ptr,  # each sample's part of db3, db1 [2, N, CO] float32; read only if BRANCH_BIAS
-    d_gwc_ptr,  # [CO, CG, KH, KW], of the strides below
-    d_pwc_ptr,  # [CO, CR]
-    d_redundant_ptr,  # [CO, C - CR]; written only if GATED
-    d_branch_bias_ptr,  # [2, CO]; written only if BRANCH_BIAS
+@triton.jit
+def _pack_weights(
+    program,
+    gwc_ptr,
+    pwc_ptr,
+    redundant_ptr,
+    packed_ptr,
+    C: tl.constexpr,
+    CR: tl.constexpr,
+    CO: tl.constexpr,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    MERGE: tl.constexpr,
+    MIXED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """A block of the packed weights."""
+    CG: tl.constexpr = CR // G
+    COG: tl.constexpr = CO // G
+    CM: tl.constexpr = CG * MERGE
+    COM: tl.constexpr = COG * MERGE
+    CRED: tl.constexpr = C - CR
+    COLUMN_BLOCKS: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    row = (program // COLUMN_BLOCKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    c = (program % COLUMN_BLOCKS * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    mask = (row < ROWS) & (c < C)
+    representative = c < CR
+    tap = (row - (CO - COM)) // COM
+    is_tap = row >= CO - COM
+    first = c // CM * COM
+    co = tl.where(is_tap, first + (row - (CO - COM)) % COM, (first + COM + row) % CO)
+    own = is_tap & (co // COG == c // CG)
+    gwc = tl.load(gwc_ptr + co * (9 * CG) + tap * CG + c % CG, mask=mask & representative & own, other=0.0).to(
+        tl.float32
+    )
+    pwc = tl.load(pwc_ptr + co * CR + c, mask=mask & representative & ((tap == 4) | (row < CO - COM)), other=0.0).to(
+        tl.float32
+    )
+    if MIXED:
+        co = row % CO
+        held = row // CO == 4
+    else:
+        co = row
+        held = row < CO
+    held &= (c >= CR) & mask
+    redundant = tl.load(redundant_ptr + co * CRED + c - CR, mask=held, other=0.0).to(tl.float32)
+    tl.store(packed_ptr + row * C + c, (gwc + pwc + redundant).to(packed_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weighted(
+    acc,  # [BLOCK_N, BLOCK_C] float32
+    shift_ptr,  # [N, CO], at the first channel of the sum
+    weight_ptr,  # at the first input channel, of the first output channel of the sum
+    weight_stride,
+    n,
+    n_mask,
+    c,
+    c_mask,
+    COUNT: tl.constexpr,
+    CO: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+):
+    """acc + sum over COUNT output channels of shift weight."""
+    m = tl.arange(0, BLOCK_CO)
+    for m0 in range(0, COUNT, BLOCK_CO):
+        m_mask = m0 + m < COUNT
+        shift = tl.load(
+            shift_ptr + n[:, None] * CO + (m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0
+        )
+        rows = weight_ptr + (m0 + m)[:, None] * weight_stride
+        w = tl.load(rows + c[None, :], mask=m_mask[:, None] & c_mask[None, :], other=0.0)
+        acc = dot(shift, w.to(tl.float32), acc, "tf32x3")
+    return acc
+
+
+@triton.jit
+def _constant_planes(
+    program,
+    shift_ptr,
+    gwc_ptr,
+    pwc_ptr,
+    redundant_ptr,
+    constant_ptr,
+    N,
+    C: tl.constexpr,
+    CR: tl.constexpr,
+    CO: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+):
+    """The nine planes of the constant, of a block of samples and of channels of a group, or of the redundant ones."""
+    CG: tl.constexpr = CR // G
+    COG: tl.constexpr = CO // G
+    CRED: tl.constexpr = C - CR
+    GROUP_BLOCKS: tl.constexpr = (CG + BLOCK_C - 1) // BLOCK_C
+    C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (CRED + BLOCK_C - 1) // BLOCK_C
+    block = program % C_BLOCKS
+    redundant = block >= G * GROUP_BLOCKS
+    group = tl.where(redundant, 0, block // GROUP_BLOCKS)
+    c = tl.where(redundant, block - G * GROUP_BLOCKS, block % GROUP_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < tl.where(redundant, CRED, CG)
+    n = program // C_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = n < N
+
+    zero = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    weight_ptr = tl.where(redundant, redundant_ptr, pwc_ptr + group * CG)
+    total = _weighted(
+        zero, shift_ptr, weight_ptr, tl.where(redundant, CRED, CR), n, n_mask, c, c_mask, CO, CO, BLOCK_CO
+    )
+    total *= tl.where(redundant, -1.0, 1.0)
+    top, bottom, left, right = zero, zero, zero, zero
+    top_left, top_right, bottom_left, bottom_right = zero, zero, zero, zero
+    # The first row of pixels has no use for the taps of the last row, and so on.
+    for tap in range(0, tl.where(redundant, 0, 9)):
+        one = _weighted(
+            zero, shift_ptr + group * COG, gwc_ptr + group * (COG * 9 * CG) + tap * CG, 9 * CG,
+            n, n_mask, c, c_mask, COG, CO, BLOCK_CO,
+        )  # fmt: skip
+        total += one
+        top += tl.where(tap >= 6, one, 0.0)
+        bottom += tl.where(tap < 3, one, 0.0)
+        left += tl.where(tap % 3 == 2, one, 0.0)
+        right += tl.where(tap % 3 == 0, one, 0.0)
+        top_left += tl.where(tap == 8, one, 0.0)
+        top_right += tl.where(tap == 6, one, 0.0)
+        bottom_left += tl.where(tap == 2, one, 0.0)
+        bottom_right += tl.where(tap == 0, one, 0.0)
+    out = constant_ptr + n[:, None] * C + (tl.where(redundant, CR, group * CG) + c)[None, :]
+    mask = n_mask[:, None] & c_mask[None, :]
+    plane = N.to(tl.int64) * C
+    tl.store(out, total, mask=mask)
+    tl.store(out + plane, top, mask=mask)
+    tl.store(out + 2 * plane, bottom, mask=mask)
+    tl.store(out + 3 * plane, left, mask=mask)
+    tl.store(out + 4 * plane, right, mask=mask)
+    tl.store(out + 5 * plane, top_left, mask=mask)
+    tl.store(out + 6 * plane, top_right, mask=mask)
+    tl.store(out + 7 * plane, bottom_left, mask=mask)
+    tl.store(out + 8 * plane, bottom_right, mask=mask)
+
+
+@triton.jit
+def _finish_weights(
+    program,
+    partial_ptr,
+    shift_ptr,
+    tap_mean_ptr,
+    pool_mean_ptr,
+    terms_ptr,
+    d_gwc_ptr,
+    d_pwc_ptr,
+    d_redundant_ptr,
+    d_branch_bias_ptr,
     N,
     P,
     SPLITS,
@@ -110,7 +263,7 @@ def finish_weights(
     redundant_stride_c,
     bias_stride_branch,
     bias_stride_co,
-    C: tl.constexpr,  # CR if not GATED
+    C: tl.constexpr,
     CR: tl.constexpr,
     CO: tl.constexpr,
     G: tl.constexpr,
@@ -118,15 +271,12 @@ def finish_weights(
     KW: tl.constexpr,
     GATED: tl.constexpr,
     BRANCH_BIAS: tl.constexpr,
+    CENTRE: tl.constexpr,  # the tap whose partial sums are left out, being the point-wise ones; -1 if none is
     BLOCK_N: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (output-channel blocks of a group x groups x K blocks,).
-
-    K blocks are blocks of BLOCK_C input channels, as in the weight gradient: of the redundant weight, of the
-    point-wise one, of each tap. The programs of the first K block also sum the branch biases' gradients.
-    """
+    """A block of a weight's gradient; arguments as for the kernel below."""
     CG: tl.constexpr = CR // G
     COG: tl.constexpr = CO // G
     CRED: tl.constexpr = C - CR
@@ -135,14 +285,14 @@ def finish_weights(
     REDUNDANT_BLOCKS: tl.constexpr = (CRED + BLOCK_C - 1) // BLOCK_C
     POINTWISE_BLOCKS: tl.constexpr = (CR + BLOCK_C - 1) // BLOCK_C
     TAP_BLOCKS: tl.constexpr = (CG + BLOCK_C - 1) // BLOCK_C
-    WEIGHTS: tl.constexpr = CO * (CRED + CR + TAPS * CG)
+    STORED_TAPS: tl.constexpr = TAPS - 1 if CENTRE >= 0 else TAPS
+    WEIGHTS: tl.constexpr = CO * (CRED + CR + STORED_TAPS * CG)
 
-    pid = tl.program_id(0)
-    in_group = pid % CO_BLOCKS * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    group = pid // CO_BLOCKS % G
+    in_group = program % CO_BLOCKS * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    group = program // CO_BLOCKS % G
     co = group * COG + in_group
     co_mask = in_group < COG
-    k_block = pid // (CO_BLOCKS * G)
+    k_block = program // (CO_BLOCKS * G)
 
     redundant = k_block < REDUNDANT_BLOCKS
     pointwise = k_block < REDUNDANT_BLOCKS + POINTWISE_BLOCKS
@@ -169,8 +319,14 @@ def finish_weights(
             total = dot(tl.trans(shift), mean.to(tl.float32), total, "ieee")
         total *= P.to(tl.float32) * tl.where(redundant, -1.0, 1.0)
 
-    weight_stride = tl.where(redundant, CRED, tl.where(pointwise, CR, TAPS * CG))
-    region = tl.where(redundant, 0, tl.where(pointwise, CO * CRED, CO * (CRED + CR) + tap * CG))
+    stored = tap
+    if CENTRE >= 0:
+        stored = tl.where(tap > CENTRE, tap - 1, tap)
+    weight_stride = tl.where(redundant, CRED, tl.where(pointwise, CR, STORED_TAPS * CG))
+    region = tl.where(redundant, 0, tl.where(pointwise, CO * CRED, CO * (CRED + CR) + stored * CG))
+    if tap == CENTRE:
+        region = CO * CRED + group * CG
+        weight_stride = CR
     partial = partial_ptr + region + co[:, None] * weight_stride + c[None, :]
     for _ in tl.range(0, SPLITS, num_stages=4):
         total += tl.load(partial, mask=mask, other=0.0)
@@ -191,3 +347,84 @@ def finish_weights(
             _sum_of_samples(terms_ptr, d_branch_bias_ptr, bias_stride_co, co, co_mask, N, CO, BLOCK_N)
             d_branch_bias_ptr += bias_stride_branch
             _sum_of_samples(terms_ptr + N * CO, d_branch_bias_ptr, bias_stride_co, co, co_mask, N, CO, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["N", "P", "SPLITS"])
+def finish_weights(
+    partial_ptr,  # [SPLITS, WEIGHTS] float32, WEIGHTS = CO ((C - CR) + CR + KH KW CG), in this order; 8 CG if PREPARE
+    shift_ptr,  # delta / P [N, CO] float32; this and the next two are read only if GATED
+    tap_mean_ptr,  # [N, KH KW, CR]
+    pool_mean_ptr,  # [N, C]
+    terms_ptr,  # each sample's part of db3, db1 [2, N, CO] float32; read only if BRANCH_BIAS
+    d_gwc_ptr,  # [CO, CG, KH, KW], of the strides below
+    d_pwc_ptr,  # [CO, CR]
+    d_redundant_ptr,  # [CO, C - CR]; written only if GATED
+    d_branch_bias_ptr,  # [2, CO]; written only if BRANCH_BIAS
+    gwc_ptr,  # [CO, 3, 3, CG]; this and the next two are read, and the two after them written, only if PREPARE
+    pwc_ptr,  # [CO, CR]
+    redundant_ptr,  # [CO, C - CR]
+    packed_ptr,  # [ROWS, C]
+    constant_ptr,  # [9, N, C] float32
+    N,
+    P,
+    SPLITS,
+    gwc_stride_co,
+    gwc_stride_c,
+    gwc_stride_kh,
+    gwc_stride_kw,
+    pwc_stride_co,
+    pwc_stride_c,
+    redundant_stride_co,
+    redundant_stride_c,
+    bias_stride_branch,
+    bias_stride_co,
+    C: tl.constexpr,  # CR if not GATED
+    CR: tl.constexpr,
+    CO: tl.constexpr,
+    G: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    GATED: tl.constexpr,
+    BRANCH_BIAS: tl.constexpr,
+    PREPARE: tl.constexpr,  # also for the input gradient over descriptors, whose sister wrote the partials
+    ROWS: tl.constexpr,
+    MERGE: tl.constexpr,
+    MIXED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,  # this and the next are of the packed weights
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Grid: (PREPARE: blocks of the constant's planes, blocks of the packed weights; output-channel blocks of a group x
+    groups x K blocks,).
+
+    K blocks are blocks of BLOCK_C input channels, as in the weight gradient: of the redundant weight, of the
+    point-wise one, of each tap. The programs of the first K block also sum the branch biases' gradients.
+    """
+    program = tl.program_id(0)
+    planes = 0
+    packed = 0
+    if PREPARE:
+        C_BLOCKS: tl.constexpr = G * ((CR // G + BLOCK_C - 1) // BLOCK_C) + (C - CR + BLOCK_C - 1) // BLOCK_C
+        planes = C_BLOCKS * tl.cdiv(N, BLOCK_N)
+        packed = tl.cdiv(ROWS, BLOCK_ROWS) * tl.cdiv(C, BLOCK_COLUMNS)
+        if program < planes:
+            _constant_planes(
+                program, shift_ptr, gwc_ptr, pwc_ptr, redundant_ptr, constant_ptr, N, C, CR, CO, G,
+                BLOCK_N, BLOCK_C, BLOCK_CO,
+            )  # fmt: skip
+        elif program < planes + packed:
+            _pack_weights(
+                program - planes, gwc_ptr, pwc_ptr, redundant_ptr, packed_ptr, C, CR, CO, G, ROWS, MERGE, MIXED,
+                BLOCK_ROWS, BLOCK_COLUMNS,
+            )  # fmt: skip
+    if program >= planes + packed:
+        _finish_weights(
+            program - planes - packed, partial_ptr, shift_ptr, tap_mean_ptr, pool_mean_ptr, terms_ptr,
+            d_gwc_ptr, d_pwc_ptr, d_redundant_ptr, d_branch_bias_ptr, N, P, SPLITS,
+            gwc_stride_co, gwc_stride_c, gwc_stride_kh, gwc_stride_kw, pwc_stride_co, pwc_stride_c,
+            redundant_stride_co, redundant_stride_c, bias_stride_branch, bias_stride_co,
+            C, CR, CO, G, KH, KW, GATED, BRANCH_BIAS,
+            4 if PREPARE else -1, BLOCK_N, BLOCK_CO, BLOCK_C,
+        )  # fmt: skip

@@ -14,7 +14,9 @@ from ..geometry import Geometry
 from ..kernels.backward import input_grad, weight_grad
 from ..kernels.reduction import finish_weights, gate_grad
 from ..kernels.tuning import weight_block, weight_grad_channels
+from . import gradients_descriptor as descriptor
 from .common import TARGET_PROGRAMS, channels_last, empty_channels_last, layer_constants, pixel_major
+from .gradients_descriptor import Prepared
 
 KERNELS = (weight_grad, gate_grad, finish_weights, input_grad)
 
@@ -137,6 +139,7 @@ def gate_gradient(
     branch_bias: Tensor | None,
     tap_mean: Tensor,
     pool_mean: Tensor,
+    prepared: Prepared | None = None,
 ) -> GateGrad:
     """The gate's own gradient, from the parts of A1 and A3 that :func:`layer_weight_grad` left."""
     batch, outputs = ratio.shape
@@ -151,6 +154,7 @@ def gate_gradient(
         ratio if branch_bias is None else branch_bias.contiguous(),
         shift,
         ratio if terms is None else terms,
+        ratio if prepared is None else prepared.gate,
         batch,
         pixels,
         parts.shape[2],
@@ -158,6 +162,7 @@ def gate_gradient(
         K_BLOCKS=parts.shape[0],
         REDUNDANT_BLOCKS=redundant_blocks,
         BRANCH_BIAS=branch_bias is not None,
+        PREPARE=prepared is not None,
         BLOCK_ROWS=16,
         BLOCK_CO=block,
     )
@@ -169,10 +174,14 @@ def finish_weight_grads(
     weights: Weights,
     gate: GateGrad | None,
     geometry: Geometry,
+    prepared: Prepared | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the group-wise, point-wise and redundant weight and of the branch bias, from partial sums.
 
     In the weights' dtypes and strides; empty where there is no such parameter.
+
+    Args:
+        prepared: what the input gradient over descriptors reads, written on the way; ``partial`` is then that path's.
     """
     weight_gwc, weight_pwc, weight_redundant = weights
     outputs, representative = weight_pwc.shape[:2]
@@ -187,7 +196,15 @@ def finish_weight_grads(
     block_co, block_c = weight_block(group_outputs), weight_block(group_channels)
     k_blocks = triton.cdiv(redundant, block_c) + triton.cdiv(representative, block_c)
     k_blocks += geometry.taps * triton.cdiv(group_channels, block_c)
-    wrap_triton(finish_weights)[(triton.cdiv(group_outputs, block_co) * geometry.groups * k_blocks,)](
+    programs = triton.cdiv(group_outputs, block_co) * geometry.groups * k_blocks
+    channels = representative + redundant
+    kept = (weight_pwc, weight_pwc, weight_pwc)
+    if prepared is not None and weight_redundant is not None:
+        kept = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
+        c_blocks = geometry.groups * triton.cdiv(group_channels, block_c) + triton.cdiv(redundant, block_c)
+        programs += c_blocks * triton.cdiv(prepared.constant.shape[1], 16)
+        programs += triton.cdiv(prepared.plan.rows, 32) * triton.cdiv(channels, 64)
+    wrap_triton(finish_weights)[(programs,)](
         partial,
         partial if gate is None else gate.shift,
         weight_pwc if gate is None else gate.tap_mean,
@@ -197,6 +214,9 @@ def finish_weight_grads(
         d_pwc,
         d_pwc if weight_redundant is None else d_redundant,
         partial if terms is None else d_branch_bias,
+        *kept,
+        weight_pwc if prepared is None else prepared.packed,
+        partial if prepared is None else prepared.constant,
         1 if gate is None else gate.shift.shape[0],
         1 if gate is None else gate.pixels,
         partial.shape[0],
@@ -204,7 +224,7 @@ def finish_weight_grads(
         *d_pwc.stride()[:2],
         *((0, 0) if weight_redundant is None else d_redundant.stride()[:2]),
         *((0, 0) if terms is None else d_branch_bias.stride()),
-        C=representative + redundant,
+        C=channels,
         CR=representative,
         CO=outputs,
         G=geometry.groups,
@@ -212,9 +232,15 @@ def finish_weight_grads(
         KW=geometry.kernel_size[1],
         GATED=gate is not None,
         BRANCH_BIAS=terms is not None,
+        PREPARE=prepared is not None,
+        ROWS=0 if prepared is None else prepared.plan.rows,
+        MERGE=1 if prepared is None else prepared.plan.merge,
+        MIXED=prepared is not None and prepared.plan.mixed,
         BLOCK_N=16,
         BLOCK_CO=block_co,
         BLOCK_C=block_c,
+        BLOCK_ROWS=32,
+        BLOCK_COLUMNS=64,
     )
     return d_gwc, d_pwc, d_redundant, d_branch_bias
 
@@ -230,12 +256,15 @@ def spconv2d_backward(
     tap_mean: Tensor,
     pool_mean: Tensor,
     geometry: Geometry,
+    *,
+    path: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (channels_last), the three weights, and the branch bias ([0, M] where there is none).
 
     Args:
         grad: dL/dY, [N, M, H_out, W_out].
         ratio, tap_mean, pool_mean: as :func:`spconv_triton.launch.spconv2d` returned them.
+        path: ``"portable"`` or ``"descriptor"`` (which must support the layer); by default whichever suits the device.
     """
     weights = (weight_gwc, weight_pwc, weight_redundant)
     if grad.numel() == 0:
@@ -243,7 +272,16 @@ def spconv2d_backward(
         dx = empty_channels_last(x, *x.shape[1:]).zero_()
         d_gwc, d_pwc, d_redundant = map(torch.zeros_like, (weight_gwc, weight_pwc, weight_redundant))
         return dx, d_gwc, d_pwc, d_redundant, no_bias
-    partial, parts, redundant_blocks = layer_weight_grad(grad, x, weights, ratio, geometry)
-    gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean)
-    d_weights = finish_weight_grads(partial, weights, gate, geometry)
-    return layer_input_grad(grad, x, weights, ratio, gate.shift, geometry), *d_weights
+    if path is None:
+        path = "descriptor" if descriptor.can_run(x, weight_gwc, weight_pwc, geometry) else "portable"
+    if path == "portable":
+        partial, parts, redundant_blocks = layer_weight_grad(grad, x, weights, ratio, geometry)
+        gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean)
+        d_weights = finish_weight_grads(partial, weights, gate, geometry)
+        return layer_input_grad(grad, x, weights, ratio, gate.shift, geometry), *d_weights
+    partial, parts = descriptor.weight_grad(grad, x, *weights, ratio, geometry.groups)
+    redundant_blocks = descriptor.redundant_tiles(x, weight_pwc, geometry.groups)
+    prepared = descriptor.prepare(x, weight_pwc, geometry.groups)
+    gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean, prepared)
+    d_weights = finish_weight_grads(partial, weights, gate, geometry, prepared)
+    return descriptor.input_grad(grad, *prepared[1:], weight_pwc.shape[1], geometry.groups), *d_weights

@@ -91,7 +91,11 @@ def test_flops_are_counted(device: str) -> None:
 
 def test_every_operator_is_registered() -> None:
     names = {"representative_branch", "gap_softmax_fusion", "spconv2d"}
-    names |= {f"{name}_backward" for name in names} | {"onepass_descriptor"}
+    names |= {f"{name}_backward" for name in names} | {
+        "onepass_descriptor",
+        "weight_grad_descriptor",
+        "input_grad_descriptor",
+    }
     registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "spconv_triton" in n}
     assert registered == names
     assert ops.NAMESPACE == "spconv_triton"

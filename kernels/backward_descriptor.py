@@ -1,0 +1,292 @@
+"""The layer's gradients over tensor-map (TMA) descriptors: 3 x 3, stride 1, padding 1, dilation 1; Hopper and newer.
+
+The mathematics is :mod:`.backward`'s; what follows is what this form changes. A descriptor's zero fill outside the
+tensor is the padding, so there are no masks and no pointers, but nothing can be added to g inside the image only. The
+constant in E3 = beta g + delta / P is therefore carried through the convolution separately. With
+V[n, tap, c] = sum_{m in group of c} delta[n, m] / P Wg[m, c, tap], input pixel q gets
+
+    dx3[n, q, c] = sum_{tap, m} beta[n, m] g[n, q + 1 - tap, m] Wg[m, c, tap] + ... + constant[n, q, c]
+    constant     = sum_{tap with q + 1 - tap inside} V[n, tap, c] + sum_m delta[n, m] / P Wp[m, c]
+    dx1[n, q, c] = sum_m gamma[n, m] g[n, q, m] W1[m, c] - sum_m delta[n, m] / P W1[m, c]
+
+so the constant is the total over the taps, less a row of taps in the first and last row of pixels, less a column of
+taps in the first and last column, plus the tap counted twice in each corner: nine small planes [9, N, C], which the
+kernel that finishes the weights makes. The gate multiplies an operand in registers:
+
+- g, where a tile of pixels spans several samples (14 x 14, 7 x 7): acc[pixel, c] = (gate[n] g)[pixel, m] W[m, c];
+- the weights, where it lies in one sample (56, 28): acc[c, pixel] = (gate[n] W)^T[c, m] g^T[m, pixel]. The weight tile
+  is the smaller operand, and g, the second one, goes from shared memory to the tensor cores without a register.
+
+The weights come packed, [ROWS, C], m contiguous in blocks of rows, and the own group's block of Wp is folded into the
+centre tap (they read the same pixel), which cuts the products by an eighth. Columns c of a merged group of channels:
+
+    rows [0, CO - COM):       Wp[m, c] for m outside the merged group, from the one behind it on, wrapping round
+    rows CO - COM + tap COM:  Wg[m, c, tap] for m in the merged group, 0 outside c's own group; + Wp[m, c] at the centre
+
+and of redundant channels: rows [0, CO): W1[m, c]. MERGE groups are merged where one alone is too narrow for a tensor
+core's tile. If all are and still too narrow (MIXED), a tile holds representative and redundant channels, and W1 stands
+in the rows of the centre tap.
+
+The weight gradient folds likewise: sum_p g x at the centre tap is both Wg's and Wp's, and computed once, as Wp's.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import dot
+
+
+@triton.jit
+def _plane(constant_ptr, plane, offset, mask, N, C: tl.constexpr):
+    return tl.load(constant_ptr + plane * N.to(tl.int64) * C + offset, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "TILES_H", "TILES_W"])
+def input_grad_descriptor(
+    grad_desc,  # g [N, H, W, CO], in blocks [BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K]
+    weight_desc,  # packed weights [ROWS, C], in blocks [BLOCK_K, BLOCK_C]
+    gate_desc,  # beta, gamma [2, N, CO] float32, in blocks [1, BLOCK_N, BLOCK_K]
+    constant_ptr,  # [9, N, C] float32
+    dx_desc,  # [N, H, W, C], in blocks [BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C]
+    N,
+    H,
+    W,
+    TILES_H,
+    TILES_W,
+    C: tl.constexpr,
+    CR: tl.constexpr,
+    CO: tl.constexpr,
+    G: tl.constexpr,
+    MERGE: tl.constexpr,
+    MIXED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # the gate multiplies the weights; BLOCK_N is 1
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Grid: (channel blocks x tiles of a sample x sample blocks,), channels fastest.
+
+    A tile of one pixel column or row visits only the taps that are inside the image.
+    """
+    CM: tl.constexpr = CR // G * MERGE
+    COM: tl.constexpr = CO // G * MERGE
+    C_BLOCKS: tl.constexpr = C // BLOCK_C
+    TAP_STEPS: tl.constexpr = COM // BLOCK_K
+    SAMPLE_PIX: tl.constexpr = BLOCK_H * BLOCK_W
+    BLOCK_PIX: tl.constexpr = BLOCK_N * SAMPLE_PIX
+
+    pid = tl.program_id(0)
+    c0 = pid % C_BLOCKS * BLOCK_C
+    tile = pid // C_BLOCKS
+    w0 = tile % TILES_W * BLOCK_W
+    h0 = tile // TILES_W % TILES_H * BLOCK_H
+    n0 = tile // (TILES_W * TILES_H) * BLOCK_N
+    redundant = c0 >= CR
+    first_co = c0 // CM * COM
+
+    # The taps that some pixel of the tile reads inside the image.
+    first_h = 0
+    taps_h = 3
+    first_w = 0
+    taps_w = 3
+    if BLOCK_H == 1:
+        first_h = tl.where(h0 == H - 1, 1, 0)
+        taps_h = tl.where(h0 == 0, 2, 3) - first_h
+    if BLOCK_W == 1:
+        first_w = tl.where(w0 == W - 1, 1, 0)
+        taps_w = tl.where(w0 == 0, 2, 3) - first_w
+    if MIXED:
+        point_steps = 0
+        first_h = tl.where(redundant, 1, first_h)
+        first_w = tl.where(redundant, 1, first_w)
+        taps = tl.where(redundant, 1, taps_h * taps_w)
+        taps_w = tl.where(redundant, 1, taps_w)
+        point_co = 0
+    else:
+        point_steps = tl.where(redundant, CO // BLOCK_K, (CO - COM) // BLOCK_K)
+        taps = tl.where(redundant, 0, taps_h * taps_w)
+        point_co = tl.where(redundant, 0, first_co + COM)
+
+    channel = c0 + tl.arange(0, BLOCK_C)
+    sample = n0 + tl.arange(0, BLOCK_N)
+    branch = tl.where(redundant, 1, 0)
+    if TRANSPOSED:
+        acc = tl.zeros((BLOCK_C, BLOCK_PIX), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_PIX, BLOCK_C), tl.float32)
+    for step in range(0, point_steps + taps * TAP_STEPS):
+        tap_step = step - point_steps
+        point = tap_step < 0
+        visited = tap_step // TAP_STEPS
+        tap_h = tl.where(point, 1, first_h + visited // taps_w)
+        tap_w = tl.where(point, 1, first_w + visited % taps_w)
+        within = tap_step - visited * TAP_STEPS
+        co0 = tl.where(point, (point_co + step * BLOCK_K) % CO, first_co + within * BLOCK_K)
+        if MIXED:
+            co0 = within * BLOCK_K
+        row = tl.where(point, step, point_steps + (tap_h * 3 + tap_w) * TAP_STEPS + within) * BLOCK_K
+        g = grad_desc.load([n0, h0 + 1 - tap_h, w0 + 1 - tap_w, co0])
+        w = weight_desc.load([row, c0])
+        gate = gate_desc.load([branch, n0, co0])
+        if TRANSPOSED:
+            gate = gate.reshape(BLOCK_K)[:, None]
+            if MIXED:
+                gamma = gate_desc.load([1, n0, co0]).reshape(BLOCK_K)[:, None]
+                gate = tl.where((channel < CR)[None, :], gate, gamma)
+            w = (w.to(tl.float32) * gate).to(w.dtype)
+            acc = dot(w.T, g.reshape(BLOCK_PIX, BLOCK_K).T, acc, "ieee")
+        else:
+            g = g.reshape(BLOCK_N, SAMPLE_PIX, BLOCK_K).to(tl.float32) * gate.reshape(BLOCK_N, 1, BLOCK_K)
+            acc = dot(g.reshape(BLOCK_PIX, BLOCK_K).to(w.dtype), w, acc, "ieee")
+
+    # acc, the pixels' places and the constant in shapes that broadcast.
+    pixel = tl.arange(0, SAMPLE_PIX)
+    row = h0 + pixel // BLOCK_W
+    column = w0 + pixel % BLOCK_W
+    if TRANSPOSED:
+        row = row[None, :]
+        column = column[None, :]
+        offset = (n0 * C + channel)[:, None]
+        mask = offset >= 0
+    else:
+        acc = acc.reshape(BLOCK_N, SAMPLE_PIX, BLOCK_C)
+        row = row[None, :, None]
+        column = column[None, :, None]
+        offset = sample[:, None, None] * C + channel[None, None, :]
+        mask = (sample < N)[:, None, None]
+    acc += _plane(constant_ptr, 0, offset, mask, N, C)
+    if MIXED or not redundant:
+        if h0 == 0:
+            acc -= tl.where(row == 0, _plane(constant_ptr, 1, offset, mask, N, C), 0.0)
+            if w0 == 0:
+                acc += tl.where((row == 0) & (column == 0), _plane(constant_ptr, 5, offset, mask, N, C), 0.0)
+            if w0 + BLOCK_W >= W:
+                acc += tl.where((row == 0) & (column == W - 1), _plane(constant_ptr, 6, offset, mask, N, C), 0.0)
+        if h0 + BLOCK_H >= H:
+            acc -= tl.where(row == H - 1, _plane(constant_ptr, 2, offset, mask, N, C), 0.0)
+            if w0 == 0:
+                acc += tl.where((row == H - 1) & (column == 0), _plane(constant_ptr, 7, offset, mask, N, C), 0.0)
+            if w0 + BLOCK_W >= W:
+                acc += tl.where((row == H - 1) & (column == W - 1), _plane(constant_ptr, 8, offset, mask, N, C), 0.0)
+        if w0 == 0:
+            acc -= tl.where(column == 0, _plane(constant_ptr, 3, offset, mask, N, C), 0.0)
+        if w0 + BLOCK_W >= W:
+            acc -= tl.where(column == W - 1, _plane(constant_ptr, 4, offset, mask, N, C), 0.0)
+    dx = acc.to(dx_desc.dtype)
+    if TRANSPOSED:
+        dx = dx.T
+    dx_desc.store([n0, h0, w0, c0], dx.reshape(BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C))
+
+
+@triton.jit
+def _k_tile(
+    index,
+    group,
+    C: tl.constexpr,
+    CR: tl.constexpr,
+    CM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(first channel in x, tap, whether redundant, whether point-wise or redundant) of a K tile."""
+    REDUNDANT: tl.constexpr = (C - CR) // BLOCK_C
+    POINTWISE: tl.constexpr = C // BLOCK_C
+    PER_TAP: tl.constexpr = CM // BLOCK_C
+    redundant = index < REDUNDANT
+    pointwise = index < POINTWISE
+    of_taps = tl.where(pointwise, 0, index - POINTWISE)
+    tap = of_taps // PER_TAP
+    tap = tl.where(pointwise, 4, tl.where(tap < 4, tap, tap + 1))  # the centre tap's sums are the point-wise ones
+    channel = tl.where(redundant, CR + index * BLOCK_C, (index - REDUNDANT) * BLOCK_C)
+    channel = tl.where(pointwise, channel, group * CM + of_taps % PER_TAP * BLOCK_C)
+    return channel, tap, redundant, pointwise
+
+
+@triton.jit(do_not_specialize=["units", "units_per_split", "SLICES", "slice_height", "W"])
+def weight_grad_descriptor(
+    grad_desc,  # g [N, H, W, CO], in blocks [1, BLOCK_H, BLOCK_W, BLOCK_CO]
+    x_desc,  # [N, H, W, C], in blocks [1, BLOCK_H, BLOCK_W, BLOCK_C]
+    gwc_ptr,  # [CO, 3, 3, CG]
+    pwc_ptr,  # [CO, CR]
+    redundant_ptr,  # [CO, C - CR]
+    ratio_ptr,  # gamma / beta [N, CO] float32
+    partial_ptr,  # [SPLITS, CO (C + 8 CG)] float32: redundant, point-wise, taps but the centre one
+    inner_ptr,  # parts of A [K_TILES, units, CO] float32
+    units,  # N SLICES
+    units_per_split,
+    SLICES,  # of a sample
+    slice_height,  # rows of a slice, a multiple of BLOCK_H; SLICES of them cover a sample
+    W,
+    C: tl.constexpr,
+    CR: tl.constexpr,
+    CO: tl.constexpr,
+    G: tl.constexpr,
+    MERGE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (output-channel blocks x K tiles, splits of the units).
+
+    K tiles are BLOCK_C input channels: redundant ones, point-wise ones, and for each tap but the centre one those of
+    the merged group of the outputs; of the latter only each output's own group is stored. A unit is a slice of one
+    sample's rows; units follow each other in one loop, or a 7 x 7 map, one tile, would have nothing to overlap a load
+    with. The loop counts instead of dividing its step, which took as long as the product.
+    """
+    CG: tl.constexpr = CR // G
+    CM: tl.constexpr = CG * MERGE
+    COM: tl.constexpr = CO // G * MERGE
+    CO_BLOCKS: tl.constexpr = CO // BLOCK_CO
+    BLOCK_PIX: tl.constexpr = BLOCK_H * BLOCK_W
+    co0 = tl.program_id(0) % CO_BLOCKS * BLOCK_CO
+    co = co0 + tl.arange(0, BLOCK_CO)
+    k_tile = tl.program_id(0) // CO_BLOCKS
+    split = tl.program_id(1)
+    channel, tap, redundant, pointwise = _k_tile(k_tile, co0 // COM, C, CR, CM, BLOCK_C)
+    c = channel + tl.arange(0, BLOCK_C)
+    own = (co // (CO // G))[:, None] == (c // CG)[None, :]
+
+    # The tile's place in its weight and in the sums; the centre tap's products are the point-wise ones.
+    stored = own | pointwise
+    column = tl.where(redundant, c - CR, tl.where(pointwise, c, c % CG))
+    width = tl.where(redundant, C - CR, tl.where(pointwise, CR, 9 * CG))
+    weights = tl.where(redundant, redundant_ptr, tl.where(pointwise, pwc_ptr, gwc_ptr + tap * CG)) + co * width
+    centre = gwc_ptr + 4 * CG + co * (9 * CG)
+
+    one = tl.zeros((BLOCK_CO, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_CO, BLOCK_C), tl.float32)
+    unit = split * units_per_split
+    units_here = tl.minimum(units_per_split, units - unit)
+    sample = unit // SLICES
+    piece = unit % SLICES
+    h = piece * slice_height
+    w = 0
+    for _ in range(0, units_here * (slice_height // BLOCK_H) * tl.cdiv(W, BLOCK_W)):
+        g = grad_desc.load([sample, h, w, co0]).reshape(BLOCK_PIX, BLOCK_CO)
+        x = x_desc.load([sample, h + tap // 3 - 1, w + tap % 3 - 1, channel]).reshape(BLOCK_PIX, BLOCK_C)
+        one = dot(g.T, x, one, "ieee")
+        line_ends = w + BLOCK_W >= W
+        unit_ends = line_ends & (h + BLOCK_H == (piece + 1) * slice_height)
+        if unit_ends:
+            values = tl.load(weights[:, None] + column[None, :], mask=stored, other=0.0)
+            part = tl.sum(values.to(tl.float32) * one, 1)
+            if pointwise and not redundant:
+                values = tl.load(centre[:, None] + (c % CG)[None, :], mask=own, other=0.0)
+                part += tl.sum(values.to(tl.float32) * one, 1)
+            inner = inner_ptr + (k_tile * units + sample * SLICES + piece).to(tl.int64) * CO + co
+            tl.store(inner, part)
+            ratio = tl.load(ratio_ptr + sample * CO + co)
+            beta = 1.0 / (1.0 + ratio)
+            total += one * tl.where(redundant, ratio * beta, beta)[:, None]
+            one = tl.zeros((BLOCK_CO, BLOCK_C), tl.float32)
+        w = tl.where(line_ends, 0, w + BLOCK_W)
+        sample_ends = unit_ends & (piece + 1 == SLICES)
+        h = tl.where(sample_ends, 0, tl.where(line_ends, h + BLOCK_H, h))
+        piece = tl.where(sample_ends, 0, tl.where(unit_ends, piece + 1, piece))
+        sample = tl.where(sample_ends, sample + 1, sample)
+    region = tl.where(redundant, 0, tl.where(pointwise, CO * (C - CR), CO * C + tl.where(tap < 4, tap, tap - 1) * CG))
+    width = tl.where(pointwise, width, 8 * CG)
+    partial = partial_ptr + split.to(tl.int64) * (CO * (C + 8 * CG)) + region + co * width
+    tl.store(partial[:, None] + column[None, :], total, mask=stored)

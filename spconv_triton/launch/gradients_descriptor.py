@@ -1,0 +1,313 @@
+"""The gradients over tensor-map descriptors: which layers they take, in which tiles, and their launches."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..geometry import Geometry
+from ..kernels.backward_descriptor import input_grad_descriptor, weight_grad_descriptor
+from ..registration import opaque_op
+from .common import channels_last, empty_channels_last
+from .descriptor import DTYPES, PROGRAMS, aligned, boxes, capability
+
+WASTE = 1.2
+"""How many pixels a tile of the transposed input gradient may compute for each that exists. Its gate costs less than
+the other form's, which takes a quarter more instructions than a product has cycles, but that one wastes none."""
+
+
+class Packing(NamedTuple):
+    """How the weights become the one matrix that the input gradient reads; by channels alone, not by size.
+
+    ``merge`` groups are taken as one. ``mixed``: all of them are, and a tile of 64 channels holds redundant ones too.
+    """
+
+    merge: int
+    mixed: bool
+    rows: int
+
+
+class Prepared(NamedTuple):
+    """What the input gradient reads; the kernels of :mod:`.gradients` that reduce the weight gradient write it."""
+
+    plan: Packing
+    packed: Tensor  # weights, [rows, L]
+    gate: Tensor  # beta and gamma, [2, N, M] float32
+    constant: Tensor  # [9, N, L] float32
+
+
+class InputTile(NamedTuple):
+    """A tile of dx and the block of output channels that a step sums over."""
+
+    transposed: bool
+    block_n: int
+    block_h: int
+    block_w: int
+    block_c: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class WeightTile(NamedTuple):
+    """A tile of dW."""
+
+    block_co: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+def can_run(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
+    """Whether the device of ``x`` has what the kernels are made for (see :func:`.descriptor.can_run`) and they fit."""
+    found = capability(x.device)
+    return found is not None and found[0] in (9, 10) and supports(x, weight_gwc, weight_pwc, geometry)
+
+
+def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
+    """Whether the kernels compute this layer's gradients, on whatever device; what is unaligned is copied."""
+    if x.dtype not in DTYPES or geometry[:4] != ((3, 3), (1, 1), (1, 1), (1, 1)):
+        return False
+    return packing(x.shape[1], weight_pwc.shape[1], weight_gwc.shape[0], geometry.groups) is not None
+
+
+def packing(channels: int, representative: int, outputs: int, groups: int) -> Packing | None:
+    """The fewest groups merged that fill a tensor core's 64 rows, None where tiles of 16 channels do not fit.
+
+    Merging adds zeros to multiply, but a narrower tile takes as many instructions as one of 64 channels.
+    """
+    fitting = [
+        merge
+        for merge in range(1, groups + 1)
+        if groups % merge == 0
+        and outputs // groups * merge % 64 == 0
+        and channels > representative
+        and gcd(representative // groups * merge, channels - representative) % 16 == 0
+    ]
+    if not fitting:
+        return None
+    wide = [merge for merge in fitting if gcd(representative // groups * merge, channels - representative) % 64 == 0]
+    merge = (wide or fitting[-1:])[0]
+    mixed = not wide and merge == groups and channels % 64 == 0
+    return Packing(merge, mixed, outputs + 8 * (outputs // groups * merge))
+
+
+def power_of_two_divisor(limit: int, *sizes: int) -> int:
+    """The largest power of two up to ``limit`` that divides every size."""
+    return gcd(limit, *sizes)
+
+
+def waste(box: tuple[int, ...], sizes: tuple[int, ...]) -> float:
+    """Elements that boxes compute for each that exists."""
+    computed = 1.0
+    for side, size in zip(box, sizes, strict=True):
+        computed *= triton.cdiv(size, side) * side / size
+    return computed
+
+
+def input_tile(plan: Packing, x_shape: tuple[int, int, int, int], representative: int, groups: int) -> InputTile:
+    """The tile of the input gradient.
+
+    Where pixels of one sample fill a tile (56 x 56, 28 x 28) the gate multiplies the weights, if 64 channels fill the
+    tensor core's rows; elsewhere it multiplies g, and boxes of several samples leave nothing over: 2 x 2 pixels at
+    14 x 14, single ones at 7 x 7. Those skip the taps outside the image, but read the gate for each pixel, so they are
+    worth it only where many taps are outside.
+    """
+    batch, channels, *size = x_shape
+    group = representative // groups * plan.merge
+    block_c = power_of_two_divisor(128, group, channels - representative)
+    if plan.mixed or block_c >= 64:
+        candidates = [(4, 64), (8, 32), (16, 16), (2, 64), (4, 32), (8, 16)]
+        box = min(candidates, key=lambda box: waste(box, (size[0], size[1])))
+        if waste(box, (size[0], size[1])) <= WASTE:
+            wide = block_c == 128
+            return InputTile(True, 1, *box, 128 if wide else 64, 64, 8 if wide else 4, 3)
+    samples = [(1, 8, 16), (2, 8, 8), (8, 4, 4), (32, 2, 2), (128, 1, 1)]
+    taps = (3 - 2 / size[0]) * (3 - 2 / size[1]) / 9  # those inside the image, on average
+    whole = (batch, size[0], size[1])
+    best = min(samples, key=lambda box: waste(box, whole) * (1.15 * taps if box[1:] == (1, 1) else 1.0))
+    return InputTile(False, *best, block_c, 64, 8 if block_c == 128 else 4, 3)
+
+
+def weight_tile(
+    plan: Packing, channels: int, representative: int, outputs: int, groups: int, blackwell: bool
+) -> WeightTile:
+    """The tile of the weight gradient: the largest, for an operand is read as often as the other has tiles; not by
+    size, for it decides the shapes of buffers. On Blackwell 128 x 128 spills."""
+    group, group_outputs = (c // groups * plan.merge for c in (representative, outputs))
+    block_co = power_of_two_divisor(128, group_outputs)
+    block_c = power_of_two_divisor(64 if blackwell else 128, group, representative, channels - representative)
+    return WeightTile(block_co, block_c, 8 if block_co == 128 else 4, 3)
+
+
+def weight_box(height: int, width: int) -> tuple[int, int]:
+    """64 pixels of one sample to sum over in a step, in the shape that leaves the least over."""
+    return min([(8, 8), (4, 16), (16, 4), (2, 32), (1, 64)], key=lambda box: waste(box, (height, width)))
+
+
+@opaque_op("weight_grad_descriptor")
+def weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    ratio: Tensor,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`.gradients.layer_weight_grad`, of a layer that is supported; the centre tap's partial sums are left
+    out, being the point-wise ones.
+
+    Opaque to ``torch.compile``: traced, a launch whose arguments are host descriptors vanishes from the graph.
+    """
+    channels, height, width = x.shape[1:]
+    outputs, representative = weight_pwc.shape[:2]
+    plan, tile = _weight_plan(x, weight_pwc, groups)
+    partial, parts = _weight_buffers(x, weight_pwc, groups)
+    k_tiles, batch, slices, _ = parts.shape
+    units, splits = batch * slices, partial.shape[0]
+    block_h, block_w = weight_box(height, width)
+    weight_grad_descriptor[(k_tiles * outputs // tile.block_co, splits)](
+        boxes(*aligned(grad), [1, block_h, block_w, tile.block_co]),
+        boxes(*aligned(x), [1, block_h, block_w, tile.block_c]),
+        channels_last(weight_gwc),
+        weight_pwc.contiguous(),
+        weight_redundant.contiguous(),
+        ratio,
+        partial,
+        parts,
+        units,
+        triton.cdiv(units, splits),
+        slices,
+        triton.cdiv(triton.cdiv(height, slices), block_h) * block_h,
+        width,
+        C=channels,
+        CR=representative,
+        CO=outputs,
+        G=groups,
+        MERGE=plan.merge,
+        BLOCK_H=block_h,
+        BLOCK_W=block_w,
+        BLOCK_CO=tile.block_co,
+        BLOCK_C=tile.block_c,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return partial, parts
+
+
+@weight_grad.register_fake
+def _(
+    _grad: Tensor,
+    x: Tensor,
+    _weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    _weight_redundant: Tensor,
+    _ratio: Tensor,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    return _weight_buffers(x, weight_pwc, groups)
+
+
+def redundant_tiles(x: Tensor, weight_pwc: Tensor, groups: int) -> int:
+    """How many of the K tiles, the first ones, make A1."""
+    return (x.shape[1] - weight_pwc.shape[1]) // _weight_plan(x, weight_pwc, groups)[1].block_c
+
+
+def _weight_plan(x: Tensor, weight_pwc: Tensor, groups: int) -> tuple[Packing, WeightTile]:
+    outputs, representative = weight_pwc.shape[:2]
+    plan = _packing(x.shape[1], representative, outputs, groups)
+    found = capability(x.device)
+    blackwell = found is not None and found[0] >= 10
+    return plan, weight_tile(plan, x.shape[1], representative, outputs, groups, blackwell)
+
+
+def _weight_buffers(x: Tensor, weight_pwc: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised partial sums [splits, weights] and parts of A [K tiles, N, slices, M], float32."""
+    batch, channels, height, width = x.shape
+    outputs, representative = weight_pwc.shape[:2]
+    plan, tile = _weight_plan(x, weight_pwc, groups)
+    k_tiles = (channels + 8 * (representative // groups * plan.merge)) // tile.block_c
+    # Whole waves of programs that fill a large GPU; a slice lies within one sample, for the gate's sake.
+    splits = PROGRAMS * 8 // tile.num_warps // (k_tiles * outputs // tile.block_co)
+    splits = max(1, min(splits, triton.cdiv(batch * height * width, 1024)))
+    slices = triton.cdiv(splits, batch)
+    units = batch * slices
+    splits = triton.cdiv(units, triton.cdiv(units, splits))
+    weights = outputs * (channels + 8 * (representative // groups))
+    partial = x.new_empty((splits, weights), dtype=torch.float32)
+    return partial, x.new_empty((k_tiles, batch, slices, outputs), dtype=torch.float32)
+
+
+def prepare(x: Tensor, weight_pwc: Tensor, groups: int) -> Prepared:
+    """Uninitialised."""
+    batch, channels = x.shape[:2]
+    outputs, representative = weight_pwc.shape[:2]
+    plan = _packing(channels, representative, outputs, groups)
+    gate, constant = (x.new_empty(shape, dtype=torch.float32) for shape in ((2, batch, outputs), (9, batch, channels)))
+    return Prepared(plan, x.new_empty((plan.rows, channels)), gate, constant)
+
+
+@opaque_op("input_grad_descriptor")
+def input_grad(
+    grad: Tensor, packed: Tensor, gate: Tensor, constant: Tensor, representative: int, groups: int
+) -> Tensor:
+    """dL/dx, [N, C, H, W], channels_last, of a layer that is supported; opaque as :func:`weight_grad` is.
+
+    Args:
+        packed, gate, constant: see :class:`Prepared`.
+    """
+    dx = empty_channels_last(grad, packed.shape[1], grad.shape[2], grad.shape[3])
+    batch, channels, height, width = dx.shape
+    outputs = grad.shape[1]
+    plan = _packing(channels, representative, outputs, groups)
+    tile = input_tile(plan, (batch, channels, height, width), representative, groups)
+    box = [tile.block_n, tile.block_h, tile.block_w]
+    tiles_h, tiles_w = triton.cdiv(height, tile.block_h), triton.cdiv(width, tile.block_w)
+    blocks = triton.cdiv(batch, tile.block_n) * tiles_h * tiles_w * channels // tile.block_c
+    input_grad_descriptor[(blocks,)](
+        boxes(*aligned(grad), [*box, tile.block_k]),
+        TensorDescriptor.from_tensor(packed, [tile.block_k, tile.block_c]),
+        TensorDescriptor.from_tensor(gate, [1, tile.block_n, tile.block_k]),
+        constant,
+        boxes(dx, channels, [*box, tile.block_c]),
+        batch,
+        height,
+        width,
+        tiles_h,
+        tiles_w,
+        C=channels,
+        CR=representative,
+        CO=outputs,
+        G=groups,
+        MERGE=plan.merge,
+        MIXED=plan.mixed,
+        TRANSPOSED=tile.transposed,
+        BLOCK_N=tile.block_n,
+        BLOCK_H=tile.block_h,
+        BLOCK_W=tile.block_w,
+        BLOCK_C=tile.block_c,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return dx
+
+
+@input_grad.register_fake
+def _(grad: Tensor, packed: Tensor, _gate: Tensor, _constant: Tensor, _representative: int, _groups: int) -> Tensor:
+    return empty_channels_last(grad, packed.shape[1], grad.shape[2], grad.shape[3])
+
+
+def _packing(channels: int, representative: int, outputs: int, groups: int) -> Packing:
+    plan = packing(channels, representative, outputs, groups)
+    if plan is None:
+        raise ValueError(
+            f"no tile takes {channels} channels, {representative} of them in {groups} groups, to {outputs}"
+        )
+    return plan
