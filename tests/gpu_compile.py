@@ -119,7 +119,8 @@ def hot_loop(compiled: Any) -> tuple[str, ...]:
                 branches.append((position, target[1]))
             position += 1
     jumps = [(source, labels[label]) for source, label in branches]
-    loops = [(target, source + 1) for source, target in jumps if target <= source]
+    # What is compiled behind the end, such as a wait that takes long, jumps back as well, and is no loop.
+    loops = [(b, a + 1) for a, b in jumps if b <= a and "EXIT" not in opcodes[b:a]]
     products = {loop: sum(op in PRODUCTS for op in opcodes[slice(*loop)]) for loop in loops}
     start, stop = min(loops, key=lambda loop: (-products[loop], loop[1] - loop[0]))
     once = {
