@@ -141,7 +141,11 @@ def gate_gradient(
     pool_mean: Tensor,
     prepared: Prepared | None = None,
 ) -> GateGrad:
-    """The gate's own gradient, from the parts of A1 and A3 that :func:`layer_weight_grad` left."""
+    """The gate's own gradient, from the parts of A1 and A3 that :func:`layer_weight_grad` left.
+
+    Args:
+        prepared: for the input gradient over descriptors; its ``gate`` is written.
+    """
     batch, outputs = ratio.shape
     pixels = grad.shape[2] * grad.shape[3]
     shift = torch.empty_like(ratio)
@@ -181,7 +185,7 @@ def finish_weight_grads(
     In the weights' dtypes and strides; empty where there is no such parameter.
 
     Args:
-        prepared: what the input gradient over descriptors reads, written on the way; ``partial`` is then that path's.
+        prepared: for the input gradient over descriptors; the rest of it is written. ``partial`` is then that path's.
     """
     weight_gwc, weight_pwc, weight_redundant = weights
     outputs, representative = weight_pwc.shape[:2]

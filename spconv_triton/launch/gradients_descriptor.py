@@ -17,8 +17,8 @@ from .common import channels_last, empty_channels_last
 from .descriptor import DTYPES, PROGRAMS, aligned, boxes, capability
 
 WASTE = 1.2
-"""How many pixels a tile of the transposed input gradient may compute for each that exists. Its gate costs less than
-the other form's, which takes a quarter more instructions than a product has cycles, but that one wastes none."""
+"""How many pixels a tile of the transposed input gradient may compute for each that exists. The other form wastes none,
+but issues instructions for as many cycles as its products take, or two fifths more; this one for half as many."""
 
 
 class Packing(NamedTuple):
