@@ -39,6 +39,9 @@ from .native_gate import gate_difference
 LARGE = 4 * 2**20
 """Bytes of Y above which the gate comes first; measured on ResNet-50's layers with glibc's malloc."""
 
+SMALL = 2 * 2**20
+"""Multiply-adds below which a 1 x 1 convolution is a plain matrix product."""
+
 ACCUMULATES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
 
 
@@ -287,12 +290,35 @@ def _add_convolution(
     groups: int = 1,
 ) -> Tensor:
     """``y`` plus a convolution, in place."""
+    if _is_small_product(y, x, weight):
+        _pixels(y).addmm_(_pixels(x), weight.flatten(1).t())
+        return y
     if _can_accumulate(y, x):
         # oneDNN adds in the convolution's epilogue: the operator that Inductor uses for a convolution and a sum.
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             y, x, weight, None, padding, stride, dilation, groups, "add", 1.0, None, [], None
         )
     return y.add_(F.conv2d(x, weight, None, stride, padding, dilation, groups))
+
+
+def _is_small_product(y: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether a 1 x 1 convolution is too little work for oneDNN, whose call costs as much as a million products.
+
+    Not under a dispatch mode: FLOP counters know convolutions, not products in place.
+    """
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or weight.shape[2:] != (1, 1)
+        or y.device.type != "cpu"
+        or not (y.dtype == x.dtype and _is_precise(y.dtype))
+    ):
+        return False
+    return 0 < y.numel() * x.shape[1] < SMALL and y.is_contiguous(memory_format=torch.channels_last)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[N, C, H, W] in channels_last as [N H W, C], a view."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _can_accumulate(y: Tensor, x: Tensor) -> bool:
