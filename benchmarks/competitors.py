@@ -131,7 +131,11 @@ def _yardsticks(
     eager = layer if isinstance(layer, nn.Conv2d) else _Equations(layer, case)
     exact = _run(copy.deepcopy(eager).double(), x.double(), grad.double(), direction)
     same_dtype = [
-        _run(eager, *(t.contiguous(memory_format=memory_format) for t in (x, grad)), direction)
+        _run(
+            copy.deepcopy(eager).to(memory_format=memory_format),
+            *(t.contiguous(memory_format=memory_format) for t in (x, grad)),
+            direction,
+        )
         for memory_format in LAYOUTS.values()
     ]
 
