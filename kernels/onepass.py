@@ -23,7 +23,7 @@ def scale_by_sample(acc, factor_ptr, sample, first, last, co, co_mask, CO: tl.co
     """
     for n in range(first, last + 1):
         factor = tl.load(factor_ptr + n * CO + co, mask=co_mask, other=0.0)
-        acc = tl.where((sample == n)[:, None], acc * factor[None, :], acc)
+        acc *= tl.where((sample == n)[:, None], factor[None, :], 1.0)
     return acc
 
 

@@ -30,6 +30,13 @@ def test_saturated_gate(gate: float, device: str) -> None:
     assert_agrees(functional.spconv2d, inputs, condition=abs(gate), backend="triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_large_means(dtype: torch.dtype, device: str) -> None:
+    assert_agrees(
+        functional.spconv2d, make_inputs(BY_NAME["odd-pixels"], dtype, device=device, mean=30.0), backend="triton"
+    )
+
+
 def test_keeps_the_memory_format(device: str) -> None:
     case = BY_NAME["plain"]
     for memory_format in (torch.contiguous_format, torch.channels_last):
