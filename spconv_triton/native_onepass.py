@@ -42,6 +42,9 @@ LARGE = 4 * 2**20
 SMALL = 2 * 2**20
 """Multiply-adds below which a 1 x 1 convolution is a plain matrix product."""
 
+PART = 2 * 2**20
+"""Bytes of each map of the backward when Y is large."""
+
 ACCUMULATES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
 
 
@@ -102,7 +105,7 @@ class OnePass(torch.autograd.Function):
         *inputs, d = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*_differentiable_gradients(inputs, ctx.geometry, grads[0]), None)
-        return (*_gradients(*inputs, geometry=ctx.geometry, d=d, grad=grads[0], needed=ctx.needs_input_grad), None)
+        return (*_gradients(inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad), None)
 
 
 def _forward(
@@ -147,6 +150,33 @@ def _forward(
 
 
 def _gradients(
+    inputs: list[Any], geometry: Geometry, d: Tensor, grad: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the six tensor arguments, where ``needed``.
+
+    Where maps are large, a few samples at a time: scratch maps that together outgrow what malloc keeps would be
+    returned to the system and faulted in again at every call.
+    """
+    x, *others = inputs
+    if not _is_large(grad, grad.shape[1]):
+        return _gradients_of_samples(x, *others, geometry=geometry, d=d, grad=grad, needed=needed)
+    samples = max(1, PART * grad.shape[0] // (grad.numel() * grad.element_size()))
+    parts = zip(x.split(samples), d.split(samples), grad.split(samples), strict=True)
+    dx = torch.empty_like(x) if needed[0] else None
+    sums: list[Tensor | None] = [None] * len(others)
+    for i, (x_part, d_part, grad_part) in enumerate(parts):
+        dx_part, *terms = _gradients_of_samples(
+            x_part, *others, geometry=geometry, d=d_part, grad=grad_part, needed=needed
+        )
+        if dx is not None and dx_part is not None:
+            dx[i * samples : (i + 1) * samples] = dx_part
+        sums = [
+            term if total is None or term is None else total.add_(term) for total, term in zip(sums, terms, strict=True)
+        ]
+    return dx, *sums
+
+
+def _gradients_of_samples(
     x: Tensor,
     weight_gwc: Tensor,
     weight_pwc: Tensor,
@@ -159,7 +189,7 @@ def _gradients(
     grad: Tensor,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the six tensor arguments, where ``needed``; symbols as at the head of this file."""
+    """The gradients that these samples contribute; symbols as at the head of this file."""
     representative, window = weight_pwc.shape[1], geometry[1:]
     x, grad = _channels_last(x), _channels_last(grad)
     z = native.pointwise_input(x, geometry)
@@ -240,13 +270,14 @@ def _differentiable_gradients(inputs: list[Any], geometry: Geometry, grad: Tenso
 
 
 def gate_comes_first(x: Tensor, outputs: int, geometry: Geometry) -> bool:
-    """Whether a map of ``outputs`` channels is worth sparing: it outgrows what malloc keeps for the next call.
+    """Whether the gate is computed from statistics of ``x``, which are those of stride 1 and half-window padding."""
+    return geometry.stride == (1, 1) and geometry.is_centred and _is_large(x, outputs)
 
-    The statistics that the gate is then computed from are those of stride 1 and half-window padding.
-    """
-    if geometry.stride != (1, 1) or not geometry.is_centred or x.device.type != "cpu" or not _is_precise(x.dtype):
-        return False
-    return x.shape[0] * outputs * x.shape[2] * x.shape[3] * x.element_size() > LARGE
+
+def _is_large(x: Tensor, outputs: int) -> bool:
+    """Whether a map of ``outputs`` channels is worth sparing: it outgrows what malloc keeps for the next call."""
+    size = x.shape[0] * outputs * x.shape[2] * x.shape[3] * x.element_size()
+    return x.device.type == "cpu" and _is_precise(x.dtype) and size > LARGE
 
 
 def _is_precise(dtype: torch.dtype) -> bool:
@@ -308,7 +339,8 @@ def _is_small_product(y: Tensor, x: Tensor, weight: Tensor) -> bool:
     """
     if (
         torch._C._len_torch_dispatch_stack()
-        or weight.shape[2:] != (1, 1)
+        or weight.shape[1:] != (x.shape[1], 1, 1)
+        or y.shape[2:] != x.shape[2:]
         or y.device.type != "cpu"
         or not (y.dtype == x.dtype and _is_precise(y.dtype))
     ):

@@ -17,6 +17,12 @@ from spconv_triton.functional import spconv2d
 
 BY_NAME = {case.name: case for case in SMALL}
 GATED = [case for case in SMALL if case.alpha < 1]
+ONE_BY_ONE = [
+    Case("k1", 2, 8, 6, (5, 4), kernel_size=(1, 1), padding=(0, 0)),
+    Case("k1-one-group", 2, 8, 6, (5, 4), kernel_size=(1, 1), padding=(0, 0), groups=1),
+    Case("k1-padded", 2, 8, 6, (5, 4), kernel_size=(1, 1), padding=(1, 0), groups=1),
+    Case("k1-strided", 2, 8, 6, (5, 4), kernel_size=(1, 1), stride=(2, 1), padding=(0, 0), groups=1),
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 
@@ -29,7 +35,7 @@ def native(*arguments: Tensor | None, **options: object) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", [*SMALL, *ONE_BY_ONE], ids=str)
 def test_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> None:
     for memory_format in LAYOUTS:
         assert_agrees(native, make_inputs(case, dtype, memory_format=memory_format, bias=False))
@@ -50,10 +56,11 @@ def test_agrees_under_large_means_and_saturated_gates(case: Case, dtype: torch.d
         assert_agrees(native, make_inputs(case, dtype, gate=gate), condition=abs(gate))
 
 
-@pytest.mark.parametrize("case", GATED, ids=str)
-def test_agrees_where_the_gate_comes_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for large maps, on small ones."""
+@pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
+def test_agrees_where_maps_are_large(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate comes first and the backward takes one sample at a time; here on small maps."""
     monkeypatch.setattr(native_onepass, "LARGE", 0)
+    monkeypatch.setattr(native_onepass, "PART", 0)
     for dtype in (torch.float32, torch.float64):
         assert_agrees(native, make_inputs(case, dtype, bias=False))
         assert_agrees(native, make_inputs(case, dtype, branch_bias=True))
