@@ -85,11 +85,17 @@ def explain(module: SPConv2d, x: Tensor, *, capability: tuple[int, int] | None =
 
     Raises:
         TypeError: ``module`` is not an ``SPConv2d``, or ``x`` is not a floating-point tensor.
-        ValueError: what calling the module would raise.
+        ValueError: what calling the module would raise; or ``capability`` where PyTorch is built without CUDA, or triton
+            does not import, so that nothing can be traced for a GPU.
     """
     if not isinstance(module, SPConv2d):
         raise TypeError(f"module must be an SPConv2d, got {type(module).__name__}")
     check_input("x", x)
+    if capability is not None and (not torch.backends.cuda.is_built() or not dispatch.HAS_TRITON):
+        missing = dispatch.WITHOUT_TRITON or "this PyTorch is built without CUDA"
+        raise ValueError(
+            f"capability must be None here, where nothing is traced for a GPU ({missing}), got {capability}"
+        )
     traced = capability is not None or x.is_cuda
     with dispatch.assuming(capability) if capability is not None else nullcontext():
         found = _explain_traced(module, x) if traced else _explain_run(module, x)

@@ -64,3 +64,9 @@ def test_what_it_refuses() -> None:
         explain(torch.nn.Conv2d(8, 8, 3), torch.randn(1, 8, 5, 5))
     with pytest.raises(ValueError, match="x must have 8 channels"):
         explain(SPConv2d(8, 8, 3), torch.randn(1, 7, 5, 5))
+
+
+def test_a_gpu_that_cannot_be_traced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(ValueError, match=r"capability must be None here.*got \(9, 0\)"):
+        explain(SPConv2d(8, 8, 3), torch.randn(1, 8, 5, 5), capability=(9, 0))
