@@ -85,8 +85,8 @@ def explain(module: SPConv2d, x: Tensor, *, capability: tuple[int, int] | None =
 
     Raises:
         TypeError: ``module`` is not an ``SPConv2d``, or ``x`` is not a floating-point tensor.
-        ValueError: what calling the module would raise; or ``capability`` where PyTorch is built without CUDA, or triton
-            does not import, so that nothing can be traced for a GPU.
+        ValueError: what calling the module would raise; or a ``capability`` where PyTorch is built without CUDA or
+            triton does not import, so that nothing can be traced for a GPU.
     """
     if not isinstance(module, SPConv2d):
         raise TypeError(f"module must be an SPConv2d, got {type(module).__name__}")
