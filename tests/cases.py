@@ -15,6 +15,9 @@ from torch import Tensor
 
 from spconv_triton import reference
 
+GATE_CLAMP = 1e-24
+"""An absolute error that is always allowed: gamma / beta is clamped at e^60, so a beta below 1e-26 looks like 1e-26."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -185,7 +188,7 @@ def assert_within_budget(
     # Float64 has no better judge, so its reference error is 0: allow a sum's worth of roundings instead of one.
     roundings = 16 if got.dtype == torch.float64 else 1
     rounding = condition * roundings * torch.finfo(got.dtype).eps * exact.abs().max().item()
-    allowed = factor * (reference_error + rounding)
+    allowed = factor * (reference_error + rounding) + GATE_CLAMP
     assert error <= allowed, (
         f"{name}: error {error:.3e} against float64, allowed {allowed:.3e} "
         f"(reference in {got.dtype}: {reference_error:.3e}, rounding: {rounding:.3e})"
@@ -203,7 +206,8 @@ def assert_agrees(
     """Forward and every gradient of ``function`` are within budget of the reference in float64.
 
     Args:
-        condition: |S3 - S1| where the gate is saturated: a relative error of the statistics becomes that many of beta.
+        condition: how much a rounding of the statistics grows: |S3 - S1| where the gate is saturated, about |S3| / 4
+            in Y and dx where x has a mean, since dY / dS3 = beta gamma (U3 - U1), and |S3| in the weights' gradients.
     """
     before = {name: tensor.detach().clone() for name, tensor in inputs.tensors().items()}
     grad = output_grad(inputs)

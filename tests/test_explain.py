@@ -10,7 +10,8 @@ from spconv_triton import SPConv2d, dispatch, explain
 from spconv_triton.dispatch import INTERPRETED
 
 needs_triton = pytest.mark.skipif(
-    not dispatch.HAS_TRITON or INTERPRETED, reason="traces compiled kernels: runs natively"
+    not dispatch.HAS_TRITON or INTERPRETED or not torch.backends.cuda.is_built(),
+    reason="traces for a GPU: needs triton and a torch built for CUDA, and runs natively",
 )
 
 

@@ -51,7 +51,7 @@ def test_agrees_on_the_layers_of_resnet50(case: Case) -> None:
 @pytest.mark.parametrize("case", GATED, ids=str)
 def test_agrees_under_large_means_and_saturated_gates(case: Case, dtype: torch.dtype) -> None:
     assert_agrees(native, make_inputs(case, dtype, mean=100.0), condition=MEAN_100)
-    assert_agrees(native, make_inputs(case, dtype, mean=100.0), names=["y"])
+    assert_agrees(native, make_inputs(case, dtype, mean=100.0), names=["y"], condition=MEAN_100 / 4)
     for gate in (-30.0, -8.0, 8.0, 30.0):
         assert_agrees(native, make_inputs(case, dtype, gate=gate), condition=abs(gate))
 

@@ -38,7 +38,7 @@ def test_large_means(dtype: torch.dtype, device: str) -> None:
     """
     mean = 30.0
     inputs = make_inputs(BY_NAME["odd-pixels"], dtype, device=device, mean=mean)
-    assert_agrees(functional.spconv2d, inputs, names=("y", "x", "bias"), backend="triton")
+    assert_agrees(functional.spconv2d, inputs, names=("y", "x", "bias"), condition=mean / 4, backend="triton")
     assert_agrees(functional.spconv2d, inputs, condition=mean, backend="triton")
 
 
