@@ -1,0 +1,35 @@
+"""Elements past 2^31 are reached: offsets are 64 bits wide."""
+
+from __future__ import annotations
+
+import torch
+from cases import Case, Inputs, assert_agrees, make_inputs
+
+from spconv_triton import functional
+
+
+def far_apart(inputs: Inputs) -> Inputs:
+    """The same values, the pixels of ``x`` so far apart that the last lies past element 2^31 of its storage.
+
+    The gaps are never touched, so the system does not back them with memory.
+    """
+    batch, channels, height, width = inputs.x.shape
+    pixels = batch * height * width
+    spacing = 2**31 // (pixels - 2)
+    storage = torch.empty(spacing * (pixels - 1) + channels, dtype=inputs.x.dtype, device=inputs.x.device)
+    assert spacing * (pixels - 1) > 2**31
+    x = storage.as_strided(inputs.x.shape, (height * width * spacing, 1, width * spacing, spacing))
+    x.copy_(inputs.x.detach())
+    inputs.x = x.requires_grad_()
+    return inputs
+
+
+def test_layer_and_its_gradients(device: str) -> None:
+    inputs = far_apart(make_inputs(Case("far", 2, 8, 8, (3, 4)), torch.float16, device=device))
+    assert_agrees(functional.spconv2d, inputs, backend="triton")
+
+
+def test_branch(device: str) -> None:
+    case = Case("far-branch", 2, 8, 8, (3, 4), alpha=1.0)
+    inputs = far_apart(make_inputs(case, torch.float16, device=device))
+    assert_agrees(functional.spconv2d, inputs, backend="triton")
