@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -133,14 +134,26 @@ def _explain_traced(module: SPConv2d, x: Tensor) -> Explanation:
     return Explanation(repr(module), _describe(x, where), path, launches, kept, x.numel() * x.itemsize)
 
 
+SAVED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    f"{registration.NAMESPACE}::spconv2d": ((0,), (1, 2, 3)),
+    f"{registration.NAMESPACE}::representative_branch": ((0,), ()),
+    f"{registration.NAMESPACE}::gap_softmax_fusion": ((0, 1), (1,)),
+    "aten::convolution": ((0,), ()),
+}
+"""Which arguments and results of an operation autograd keeps, the weights apart."""
+
+
 def _kept_by_operators(graph: torch.fx.GraphModule) -> int:
-    """Bytes of the inputs and outputs that the layer's operator would save: x, and all that it returns besides Y."""
-    kept = 0
+    """Bytes that the operations of a forward would keep for the backward, each storage counted once."""
+    storages: dict[int, int] = {}
     for node in graph.graph.nodes:
-        if _operator_name(node) == f"{registration.NAMESPACE}::spconv2d":
-            _, *saved = node.meta["val"]
-            kept += sum(t.numel() * t.itemsize for t in (_values(node)[0], *saved))
-    return kept
+        name = _operator_name(node)
+        arguments, results = ((0,), ()) if "batch_norm" in name else SAVED.get(name, ((), ()))
+        outputs = node.meta.get("val")
+        for tensor in (*(_values(node)[i] for i in arguments), *(outputs[i] for i in results)):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
 
 
 def _operator_name(node: torch.fx.Node) -> str:
@@ -149,6 +162,7 @@ def _operator_name(node: torch.fx.Node) -> str:
 
 
 def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
+    module = copy.deepcopy(module)  # running it in training mode moves the statistics of its norms
     with torch.inference_mode():
         module(x)  # the first call builds what oneDNN keeps
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiler:
@@ -172,7 +186,8 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
     del result
     kept = sum(storages.values())
     backend = dispatch.choose(x, module.backend)
-    gate_first = gate_comes_first(x, module.out_channels, module.geometry)
+    gated = module.weight_redundant is not None and not module.branch_norm
+    gate_first = gated and gate_comes_first(x, module.out_channels, module.geometry)
     name = ("gate first" if gate_first else "both branches") if backend == "native" else backend
     path = next(p for p in dispatch.PATHS if p.backend == backend and p.name == name)
     return Explanation(repr(module), _describe(x, "cpu"), path, launches, kept, x.numel() * x.itemsize)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import RESNET50
@@ -44,6 +46,8 @@ def test_branch_norms_on_a_gpu() -> None:
     assert found.path.name == "branch"
     ours = [launch.name for launch in found.launches if launch.tiles]
     assert ours == ["branch_forward", "fusion_statistics", "fusion_blend"]
+    gate = 2 * 32 * 4
+    assert found.kept_bytes == 5 * found.input_bytes + gate  # x, and U3 and U1 before and after their norms
 
 
 @pytest.mark.parametrize(("size", "path"), [(56, "gate first"), (7, "both branches")])
@@ -53,6 +57,28 @@ def test_cpu(size: int, path: str) -> None:
     assert (found.path.backend, found.path.name) == ("native", path)
     assert names(found)
     assert found.input_bytes <= found.kept_bytes <= 1.25 * found.input_bytes
+
+
+@needs_triton
+def test_without_redundant_channels_on_a_gpu() -> None:
+    layer = SPConv2d(32, 32, 3, padding=1, alpha=1.0)
+    found = explain(layer, torch.randn(2, 32, 8, 8).to(memory_format=torch.channels_last), capability=(9, 0))
+    assert found.path.name == "branch"
+    assert found.kept_bytes == found.input_bytes
+
+
+@pytest.mark.parametrize("options", [{"alpha": 1.0}, {"branch_norm": True}], ids=str)
+def test_the_gate_cannot_come_first(options: dict) -> None:
+    x = torch.randn(8, 64, 56, 56).to(memory_format=torch.channels_last)
+    assert explain(SPConv2d(64, 64, 3, padding=1, **options), x).path.name == "both branches"
+
+
+def test_statistics_of_norms_stay() -> None:
+    layer = SPConv2d(8, 8, 3, branch_norm=True)
+    before = copy.deepcopy(layer.state_dict())
+    explain(layer, torch.randn(2, 8, 5, 5))
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_reference() -> None:
