@@ -7,7 +7,31 @@ Weights are read as they are stored, inputs next to each other: [CO, C] for a po
 import triton
 import triton.language as tl
 
-from .tiles import dot, inside, load_pooled, pixel_pointers
+from .tiles import decode_pixels, dot, inside, load_pooled, pixel_pointers
+
+
+@triton.jit
+def output_block(
+    pixels,
+    HO,
+    WO,
+    CO: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_PIX: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+):
+    """The output channels and pixels of a program, output channels of a group fastest.
+
+    Returns the group, co and its mask [BLOCK_CO], and pixel, its mask, sample, row and column [BLOCK_PIX].
+    """
+    COG: tl.constexpr = CO // G
+    CO_BLOCKS: tl.constexpr = (COG + BLOCK_CO - 1) // BLOCK_CO
+    pid = tl.program_id(0)
+    group = pid // CO_BLOCKS % G
+    in_group = pid % CO_BLOCKS * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    pixel = pid // (CO_BLOCKS * G) * BLOCK_PIX + tl.arange(0, BLOCK_PIX)
+    sample, row, column = decode_pixels(pixel, HO, WO)
+    return group, group * COG + in_group, in_group < COG, pixel, pixel < pixels, sample, row, column
 
 
 @triton.jit

@@ -10,8 +10,7 @@ multiplied by scale. This is the portable form: flat pixels and plain pointers, 
 import triton
 import triton.language as tl
 
-from .accumulate import add_pointwise, add_taps
-from .tiles import decode_pixels
+from .accumulate import add_pointwise, add_taps, output_block
 from .tuning import FORWARD, LAYER_KEY, autotuned, prune_layer
 
 
@@ -66,20 +65,11 @@ def onepass_forward(
 ):
     """Grid: (pixel blocks x groups x output-channel blocks of a group,), output channels fastest."""
     CG: tl.constexpr = CR // G
-    COG: tl.constexpr = CO // G
-    CO_BLOCKS: tl.constexpr = (COG + BLOCK_CO - 1) // BLOCK_CO
     CENTRE_H: tl.constexpr = DILATION_H * (KH - 1) // 2 - PAD_H
     CENTRE_W: tl.constexpr = DILATION_W * (KW - 1) // 2 - PAD_W
 
-    pid = tl.program_id(0)
-    group = pid // CO_BLOCKS % G
-    in_group = pid % CO_BLOCKS * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    co = group * COG + in_group
-    co_mask = in_group < COG
-    pixel0 = pid // (CO_BLOCKS * G) * BLOCK_PIX
-    pixel = pixel0 + tl.arange(0, BLOCK_PIX)
-    in_range = pixel < pixels
-    sample, row, column = decode_pixels(pixel, HO, WO)
+    group, co, co_mask, pixel, in_range, sample, row, column = output_block(pixels, HO, WO, CO, G, BLOCK_PIX, BLOCK_CO)
+    pixel0 = tl.program_id(0) // (G * tl.cdiv(CO // G, BLOCK_CO)) * BLOCK_PIX
     first = pixel0 // (HO * WO)
     last = tl.minimum(pixel0 + BLOCK_PIX - 1, pixels - 1) // (HO * WO)
 

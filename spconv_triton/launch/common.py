@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -18,6 +18,33 @@ TARGET_PROGRAMS = 512
 that the order of summation, and with it every bit of the result, does not depend on the device."""
 
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
+
+
+class Kernels(Protocol):
+    """Kernels that take some layers only: a module with these two functions."""
+
+    def can_run(self, x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
+        """Whether they suit the layer and the device of ``x``."""
+
+    def supports(self, x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
+        """Whether they compute the layer at all."""
+
+
+def use_descriptors(
+    path: str, kernels: Kernels, x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry
+) -> bool:
+    """Whether a layer goes to ``kernels`` over descriptors rather than to the flat ones, which take any layer.
+
+    Raises:
+        ValueError: an unknown path, or ``"descriptor"`` for a layer that they do not compute.
+    """
+    if path == "auto":
+        return kernels.can_run(x, weight_gwc, weight_pwc, geometry)
+    if path not in ("flat", "descriptor"):
+        raise ValueError(f"path must be 'auto', 'flat' or 'descriptor', got {path!r}")
+    if path == "descriptor" and not kernels.supports(x, weight_gwc, weight_pwc, geometry):
+        raise ValueError(f"path='descriptor' does not take a layer of {geometry} on {list(x.shape)} in {x.dtype}")
+    return path == "descriptor"
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -15,7 +15,14 @@ from ..kernels.backward import input_grad, weight_grad
 from ..kernels.reduction import finish_weights, gate_grad
 from ..kernels.tuning import weight_block, weight_grad_channels
 from . import gradients_descriptor as descriptor
-from .common import TARGET_PROGRAMS, channels_last, empty_channels_last, layer_constants, pixel_major
+from .common import (
+    TARGET_PROGRAMS,
+    channels_last,
+    empty_channels_last,
+    layer_constants,
+    pixel_major,
+    use_descriptors,
+)
 from .gradients_descriptor import Prepared
 
 KERNELS = (weight_grad, gate_grad, finish_weights, input_grad)
@@ -261,14 +268,17 @@ def spconv2d_backward(
     pool_mean: Tensor,
     geometry: Geometry,
     *,
-    path: str | None = None,
+    path: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (channels_last), the three weights, and the branch bias ([0, M] where there is none).
 
     Args:
         grad: dL/dY, [N, M, H_out, W_out].
         ratio, tap_mean, pool_mean: as :func:`spconv_triton.launch.spconv2d` returned them.
-        path: ``"portable"`` or ``"descriptor"`` (which must support the layer); by default whichever suits the device.
+        path: ``"auto"``, ``"flat"`` or ``"descriptor"``, as of :func:`spconv_triton.launch.spconv2d`.
+
+    Raises:
+        ValueError: ``"descriptor"`` for a layer that its kernels do not compute, or an unknown path.
     """
     weights = (weight_gwc, weight_pwc, weight_redundant)
     if grad.numel() == 0:
@@ -276,9 +286,7 @@ def spconv2d_backward(
         dx = empty_channels_last(x, *x.shape[1:]).zero_()
         d_gwc, d_pwc, d_redundant = map(torch.zeros_like, (weight_gwc, weight_pwc, weight_redundant))
         return dx, d_gwc, d_pwc, d_redundant, no_bias
-    if path is None:
-        path = "descriptor" if descriptor.can_run(x, weight_gwc, weight_pwc, geometry) else "portable"
-    if path == "portable":
+    if not use_descriptors(path, descriptor, x, weight_gwc, weight_pwc, geometry):
         partial, parts, redundant_blocks = layer_weight_grad(grad, x, weights, ratio, geometry)
         gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean)
         d_weights = finish_weight_grads(partial, weights, gate, geometry)

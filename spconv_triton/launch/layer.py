@@ -22,6 +22,7 @@ from .common import (
     layer_constants,
     pixel_arguments,
     pixel_major,
+    use_descriptors,
     window_constants,
 )
 
@@ -137,13 +138,8 @@ def _plan(
     path: str, x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry
 ) -> descriptor.Packing | None:
     """How the gate kernel packs the weights for the descriptor kernel; None on the flat path."""
-    layer = (x, weight_gwc, weight_pwc, geometry)
-    if path == "flat" or (path == "auto" and not descriptor.can_run(*layer)):
+    if not use_descriptors(path, descriptor, x, weight_gwc, weight_pwc, geometry):
         return None
-    if path not in ("auto", "descriptor"):
-        raise ValueError(f"path must be 'auto', 'flat' or 'descriptor', got {path!r}")
-    if not descriptor.supports(*layer):
-        raise ValueError(f"path='descriptor' does not take a layer of {geometry} on {list(x.shape)} in {x.dtype}")
     return descriptor.packing(x.shape[1], weight_pwc.shape[1], weight_gwc.shape[0], geometry.groups)
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import unfold
 
 from spconv_triton import functional, launch, reference
 from spconv_triton.dispatch import INTERPRETED
-from spconv_triton.geometry import Geometry
+from spconv_triton.geometry import Geometry, resolve
 from spconv_triton.launch import gradients_descriptor as descriptor
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -200,3 +200,13 @@ def test_operator_passes_opcheck(device: str) -> None:
     torch.library.opcheck(torch.ops.spconv_triton.spconv2d_backward, arguments)
     weights = tensors[1:]
     torch.library.opcheck(descriptor.weight_grad.operator, (grad, tensors[0], *weights, ratio, case.groups))
+
+
+@pytest.mark.parametrize(("path", "message"), [("portable", "path must be"), ("descriptor", "does not take a layer")])
+def test_paths_that_cannot_be_taken_are_refused(path: str, message: str, device: str) -> None:
+    grad, x = torch.randn(1, 8, 4, 4, device=device), torch.randn(1, 8, 4, 4, device=device)
+    weights = (torch.randn(8, 2, 3, 3), torch.randn(8, 4, 1, 1), torch.randn(8, 4, 1, 1))
+    kept = (torch.ones(1, 8), torch.zeros(1, 9, 4), torch.zeros(1, 8))
+    tensors = [tensor.to(device) for tensor in (*weights, *kept)]
+    with pytest.raises(ValueError, match=message):
+        launch.spconv2d_backward(grad, x, *tensors[:3], None, *tensors[3:], resolve(3, 1, 1, 1, 2), path=path)
