@@ -291,7 +291,15 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     command = [*PROGRAM, *TRAIN, "--epochs", "100000", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that a shell put in the background ignores SIGINT, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         while not (tmp_path / "last.pt").exists() and process.poll() is None:
             time.sleep(0.05)
@@ -299,6 +307,7 @@ def test_ctrl_c_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         _, error = process.communicate(timeout=120)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130, error
     assert error == "python -m spconv_triton: interrupted; what was written before stays\n"
     assert checkpoint.load(tmp_path / "last.pt")["epoch"] >= 1
