@@ -8,8 +8,8 @@ from unittest import mock
 
 import torch
 import triton
-from gpu_compile import compiling_for
 
+from benchmarks.machine_code import compiling_for
 from spconv_triton import dispatch
 
 

@@ -17,10 +17,10 @@ if not HAS_TRITON or INTERPRETED:
     pytest.skip("needs compiled kernels: runs natively", allow_module_level=True)
 
 from cases import RESNET50, Case
-from gpu_compile import compile_kernel, hot_loop, resources
 from lowering import inductor_sources
 from test_lowering import launches
 
+from benchmarks.machine_code import compile_kernel, hot_loop, resources
 from spconv_triton import SPConv2d
 from spconv_triton.geometry import Geometry
 from spconv_triton.launch import gradients

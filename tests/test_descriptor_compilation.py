@@ -15,10 +15,10 @@ if not HAS_TRITON or INTERPRETED:
     pytest.skip("needs compiled kernels: runs natively", allow_module_level=True)
 
 from cases import RESNET50, Case
-from gpu_compile import Resources, compile_kernel, hot_loop, resources
 from lowering import inductor_sources
 from test_lowering import launches
 
+from benchmarks.machine_code import Resources, compile_kernel, hot_loop, resources
 from spconv_triton import SPConv2d
 from spconv_triton.launch import descriptor
 from spconv_triton.launch.descriptor import Tile

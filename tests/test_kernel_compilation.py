@@ -12,8 +12,7 @@ from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
 if not HAS_TRITON or INTERPRETED:
     pytest.skip("needs compiled kernels: runs natively", allow_module_level=True)
 
-from gpu_compile import compile_kernel, resources
-
+from benchmarks.machine_code import compile_kernel, resources
 from spconv_triton.kernels import backward, branch, fusion, gate, onepass, statistics
 from spconv_triton.kernels.tuning import weight_grad_channels
 

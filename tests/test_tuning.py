@@ -14,9 +14,9 @@ if not HAS_TRITON or INTERPRETED:
     pytest.skip("needs compiled kernels", allow_module_level=True)
 
 import triton
-from gpu_compile import compile_kernel, compiling_for
 from test_kernel_compilation import KERNELS, chosen, launch
 
+from benchmarks.machine_code import compile_kernel, compiling_for
 from spconv_triton import load_tuning, save_tuning
 from spconv_triton.kernels.onepass import onepass_forward
 

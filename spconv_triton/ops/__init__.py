@@ -1,0 +1,18 @@
+"""The operators ``torch.ops.spconv_triton.*``: schemas, fakes, autograd, FLOP formulas.
+
+They are the Triton kernels as PyTorch sees them; the ATen path needs no operator of its own. Without triton nothing is
+registered here, and :func:`spconv_triton.dispatch.choose` never leads here.
+"""
+
+from .branch import representative_branch, representative_branch_backward
+from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
+from .layer import spconv2d, spconv2d_backward
+
+__all__ = [
+    "gap_softmax_fusion",
+    "gap_softmax_fusion_backward",
+    "representative_branch",
+    "representative_branch_backward",
+    "spconv2d",
+    "spconv2d_backward",
+]

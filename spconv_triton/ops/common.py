@@ -1,0 +1,26 @@
+"""What the operators of a layer share: the window, and the multiply-adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..geometry import Geometry
+
+
+def geometry_of(
+    weight_gwc: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Geometry:
+    """The window of an operator, which takes lists, as schemas have them."""
+    kh, kw = weight_gwc.shape[2:]
+    return Geometry((kh, kw), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
+
+def branch_flops(x_shape: Sequence[int], gwc_shape: Sequence[int], window: tuple[Any, ...]) -> int:
+    """Two per multiply-add of the group-wise and the point-wise convolution."""
+    outputs, per_group, kh, kw = gwc_shape
+    stride, padding, dilation, groups = window
+    height, width = Geometry((kh, kw), stride, padding, dilation, groups).output_size(x_shape[2], x_shape[3])
+    return 2 * x_shape[0] * height * width * outputs * (kh * kw * per_group + x_shape[1])
