@@ -79,8 +79,8 @@ _assumed: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVa
 
 
 @contextlib.contextmanager
-def assuming(capability: tuple[int, int]) -> Iterator[None]:
-    """Decide as if every CUDA device had this compute capability: to ask about a GPU that is not there."""
+def assuming(capability: tuple[int, int] | None) -> Iterator[None]:
+    """Decide as if CUDA devices and ``meta`` had this compute capability: to ask about a GPU that is not there."""
     token = _assumed.set(capability)
     try:
         yield
@@ -90,9 +90,12 @@ def assuming(capability: tuple[int, int]) -> Iterator[None]:
 
 def capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a CUDA device; None for anything else, AMD's included."""
+    assumed = _assumed.get()
+    if assumed is not None and device.type in ("cuda", "meta"):
+        return assumed
     if device.type != "cuda" or torch.version.hip is not None:
         return None
-    return _assumed.get() or torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability(device)
 
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
