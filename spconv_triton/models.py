@@ -15,6 +15,7 @@ paper leaves open is settled by its published sizes:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -45,7 +46,10 @@ def legal_alpha(in_channels: int, alpha: float, groups: int = 2) -> float:
         raise ValueError(f"groups must be between 1 and in_channels={in_channels}, got {groups}")
     representative = int(in_channels * alpha)
     rounded = max(representative // groups, 1) * groups
-    return alpha if rounded == representative else rounded / in_channels
+    if rounded == representative:
+        return alpha
+    legal = rounded / in_channels
+    return legal if int(in_channels * legal) == rounded else math.nextafter(legal, 1)  # int(44 * (30 / 44)) is 29
 
 
 class SPConvOptions(NamedTuple):

@@ -131,6 +131,7 @@ def test_every_parameter_learns(name: str, size: tuple[int, int], branch_norm: b
         (16, 0.34, 2, 4),  # 5
         (16, 1, 2, 16),
         (64, 1 / 16, 2, 4),
+        (44, 31.5 / 44, 2, 30),  # the float nearest to 30 / 44 is below it
     ],
 )
 def test_legal_alpha(channels: int, alpha: float, groups: int, expected: int) -> None:
