@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .branch_norm import fold_branch_norms, is_affine
 from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS
 from .geometry import Geometry, IntPair, resolve
@@ -127,8 +128,8 @@ class SPConv2d(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_channels, **like))
         else:
             self.register_parameter("bias", None)
-        self.norm_representative: nn.BatchNorm2d | None = nn.BatchNorm2d(out_channels, **like) if branch_norm else None
-        self.norm_redundant: nn.BatchNorm2d | None = (
+        self.norm_representative: nn.Module | None = nn.BatchNorm2d(out_channels, **like) if branch_norm else None
+        self.norm_redundant: nn.Module | None = (
             nn.BatchNorm2d(out_channels, **like) if branch_norm and self.redundant_channels else None
         )
         self.reset_parameters()
@@ -157,8 +158,9 @@ class SPConv2d(nn.Module):
             bound = 1 / math.sqrt(self.in_channels * self.taps)
             nn.init.uniform_(self.bias, -bound, bound)
         for norm in (self.norm_representative, self.norm_redundant):
-            if norm is not None:
-                norm.reset_parameters()
+            reset = getattr(norm, "reset_parameters", None)  # of a batch norm, or of what the user put in its place
+            if reset is not None:
+                reset()
 
     @property
     def geometry(self) -> Geometry:
@@ -229,20 +231,28 @@ class SPConv2d(nn.Module):
             x = F.pad(x, edges, mode=self.padding_mode).contiguous(memory_format=layout)
             padding = (0, 0)
         window: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+        gwc, pwc, redundant = self.weight_gwc, self.weight_pwc, self.weight_redundant
+        branch_bias = None
         if self.norm_representative is not None:
-            return self._forward_branch_norm(x, self.norm_representative, window)
+            if not self._norms_are_affine():
+                return self._forward_branch_norm(x, self.norm_representative, window)
+            gwc, pwc, redundant, branch_bias = fold_branch_norms(self)
         return functional.spconv2d(
             x,
-            self.weight_gwc,
-            self.weight_pwc,
-            self.weight_redundant,
+            gwc,
+            pwc,
+            redundant,
             self.bias,
             groups=self.groups,
+            branch_bias=branch_bias,
             backend=self.backend,
             **window,
         )
 
-    def _forward_branch_norm(self, x: Tensor, norm_representative: nn.BatchNorm2d, window: dict[str, Any]) -> Tensor:
+    def _norms_are_affine(self) -> bool:
+        return is_affine(self.norm_representative) and (self.weight_redundant is None or is_affine(self.norm_redundant))
+
+    def _forward_branch_norm(self, x: Tensor, norm_representative: nn.Module, window: dict[str, Any]) -> Tensor:
         check_input("x", x)
         if x.shape[1] != self.in_channels:
             raise ValueError(f"x must have {self.in_channels} channels, got {x.shape[1]}: {shape(x)}")

@@ -1,0 +1,95 @@
+"""The norms in the branches of a layer, U3 -> norm(U3) and U1 -> norm(U1), as what they compute.
+
+A batch norm on its running statistics is an affine map per channel, s u + t with
+
+    s = weight / sqrt(running_var + eps),    t = bias - s running_mean
+
+and U3 and U1 are linear in their weights, so it folds: the weights' rows times s, and t as a branch bias.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Branches(Protocol):
+    """What a layer with branch norms has; :class:`spconv_triton.SPConv2d` is one."""
+
+    weight_gwc: Tensor
+    weight_pwc: Tensor
+    weight_redundant: Tensor | None
+    norm_representative: nn.Module | None
+    norm_redundant: nn.Module | None
+
+
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether ``norm`` computes what ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` does: itself one, nothing hooked on."""
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not hooked and "forward" not in vars(norm)
+
+
+def is_affine(norm: nn.Module | None) -> bool:
+    """Whether ``norm`` is an affine map per channel now: a batch norm in eval mode that has running statistics."""
+    if norm is None or norm.training or not is_batch_norm(norm):
+        return False
+    return norm.running_mean is not None and norm.running_var is not None
+
+
+def fold_branch_norms(layer: Branches) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The norms of a layer folded into its weights: arguments of :func:`spconv_triton.functional.spconv2d`.
+
+    Computed anew from the parameters and statistics as they are, in float32 or better, and differentiable in both.
+
+    Args:
+        layer: :func:`is_affine` holds for its ``norm_representative``, and for its ``norm_redundant`` where it has
+            redundant channels.
+
+    Returns:
+        ``weight_gwc``, ``weight_pwc`` and ``weight_redundant`` (None at alpha = 1), in the shapes, dtypes and strides
+        of the layer's, and ``branch_bias``, [2, M] in float32, or float64 where the weights are; its second row is
+        zero at alpha = 1.
+
+    Raises:
+        ValueError: a norm that is no affine map: in training mode, without running statistics, of another class than
+            the two batch norms, or with hooks.
+    """
+    scale3, shift3 = _affine_map("norm_representative", layer.norm_representative)
+    gwc, pwc = _scaled(layer.weight_gwc, scale3), _scaled(layer.weight_pwc, scale3)
+    if layer.weight_redundant is None:
+        redundant, shift1 = None, torch.zeros_like(shift3)
+    else:
+        scale1, shift1 = _affine_map("norm_redundant", layer.norm_redundant)
+        redundant = _scaled(layer.weight_redundant, scale1)
+    precise = torch.promote_types(layer.weight_gwc.dtype, torch.float32)
+    return gwc, pwc, redundant, torch.stack((shift3, shift1)).to(precise)
+
+
+def _affine_map(name: str, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """s and t, [M], in float32 or better."""
+    if not is_affine(norm):
+        state = "None" if norm is None else f"{norm} in {'training' if norm.training else 'eval'} mode"
+        raise ValueError(
+            f"{name} must be a BatchNorm2d or SyncBatchNorm without hooks, in eval mode and with running statistics, "
+            f"to fold into the weights, got {state}"
+        )
+    assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, variance = _precise(norm.running_mean), _precise(norm.running_var)
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = _precise(norm.weight) * scale
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + _precise(norm.bias)
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """The rows of [M, ...] times ``scale``, [M]."""
+    return (_precise(weight) * scale[:, None, None, None]).to(weight.dtype)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
