@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from . import functional, reference
+from .checkpoints import load_reference_checkpoint
 from .modules import SPConv2d
 
 if TYPE_CHECKING:
     from .explanation import explain
     from .tuning import load_tuning, save_tuning
 
-__all__ = ["SPConv2d", "explain", "functional", "load_tuning", "reference", "save_tuning"]
+__all__ = ["SPConv2d", "explain", "functional", "load_reference_checkpoint", "load_tuning", "reference", "save_tuning"]
 __version__ = "0.1.0"
 
 
