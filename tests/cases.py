@@ -210,17 +210,54 @@ def assert_agrees(
             in Y and dx where x has a mean, since dY / dS3 = beta gamma (U3 - U1), and |S3| in the weights' gradients.
     """
     before = {name: tensor.detach().clone() for name, tensor in inputs.tensors().items()}
+    got, yardsticks, exact = _judge(function, inputs, **options)
+    for name in names or exact:
+        assert_within_budget(name, got[name], yardsticks[name], exact[name], condition=condition)
+    for name, tensor in inputs.tensors().items():
+        assert torch.equal(tensor.detach(), before[name]), f"{name} was written to"
+
+
+def assert_agrees_over_draws(
+    function: Callable[..., Tensor], draw: Callable[[], Inputs], draws: int, **options: Any
+) -> None:
+    """As :func:`assert_agrees` without any allowance, errors and budgets taken as root mean squares over the draws.
+
+    Where the gate's gradient is a small difference of large sums, a draw's error is a matter of luck, the reference's
+    as much as anyone's: about one draw in ten has a reference so lucky that no other order of summation comes within
+    twice its error. Over many draws luck evens out.
+    """
+    squares: dict[str, list[float]] = {}
+    for _ in range(draws):
+        got, yardsticks, exact = _judge(function, draw(), **options)
+        for name, judge in exact.items():
+            rounding = torch.finfo(got[name].dtype).eps * judge.abs().max().item()
+            budget = 2 * (_largest_error(yardsticks[name], judge) + rounding) + GATE_CLAMP
+            total = squares.setdefault(name, [0.0, 0.0])
+            total[0] += _largest_error(got[name], judge) ** 2
+            total[1] += budget**2
+    for name, (error, budget) in squares.items():
+        assert error <= budget, (
+            f"{name}: error {(error / draws) ** 0.5:.3e}, allowed {(budget / draws) ** 0.5:.3e} over {draws} draws"
+        )
+
+
+def _judge(
+    function: Callable[..., Tensor], inputs: Inputs, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Output and every gradient, for one random upstream gradient: of ``function``, of the reference in the dtype of
+    ``inputs``, and of the reference in float64.
+
+    ATen's convolutions err differently in the two layouts: the yardstick is the one that errs more, as in benchmarks.
+    """
     grad = output_grad(inputs)
     got = run(function, inputs, grad, **options)
     exact = run(reference.spconv2d, inputs.to(torch.float64), grad)
-    # ATen's convolutions err differently in the two layouts: the yardstick is the one that errs more, as in benchmarks.
     same_dtype = [_reference_in(layout, inputs, grad) for layout in (torch.contiguous_format, torch.channels_last)]
-    for name in names or exact:
-        judge = exact[name]
-        worse = max((r[name] for r in same_dtype), key=lambda r: _largest_error(r, judge))
-        assert_within_budget(name, got[name], worse, judge, condition=condition)
-    for name, tensor in inputs.tensors().items():
-        assert torch.equal(tensor.detach(), before[name]), f"{name} was written to"
+    yardsticks = {
+        name: max((r[name] for r in same_dtype), key=lambda r: _largest_error(r, judge))
+        for name, judge in exact.items()
+    }
+    return got, yardsticks, exact
 
 
 def _largest_error(result: Tensor, judge: Tensor) -> float:

@@ -8,7 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import RESNET50, SMALL, Case, Inputs, assert_agrees, assert_within_budget, make_inputs, output_grad, run
+from cases import (
+    RESNET50,
+    SMALL,
+    Case,
+    Inputs,
+    assert_agrees,
+    assert_agrees_over_draws,
+    assert_within_budget,
+    make_inputs,
+    output_grad,
+    run,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,6 +65,13 @@ def test_agrees_under_large_means_and_saturated_gates(case: Case, dtype: torch.d
     assert_agrees(native, make_inputs(case, dtype, mean=100.0), names=["y"], condition=MEAN_100 / 4)
     for gate in (-30.0, -8.0, 8.0, 30.0):
         assert_agrees(native, make_inputs(case, dtype, gate=gate), condition=abs(gate))
+
+
+@pytest.mark.parametrize("mean", [30.0, 100.0])
+@pytest.mark.parametrize("name", ["odd-pixels", "stride-2-odd", "one-column", "alpha-1/16"])
+def test_agrees_under_large_means_over_many_draws(name: str, mean: float) -> None:
+    case = BY_NAME[name]
+    assert_agrees_over_draws(native, lambda: make_inputs(case, mean=mean), 100)
 
 
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from cases import SMALL, Case, assert_agrees, make_inputs, output_grad, run
+from cases import SMALL, Case, assert_agrees, assert_agrees_over_draws, make_inputs, output_grad, run
 
 from spconv_triton import SPConv2d, functional
 
@@ -40,6 +42,11 @@ def test_large_means(dtype: torch.dtype, device: str) -> None:
     inputs = make_inputs(BY_NAME["odd-pixels"], dtype, device=device, mean=mean)
     assert_agrees(functional.spconv2d, inputs, names=("y", "x", "bias"), condition=mean / 4, backend="triton")
     assert_agrees(functional.spconv2d, inputs, condition=mean, backend="triton")
+
+
+def test_large_means_over_many_draws(device: str) -> None:
+    inputs = functools.partial(make_inputs, BY_NAME["tiny"], device=device, mean=30.0)
+    assert_agrees_over_draws(functional.spconv2d, inputs, 16, backend="triton")
 
 
 def test_keeps_the_memory_format(device: str) -> None:
