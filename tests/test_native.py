@@ -74,6 +74,13 @@ def test_agrees_under_large_means_over_many_draws(name: str, mean: float) -> Non
     assert_agrees_over_draws(native, lambda: make_inputs(case, mean=mean), 100)
 
 
+@pytest.mark.parametrize("gate", [-80.0, -30.0, -8.0, 8.0, 30.0, 80.0])
+@pytest.mark.parametrize("name", ["odd-pixels", "alpha-1/16"])
+def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float) -> None:
+    case = BY_NAME[name]
+    assert_agrees_over_draws(native, lambda: make_inputs(case, gate=gate), 16)
+
+
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
 def test_agrees_where_maps_are_large(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate comes first and the backward takes one sample at a time; here on small maps."""

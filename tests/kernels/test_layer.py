@@ -44,9 +44,10 @@ def test_large_means(dtype: torch.dtype, device: str) -> None:
     assert_agrees(functional.spconv2d, inputs, condition=mean, backend="triton")
 
 
-def test_large_means_over_many_draws(device: str) -> None:
-    inputs = functools.partial(make_inputs, BY_NAME["tiny"], device=device, mean=30.0)
-    assert_agrees_over_draws(functional.spconv2d, inputs, 16, backend="triton")
+@pytest.mark.parametrize(("kind", "draws"), [({"mean": 30.0}, 16), ({"gate": -50.0}, 4), ({"gate": 50.0}, 4)], ids=str)
+def test_large_means_and_saturated_gates_over_many_draws(kind: dict[str, float], draws: int, device: str) -> None:
+    inputs = functools.partial(make_inputs, BY_NAME["tiny"], device=device, **kind)
+    assert_agrees_over_draws(functional.spconv2d, inputs, draws, backend="triton")
 
 
 def test_keeps_the_memory_format(device: str) -> None:
