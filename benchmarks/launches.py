@@ -119,6 +119,8 @@ class LayerTensors:
     weight_gwc: Tensor
     weight_pwc: Tensor
     weight_redundant: Tensor | None
+    bias: Tensor
+    branch_bias: Tensor
     geometry: Geometry
 
 
@@ -135,12 +137,21 @@ def layer_tensors(case: Case, dtype: torch.dtype) -> LayerTensors:
         empty(case.out_channels, case.representative // case.groups, *case.kernel_size),
         empty(case.out_channels, case.representative, 1, 1),
         empty(case.out_channels, redundant, 1, 1) if redundant else None,
+        torch.empty(case.out_channels, dtype=dtype, device="meta"),
+        torch.empty(2, case.out_channels, dtype=dtype, device="meta"),
         Geometry(case.kernel_size, case.stride, case.padding, case.dilation, case.groups),
     )
 
 
 def forward_launches(
-    case: Case, dtype: torch.dtype, capability: tuple[int, int] | None, **epilogue: Any
+    case: Case,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    *,
+    bias: bool = False,
+    branch_bias: bool = False,
+    residual: bool = False,
+    **epilogue: Any,
 ) -> list[Launch]:
     """Of one inference of the gated layer, or of U3 alone where ``case.alpha`` is 1."""
     t = layer_tensors(case, dtype)
@@ -149,11 +160,15 @@ def forward_launches(
             launch.representative_branch(t.x, t.weight_gwc, t.weight_pwc, t.geometry)
         else:
             weights = (t.weight_gwc, t.weight_pwc, t.weight_redundant)
-            launch.spconv2d(t.x, *weights, None, None, t.geometry, **epilogue)
+            biases = t.bias if bias else None, t.branch_bias if branch_bias else None
+            added = t.grad if residual else None
+            launch.spconv2d(t.x, *weights, *biases, t.geometry, residual=added, **epilogue)
     return found
 
 
-def backward_launches(case: Case, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[Launch]:
+def backward_launches(
+    case: Case, dtype: torch.dtype, capability: tuple[int, int] | None, *, branch_bias: bool = False
+) -> list[Launch]:
     """Of the gradients of everything, likewise."""
     t = layer_tensors(case, dtype)
     with recording(capability) as found:
@@ -165,7 +180,8 @@ def backward_launches(case: Case, dtype: torch.dtype, capability: tuple[int, int
             ratio = t.x.new_empty((batch, outputs), dtype=torch.float32)
             tap_mean = t.x.new_empty((batch, t.geometry.taps, representative))
             pool_mean = t.x.new_empty((batch, case.in_channels))
-            launch.spconv2d_backward(t.grad, t.x, *weights, None, ratio, tap_mean, pool_mean, t.geometry)
+            biases = t.branch_bias if branch_bias else None
+            launch.spconv2d_backward(t.grad, t.x, *weights, biases, ratio, tap_mean, pool_mean, t.geometry)
     return found
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,24 +25,33 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-INSTRUCTION = r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
+PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma", "v_smfmac")
+"""How the tensor cores' products begin: of sm_80 and sm_120, of sm_90, of sm_100, of AMD."""
 
-PRODUCTS = {"HMMA", "HGMMA", "UTCHMMA"}
-"""Tensor-core products of sm_80, sm_90 and sm_100."""
+VECTOR_PRODUCTS = ("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma_f32")
+"""Those of float32 where it is multiplied as such."""
+
+MULTIPLICATIONS = ("FMUL", "v_mul_f32", "v_pk_mul_f32")
+
+LOCAL = {"LDL", "STL", "scratch_load", "scratch_store"}
+"""Loads and stores of a thread's own memory, where registers are spilled to."""
+
+_devices = itertools.count()
 
 
 class CompileOnlyDriver:
     """Stands for the driver of a GPU that is not there; it answers what ``warmup`` asks, and launches nothing."""
 
-    def __init__(self, target: GPUTarget) -> None:
+    def __init__(self, target: GPUTarget, purpose: str) -> None:
         self.target = target
+        self.purpose = purpose
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> str:
-        # Compiled kernels are kept per device: one "device" for each target.
-        return f"{self.target.backend}:{self.target.arch}"
+        # Compiled kernels are kept per device: one "device" for each target and purpose.
+        return f"{self.target.backend}:{self.target.arch} {self.purpose}"
 
     def get_current_stream(self, device: Any = None) -> int:  # noqa: ARG002
         return 0
@@ -51,85 +61,157 @@ class CompileOnlyDriver:
 
 
 @contextlib.contextmanager
-def compiling_for(target: str) -> Iterator[None]:
-    """Make ``target`` Triton's active device."""
+def compiling_for(target: str, purpose: str = "compile") -> Iterator[None]:
+    """Make ``target`` Triton's active device; what is compiled for one purpose is not found by another."""
     drivers = triton.runtime.driver
     previous = drivers.__dict__.get("_active")
-    drivers.set_active(CompileOnlyDriver(TARGETS[target]))
+    drivers.set_active(CompileOnlyDriver(TARGETS[target], purpose))
     try:
         yield
     finally:
         drivers._active = previous
 
 
-def compile_kernel(kernel: Any, target: str, config: triton.Config, *args: Any, **constants: Any) -> Any:
-    """The kernel as a launch with these arguments would compile it; tensors may be on ``meta``."""
+def jit_function(kernel: Any) -> triton.JITFunction:
+    """The kernel without its tuner."""
     while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
-    with compiling_for(target):
-        return kernel.warmup(*args, grid=(1,), **constants, **config.all_kwargs())
+    return kernel
+
+
+def compile_kernel(
+    kernel: Any, target: str, config: triton.Config, *args: Any, fresh: bool = False, **constants: Any
+) -> Any:
+    """The kernel as a launch with these arguments would compile it; tensors may be on ``meta``.
+
+    Args:
+        fresh: whatever was compiled before, in this process or on disk, is not looked at.
+    """
+    purpose = f"compile {next(_devices)}" if fresh else "compile"
+    with compiling_for(target, purpose), knobs.compilation.scope():
+        if fresh:
+            knobs.compilation.always_compile = True
+        return jit_function(kernel).warmup(*args, grid=(1,), **constants, **config.all_kwargs())
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel takes of a processor."""
+class MachineCode:
+    """A compiled kernel: what it takes of a processor, and its instructions.
+
+    Attributes:
+        registers: of a thread.
+        spilled_bytes: stack and local memory of a thread; on AMD, spilled registers and scratch.
+        shared_bytes: of a program.
+        tensor_memory: columns that a program allocates, on sm_100.
+        instructions: mnemonics with their modifiers, in program order.
+        loop: those of one step of the hot loop (see :func:`_hot_loop`), empty if nothing is multiplied in one.
+    """
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    opcodes: tuple[str, ...]
+    tensor_memory: int
+    instructions: tuple[str, ...]
+    loop: tuple[str, ...]
 
     def count(self, opcode: str) -> int:
-        return self.opcodes.count(opcode)
+        """How many instructions are of this opcode, whatever their modifiers."""
+        return count(self.instructions, opcode)
 
 
-def resources(compiled: Any) -> Resources:
-    """Registers, spills (stack and local memory, bytes a thread), shared memory and instructions in program order."""
+def opcode(instruction: str) -> str:
+    """A mnemonic without its modifiers."""
+    return instruction.partition(".")[0]
+
+
+def count(instructions: Iterable[str], *opcodes: str) -> int:
+    """How many are of one of these opcodes, whatever their modifiers."""
+    return sum(opcode(instruction) in opcodes for instruction in instructions)
+
+
+def is_product(instruction: str) -> bool:
+    """Whether the tensor cores compute it."""
+    return instruction.startswith(PRODUCTS)
+
+
+def read(compiled: Any) -> MachineCode:
+    """What the compiler made of a kernel."""
     shared = compiled.metadata.shared
     if compiled.metadata.target.backend == "hip":
         assembly = compiled.asm["amdgcn"]
         number = {
-            name: int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
+            name: int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # type: ignore[index]
             for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
         }
-        opcodes = tuple(re.findall(r"^\s+([a-z]\w+)", assembly, re.M))
         spilled = number["vgpr_spill_count"] + number["sgpr_spill_count"] + number["private_segment_fixed_size"]
-        return Resources(number["vgpr_count"], spilled, shared, opcodes)
-    usage, sass = _disassemble(compiled)
-    number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = tuple(re.findall(f"^{INSTRUCTION}", sass, re.M))
-    return Resources(number["REG"], number["STACK"] + number["LOCAL"], shared, opcodes)
+        registers, tensor_memory, listing = number["vgpr_count"], 0, _read_assembly(assembly)
+    else:
+        usage, machine_code = _disassemble(compiled)
+        number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        registers, spilled = number["REG"], number["STACK"] + number["LOCAL"]
+        tensor_memory, listing = compiled.metadata.tmem_size, _read_machine_code(machine_code)
+    return MachineCode(registers, spilled, shared, tensor_memory, tuple(listing.instructions), _hot_loop(listing))
 
 
-def hot_loop(compiled: Any) -> tuple[str, ...]:
-    """Instructions of one step of the shortest loop with the most tensor-core products, as all but one step runs them.
+class _Listing(NamedTuple):
+    """Mnemonics in program order, and the branches among them: positions of source and target."""
 
-    A branch forward over multiplications is the gate: it is taken once, and left out.
-    """
-    position = 0
+    instructions: list[str]
+    jumps: list[tuple[int, int]]
+
+
+def _read_machine_code(text: str) -> _Listing:
+    """The listing of nvdisasm."""
+    pattern = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
+    return _read_listing(text, re.compile(r"(\.L_x_\d+):"), pattern, re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)"))
+
+
+def _read_assembly(text: str) -> _Listing:
+    """AMD's assembly."""
+    return _read_listing(
+        text,
+        re.compile(r"(\.LBB\d+_\d+):"),
+        re.compile(r"\s+([a-z]\w+)"),
+        re.compile(r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)"),
+    )
+
+
+def _read_listing(text: str, label: re.Pattern, instruction: re.Pattern, branch: re.Pattern) -> _Listing:
     labels: dict[str, int] = {}
-    opcodes: list[str] = []
+    instructions: list[str] = []
     branches: list[tuple[int, str]] = []
-    for line in _disassemble(compiled)[1].splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = position
-        elif instruction := re.match(INSTRUCTION, line):
-            opcodes.append(instruction[1])
-            if target := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line):
-                branches.append((position, target[1]))
-            position += 1
-    jumps = [(source, labels[label]) for source, label in branches]
+    for line in text.splitlines():
+        if found := label.match(line):
+            labels[found[1]] = len(instructions)
+        elif found := instruction.match(line):
+            if target := branch.search(line):
+                branches.append((len(instructions), target[1]))
+            instructions.append(found[1])
+    return _Listing(instructions, [(source, labels[name]) for source, name in branches])
+
+
+def _hot_loop(listing: _Listing) -> tuple[str, ...]:
+    """Instructions of one step of the shortest loop with the most products, as all but one step runs them.
+
+    Products are the tensor cores', or multiply-adds where a kernel has none of those. A branch forward over
+    multiplications is the gate: it is taken once, and left out.
+    """
+    instructions, jumps = listing
+    products = PRODUCTS if any(map(is_product, instructions)) else VECTOR_PRODUCTS
     # What is compiled behind the end, such as a wait that takes long, jumps back as well, and is no loop.
-    loops = [(b, a + 1) for a, b in jumps if b <= a and "EXIT" not in opcodes[b:a]]
-    products = {loop: sum(op in PRODUCTS for op in opcodes[slice(*loop)]) for loop in loops}
-    start, stop = min(loops, key=lambda loop: (-products[loop], loop[1] - loop[0]))
+    loops = [(b, a + 1) for a, b in jumps if b <= a and not count(instructions[b:a], "EXIT", "s_endpgm")]
+    held = {loop: sum(i.startswith(products) for i in instructions[slice(*loop)]) for loop in loops}
+    start, stop = min(loops, key=lambda loop: (-held[loop], loop[1] - loop[0]), default=(0, 0))
+    if not held.get((start, stop)):
+        return ()
     once = {
         position
         for source, target in jumps
-        if start <= source < target <= stop and any(op.startswith("FMUL") for op in opcodes[source + 1 : target])
+        if start <= source < target <= stop
+        and any(i.startswith(MULTIPLICATIONS) for i in instructions[source + 1 : target])
         for position in range(source + 1, target)
     }
-    return tuple(opcodes[i] for i in range(start, stop) if i not in once)
+    return tuple(instructions[i] for i in range(start, stop) if i not in once)
 
 
 def _disassemble(compiled: Any) -> tuple[str, str]:

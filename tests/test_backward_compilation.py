@@ -20,7 +20,7 @@ from cases import RESNET50, Case
 from lowering import inductor_sources
 from test_lowering import launches
 
-from benchmarks.machine_code import compile_kernel, hot_loop, resources
+from benchmarks.machine_code import compile_kernel, count, read
 from spconv_triton import SPConv2d
 from spconv_triton.geometry import Geometry
 from spconv_triton.launch import gradients
@@ -99,13 +99,14 @@ def weight_kernel(case: Case, target: str, dtype: torch.dtype) -> Any:
 
 
 def check(kernel: Any, target: str, loads: int) -> None:
-    used, loop = resources(kernel), hot_loop(kernel)
+    used = read(kernel)
+    loop = used.loop
     assert used.spilled_bytes == 0, f"{used.spilled_bytes} bytes spilled a thread"
-    assert not {"LDL", "STL"} & set(used.opcodes), "local memory"
+    assert count(used.instructions, "LDL", "STL") == 0, "local memory"
     assert used.shared_bytes <= SHARED_BYTES
-    assert ("HGMMA" if target == "sm_90" else "UTCHMMA") in loop
-    assert loop.count("UTMALDG") == loads
-    assert not {"LDG", "LDGSTS"} & set(loop), "pointers in the loop"
+    assert count(loop, "HGMMA" if target == "sm_90" else "UTCHMMA") > 0
+    assert count(loop, "UTMALDG") == loads
+    assert count(loop, "LDG", "LDGSTS") == 0, "pointers in the loop"
     assert used.count("UTMALDG") >= 2 * loads, "nothing is loaded ahead"
 
 
@@ -135,10 +136,10 @@ def test_weight_gradient(case: Case, dtype: torch.dtype, target: str) -> None:
 def test_steps_are_as_short_as_the_sketches() -> None:
     case = RESNET50[3]
     shared = InputTile(False, 1, 8, 16, 128, 64, 8, 3)
-    assert len(hot_loop(input_kernel(case, shared, "sm_90", torch.float16))) <= 1.05 * SKETCH["dgrad"]
+    assert len(read(input_kernel(case, shared, "sm_90", torch.float16)).loop) <= 1.05 * SKETCH["dgrad"]
     transposed = InputTile(True, 1, 16, 16, 128, 64, 8, 3)
-    assert len(hot_loop(input_kernel(case, transposed, "sm_90", torch.float16))) <= 1.05 * SKETCH["dgradT"]
-    assert len(hot_loop(weight_kernel(case, "sm_90", torch.float16))) <= 1.05 * SKETCH["wgrad"]
+    assert len(read(input_kernel(case, transposed, "sm_90", torch.float16)).loop) <= 1.05 * SKETCH["dgradT"]
+    assert len(read(weight_kernel(case, "sm_90", torch.float16)).loop) <= 1.05 * SKETCH["wgrad"]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_reductions(target: str, prepare: bool) -> None:
         ("gate_grad", lambda: gradients.gate_gradient(g, parts, 4, ratio, bias, *means, prepared)),
         ("finish_weights", lambda: gradients.finish_weight_grads(partial, weights, gate, geometry, prepared)),
     ):
-        used = resources(compiled(gradients, name, target, launch))
+        used = read(compiled(gradients, name, target, launch))
         assert used.spilled_bytes == 0, f"{name}: {used.spilled_bytes} bytes spilled a thread"
         assert used.shared_bytes <= 64 * 1024
 

@@ -18,7 +18,7 @@ from cases import RESNET50, Case
 from lowering import inductor_sources
 from test_lowering import launches
 
-from benchmarks.machine_code import Resources, compile_kernel, hot_loop, resources
+from benchmarks.machine_code import MachineCode, compile_kernel, count, read
 from spconv_triton import SPConv2d
 from spconv_triton.launch import descriptor
 from spconv_triton.launch.descriptor import Tile
@@ -44,7 +44,7 @@ def tile_of(case: Case, batch: int, stride: int = 1) -> Tile:
     return descriptor.best_tile(plan, case.groups, stride, (batch, height, width, case.out_channels))
 
 
-def compiled(case: Case, tile: Tile | None, target: str, dtype: torch.dtype, stride: int = 1, **epilogue: bool) -> Any:
+def compiled(case: Case, tile: Tile | None, target: str, dtype: torch.dtype, stride: int = 1, **epilogue: Any) -> Any:
     """The kernel as the launch would compile it; the row kernel where there is no tile."""
     launched: list[tuple[Any, ...]] = []
     height, width = case.size
@@ -58,7 +58,7 @@ def compiled(case: Case, tile: Tile | None, target: str, dtype: torch.dtype, str
     residual = (
         x.new_empty((8, case.out_channels, height // stride, width // stride)) if epilogue.get("residual") else None
     )
-    window = (case.representative, case.groups, stride, epilogue.get("relu", False))
+    window = (case.representative, case.groups, stride, epilogue.get("activation", "none"))
     with (
         mock.patch.multiple(descriptor, kernel=recorder, onepass_rows=recorder),
         mock.patch.object(descriptor, "best_tile", lambda *_: tile),
@@ -71,13 +71,14 @@ def compiled(case: Case, tile: Tile | None, target: str, dtype: torch.dtype, str
 
 
 def check(kernel: Any, target: str) -> None:
-    used, loop = resources(kernel), hot_loop(kernel)
+    used = read(kernel)
+    loop = used.loop
     assert used.spilled_bytes == 0, f"{used.spilled_bytes} bytes spilled a thread"
-    assert not {"LDL", "STL"} & set(used.opcodes), "local memory"
+    assert count(used.instructions, "LDL", "STL") == 0, "local memory"
     assert used.shared_bytes <= SHARED_BYTES
-    assert ("HGMMA" if target == "sm_90" else "UTCHMMA") in loop
-    assert loop.count("UTMALDG") == 2, "x and weights, one box each"
-    assert not {"LDG", "LDGSTS"} & set(loop), "pointers in the loop"
+    assert count(loop, "HGMMA" if target == "sm_90" else "UTCHMMA") > 0
+    assert count(loop, "UTMALDG") == 2, "x and weights, one box each"
+    assert count(loop, "LDG", "LDGSTS") == 0, "pointers in the loop"
 
 
 def variants() -> list[Any]:
@@ -108,7 +109,7 @@ def test_tf32(case: Case, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", RESNET50, ids=str)
 def test_residual_and_relu(case: Case) -> None:
-    check(compiled(case, tile_of(case, 128), "sm_90", torch.float16, residual=True, relu=True), "sm_90")
+    check(compiled(case, tile_of(case, 128), "sm_90", torch.float16, residual=True, activation="relu"), "sm_90")
 
 
 @pytest.mark.parametrize("case", RESNET50, ids=str)
@@ -120,15 +121,14 @@ def test_stride_2(case: Case) -> None:
 @pytest.mark.parametrize("dtype", descriptor.DTYPES, ids=str)
 def test_rows(dtype: torch.dtype, target: str) -> None:
     kernel = compiled(RESNET50[0], None, target, dtype)
-    used = resources(kernel)
+    used = read(kernel)
     assert used.spilled_bytes == 0, f"{used.spilled_bytes} bytes spilled a thread"
     assert used.count("HGMMA" if target == "sm_90" else "UTCHMMA") == 20, "ten products of 32 channels"
-    loop = hot_loop(kernel)
-    assert loop.count("UTMALDG") == 4, "a row three times, and the redundant channels once"
+    assert count(used.loop, "UTMALDG") == 4, "a row three times, and the redundant channels once"
     assert programs_a_processor(used, 4) >= 2
 
 
-def programs_a_processor(used: Resources, warps: int) -> int:
+def programs_a_processor(used: MachineCode, warps: int) -> int:
     """How many share a processor of 64 Ki registers."""
     return min(65536 // (used.registers * 32 * warps), SHARED_BYTES // used.shared_bytes)
 
@@ -139,8 +139,8 @@ def test_steps_are_as_short_as_the_sketch_s(case: Case) -> None:
     tile = tile_of(case, 128)
     assert tile[:3] == box
     kernel = compiled(case, tile, "sm_90", torch.float16)
-    assert len(hot_loop(kernel)) <= 1.05 * instructions
-    assert programs_a_processor(resources(kernel), tile.num_warps) >= 2
+    assert len(read(kernel).loop) <= 1.05 * instructions
+    assert programs_a_processor(read(kernel), tile.num_warps) >= 2
 
 
 def test_compiled_layer_calls_the_operator_after_its_weights_are_packed() -> None:

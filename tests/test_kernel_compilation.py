@@ -12,7 +12,7 @@ from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
 if not HAS_TRITON or INTERPRETED:
     pytest.skip("needs compiled kernels: runs natively", allow_module_level=True)
 
-from benchmarks.machine_code import compile_kernel, resources
+from benchmarks.machine_code import compile_kernel, read
 from spconv_triton.kernels import backward, branch, fusion, gate, onepass, statistics
 from spconv_triton.kernels.tuning import weight_grad_channels
 
@@ -35,7 +35,7 @@ def launch(name: str, dtype: torch.dtype, stride: int = 1, channels: int = 256) 
         return branch.branch_forward, (p, p, p, p, 1568, *sizes, channels), layer
     layer["C"] = channels
     if name == "onepass_forward":
-        epilogue = {"RESIDUAL": True, "RELU": True}
+        epilogue = {"RESIDUAL": True, "ACTIVATION": "silu"}
         return onepass.onepass_forward, (p, p, p, p, f, f, f, p, p, 1568, *sizes, channels), layer | epilogue
     if name == "input_grad":
         steps = {"TAP_STEP_H": stride, "TAP_STEP_W": stride, "GATED": True}
@@ -49,9 +49,9 @@ def launch(name: str, dtype: torch.dtype, stride: int = 1, channels: int = 256) 
         rows_of = {"C": channels, "ROWS": rows, "BLOCK_ROWS": 16}
         return statistics.window_statistics, (p, f, 8, *sizes, 98, channels), window | rows_of
     constants = {"C": channels, "CR": channels // 2, "CO": channels, "G": 2, "TAPS": 9, "ROWS": rows, "SPLITS": 2}
-    constants |= {"POOL_ROW": 4 if stride == 1 else 9, "BIAS": True, "BRANCH_BIAS": True}
+    constants |= {"POOL_ROW": 4 if stride == 1 else 9, "BIAS": True, "BRANCH_BIAS": True, "NORM_SCALE": True}
     constants |= {"PACK": True, "MERGE": 1, "STRIDE": stride}
-    return gate.gate_planes, (f, p, p, p, p, f, f, f, f, p, p, p, 8, 196 // stride**2), constants
+    return gate.gate_planes, (f, p, p, p, p, f, f, f, f, f, p, p, p, 8, 196 // stride**2), constants
 
 
 def chosen(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> list[Any]:
@@ -61,7 +61,7 @@ def chosen(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> lis
 
 
 def assert_fits(kernel: Any, target: str, config: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    used = resources(compile_kernel(kernel, target, config, *args, **constants))
+    used = read(compile_kernel(kernel, target, config, *args, **constants))
     assert used.spilled_bytes == 0, f"{config} spills {used.spilled_bytes} bytes a thread on {target}"
     limit = SHARED_BYTES[target]
     assert used.shared_bytes <= limit, f"{config} takes {used.shared_bytes} of {limit} bytes of shared memory"
@@ -95,4 +95,4 @@ def test_fusion(target: str) -> None:
 def test_tensor_cores_are_used() -> None:
     kernel, args, constants = launch("onepass_forward", torch.float16)
     compiled = compile_kernel(kernel, "sm_90", chosen(kernel, args, constants)[0], *args, **constants)
-    assert resources(compiled).count("HGMMA") > 0
+    assert read(compiled).count("HGMMA") > 0
