@@ -38,14 +38,18 @@ def is_affine(norm: nn.Module | None) -> bool:
     return norm.running_mean is not None and norm.running_var is not None
 
 
+def folds(layer: Branches) -> bool:
+    """Whether :func:`fold_branch_norms` takes the layer as it is now."""
+    return is_affine(layer.norm_representative) and (layer.weight_redundant is None or is_affine(layer.norm_redundant))
+
+
 def fold_branch_norms(layer: Branches) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The norms of a layer folded into its weights: arguments of :func:`spconv_triton.functional.spconv2d`.
 
     Computed anew from the parameters and statistics as they are, in float32 or better, and differentiable in both.
 
     Args:
-        layer: :func:`is_affine` holds for its ``norm_representative``, and for its ``norm_redundant`` where it has
-            redundant channels.
+        layer: one that :func:`folds`.
 
     Returns:
         ``weight_gwc``, ``weight_pwc`` and ``weight_redundant`` (None at alpha = 1), in the shapes, dtypes and strides
@@ -63,8 +67,8 @@ def fold_branch_norms(layer: Branches) -> tuple[Tensor, Tensor, Tensor | None, T
     else:
         scale1, shift1 = _affine_map("norm_redundant", layer.norm_redundant)
         redundant = _scaled(layer.weight_redundant, scale1)
-    precise = torch.promote_types(layer.weight_gwc.dtype, torch.float32)
-    return gwc, pwc, redundant, torch.stack((shift3, shift1)).to(precise)
+    branch_bias = torch.stack((shift3, shift1))
+    return gwc, pwc, redundant, branch_bias if layer.weight_gwc.dtype == torch.float64 else branch_bias.float()
 
 
 def _affine_map(name: str, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -82,8 +86,7 @@ def _affine_map(name: str, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
         scale = _precise(norm.weight) * scale
-    shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + _precise(norm.bias)
+    return scale, -mean * scale if norm.bias is None else torch.addcmul(_precise(norm.bias), mean, scale, value=-1)
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
@@ -92,4 +95,4 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _precise(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 from . import dispatch, registration
+from .branch_norm import folds
 from .checks import check_input, shape
 from .layout import memory_format
 from .modules import SPConv2d
@@ -186,7 +187,7 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
     del result
     kept = sum(storages.values())
     backend = dispatch.choose(x, module.backend)
-    gated = module.weight_redundant is not None and not module.branch_norm
+    gated = module.weight_redundant is not None and (not module.branch_norm or folds(module))
     gate_first = gated and gate_comes_first(x, module.out_channels, module.geometry)
     name = ("gate first" if gate_first else "both branches") if backend == "native" else backend
     path = next(p for p in dispatch.PATHS if p.backend == backend and p.name == name)

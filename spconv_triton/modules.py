@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .branch_norm import fold_branch_norms, is_affine
+from .branch_norm import fold_branch_norms, folds
 from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS
 from .geometry import Geometry, IntPair, resolve
@@ -38,7 +38,8 @@ class SPConv2d(nn.Module):
         device, dtype: of the parameters.
         alpha: share of representative channels, in (0, 1]; ``int(in_channels * alpha)`` of them, a positive multiple of
             ``groups``. At alpha = 1 there is no redundant part and no gate: Y = U3.
-        branch_norm: puts a BatchNorm2d on U3 and on U1 before the gate, as the reference implementation does.
+        branch_norm: puts a BatchNorm2d on U3 and on U1 before the gate, as the reference implementation does. Other
+            norms may take their place. Batch norms in eval mode are folded into the weights, anew in every call.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; see :mod:`spconv_triton.functional`.
 
     Shape:
@@ -50,6 +51,7 @@ class SPConv2d(nn.Module):
         weight_pwc: [M, alpha L, 1, 1].
         weight_redundant: [M, L - alpha L, 1, 1]; None at alpha = 1.
         bias: [M] or None.
+        norm_representative, norm_redundant: of U3 and of U1, with ``branch_norm``; else None.
         representative_channels, redundant_channels: alpha L and L - alpha L.
 
     Raises:
@@ -136,8 +138,8 @@ class SPConv2d(nn.Module):
 
     @property
     def branch_norm(self) -> bool:
-        """Whether a norm stands in each branch before the gate."""
-        return self.norm_representative is not None
+        """Whether norms stand in the branches, before the gate."""
+        return self.norm_representative is not None or self.norm_redundant is not None
 
     def reset_parameters(self) -> None:
         """Initialise so that the output variance is that of a fresh ``nn.Conv2d``: var(x) / 3.
@@ -233,9 +235,9 @@ class SPConv2d(nn.Module):
         window: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
         gwc, pwc, redundant = self.weight_gwc, self.weight_pwc, self.weight_redundant
         branch_bias = None
-        if self.norm_representative is not None:
-            if not self._norms_are_affine():
-                return self._forward_branch_norm(x, self.norm_representative, window)
+        if self.branch_norm:
+            if not folds(self):
+                return self._forward_branch_norm(x, window)
             gwc, pwc, redundant, branch_bias = fold_branch_norms(self)
         return functional.spconv2d(
             x,
@@ -249,10 +251,8 @@ class SPConv2d(nn.Module):
             **window,
         )
 
-    def _norms_are_affine(self) -> bool:
-        return is_affine(self.norm_representative) and (self.weight_redundant is None or is_affine(self.norm_redundant))
-
-    def _forward_branch_norm(self, x: Tensor, norm_representative: nn.Module, window: dict[str, Any]) -> Tensor:
+    def _forward_branch_norm(self, x: Tensor, window: dict[str, Any]) -> Tensor:
+        """The layer part by part, with whatever module stands in a branch."""
         check_input("x", x)
         if x.shape[1] != self.in_channels:
             raise ValueError(f"x must have {self.in_channels} channels, got {x.shape[1]}: {shape(x)}")
@@ -260,10 +260,13 @@ class SPConv2d(nn.Module):
         y = functional.representative_branch(
             x3, self.weight_gwc, self.weight_pwc, groups=self.groups, backend=self.backend, **window
         )
-        y = norm_representative(y)
-        if self.weight_redundant is not None and self.norm_redundant is not None:
+        if self.norm_representative is not None:
+            y = self.norm_representative(y)
+        if self.weight_redundant is not None:
             u1 = functional.redundant_branch(x1, self.weight_redundant, kernel_size=self.kernel_size, **window)
-            y = functional.gap_softmax_fusion(y, self.norm_redundant(u1), backend=self.backend)
+            if self.norm_redundant is not None:
+                u1 = self.norm_redundant(u1)
+            y = functional.gap_softmax_fusion(y, u1, backend=self.backend)
         return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
 
     def extra_repr(self) -> str:
