@@ -4,13 +4,25 @@ from typing import TYPE_CHECKING, Any
 
 from . import functional, reference
 from .checkpoints import load_reference_checkpoint
+from .conversion import convert
 from .modules import SPConv2d
+from .network_summary import summary
 
 if TYPE_CHECKING:
     from .explanation import explain
     from .tuning import load_tuning, save_tuning
 
-__all__ = ["SPConv2d", "explain", "functional", "load_reference_checkpoint", "load_tuning", "reference", "save_tuning"]
+__all__ = [
+    "SPConv2d",
+    "convert",
+    "explain",
+    "functional",
+    "load_reference_checkpoint",
+    "load_tuning",
+    "reference",
+    "save_tuning",
+    "summary",
+]
 __version__ = "0.1.0"
 
 

@@ -186,6 +186,13 @@ def test_models_import_modules_only(internal: list[Import]) -> None:
     assert {i.imported for i in internal if i.importer == "models"} <= {"modules"}
 
 
+def test_conversion_is_built_on_the_layer(internal: list[Import]) -> None:
+    """The layer and what computes it know nothing of the networks that it is put into."""
+    above = {"conversion", "dense", "eligibility", "network_summary"}
+    assert {i.imported for i in internal if i.importer in above} <= {*above, *HELPERS, "models", "modules"}
+    assert {i.importer for i in internal if i.imported in above} <= {*above, ""}
+
+
 def test_nobody_imports_training(internal: list[Import]) -> None:
     importers = {top(i.importer) for i in internal if top(i.imported) == "training"}
     assert importers <= {"training", "__main__"}
