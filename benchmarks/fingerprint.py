@@ -65,7 +65,7 @@ def fingerprint(kernel: Any, target: str, config: triton.Config, *args: Any, **c
         knobs.runtime.jit_cache_hook = describe
         function.warmup(*args, grid=(1,), **constants, **config.all_kwargs())
     (specialised,) = described
-    del specialised["key"]  # the same again, with paths
+    del specialised["name"], specialised["key"]  # where the kernel is, and all the same again, with paths
     specialised["options"].pop("extern_libs")  # paths; the libraries are Triton's
     decisive = [triton.__version__, syntax(function), specialised]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:LENGTH]

@@ -87,11 +87,17 @@ def compile_kernel(
     Args:
         fresh: whatever was compiled before, in this process or on disk, is not looked at.
     """
-    purpose = f"compile {next(_devices)}" if fresh else "compile"
-    with compiling_for(target, purpose), knobs.compilation.scope():
+    function = jit_function(kernel)
+    with contextlib.ExitStack() as stack:
         if fresh:
-            knobs.compilation.always_compile = True
-        return jit_function(kernel).warmup(*args, grid=(1,), **constants, **config.all_kwargs())
+            device = f"compile {next(_devices)}"
+            stack.enter_context(knobs.cache.scope())
+            knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(compiling_for(target, device))
+            stack.callback(function.device_caches.pop, triton.runtime.driver.active.get_current_device(), None)
+        else:
+            stack.enter_context(compiling_for(target))
+        return function.warmup(*args, grid=(1,), **constants, **config.all_kwargs())
 
 
 @dataclass(frozen=True)
