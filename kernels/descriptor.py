@@ -16,6 +16,7 @@ pixels that the point-wise convolutions average are four taps.
 import triton
 import triton.language as tl
 
+from .epilogue import activate
 from .tiles import dot
 
 
@@ -103,7 +104,7 @@ def onepass_descriptor(
     STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # see epilogue
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -186,7 +187,6 @@ def onepass_descriptor(
     acc = plus(acc, gate_plane(offset_ptr, n0, co, N, CO, BLOCK_N), BLOCK_CO, BLOCK_N, PIXELS)
     if RESIDUAL:
         acc += residual_desc.load([n0, row0, column0, co0]).reshape(BLOCK_PIX, BLOCK_CO).T.to(tl.float32)
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, which a maximum may not
+    acc = activate(acc, ACTIVATION)
     y = acc.to(y_desc.dtype).T.reshape(BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_CO)
     y_desc.store([n0, row0, column0, co0], y)

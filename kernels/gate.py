@@ -9,8 +9,10 @@ with P output pixels. beta = 1 / (1 + r) and gamma = r / (1 + r) with r = exp(S1
 applies are
 
     ratio  = min(r, e^60)                      what the redundant sum is multiplied by before the rest is added
-    scale  = beta                              what the total is multiplied by
-    offset = beta b3 + gamma b1 + bias
+    scale  = a beta                            what the total is multiplied by
+    offset = a (beta b3 + gamma b1) + bias
+
+where a [M] is 1, or in inference the scale of a norm that follows and whose shift is in the bias.
 
 The clamp keeps ratio finite; at it beta is 1e-26, far below what any output can show.
 
@@ -65,6 +67,7 @@ def gate_planes(
     redundant_ptr,  # [CO, C - CR]
     bias_ptr,  # [CO]; read only if BIAS
     branch_bias_ptr,  # [2, CO]; read only if BRANCH_BIAS
+    norm_scale_ptr,  # [CO]; read only if NORM_SCALE
     ratio_ptr,  # [N, CO] float32
     scale_ptr,  # [N, CO] float32
     offset_ptr,  # [N, CO] float32
@@ -83,6 +86,7 @@ def gate_planes(
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
     BRANCH_BIAS: tl.constexpr,
+    NORM_SCALE: tl.constexpr,
     PACK: tl.constexpr,
     MERGE: tl.constexpr,  # groups merged into one, if PACK
     STRIDE: tl.constexpr,  # of the layer, if PACK
@@ -150,13 +154,16 @@ def gate_planes(
         b1 += tl.load(branch_bias_ptr + CO + co, mask=co_mask, other=0.0).to(tl.float32)
     ratio = tl.exp(tl.minimum(s1 + b1[None, :] - s3 - b3[None, :], MAX_EXPONENT))
     beta = 1.0 / (1.0 + ratio)
-    offset = beta * b3[None, :] + ratio * beta * b1[None, :]
+    scale = beta
+    if NORM_SCALE:
+        scale *= tl.load(norm_scale_ptr + co, mask=co_mask, other=0.0).to(tl.float32)[None, :]
+    offset = scale * b3[None, :] + ratio * scale * b1[None, :]
     if BIAS:
         offset += tl.load(bias_ptr + co, mask=co_mask, other=0.0).to(tl.float32)[None, :]
     plane = n[:, None] * CO + co[None, :]
     mask = n_mask[:, None] & co_mask[None, :]
     tl.store(ratio_ptr + plane, ratio, mask=mask)
-    tl.store(scale_ptr + plane, beta, mask=mask)
+    tl.store(scale_ptr + plane, scale, mask=mask)
     tl.store(offset_ptr + plane, offset, mask=mask)
 
     if PACK:

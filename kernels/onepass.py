@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .accumulate import add_pointwise, add_taps, output_block
+from .epilogue import activate
 from .tuning import FORWARD, LAYER_KEY, autotuned, prune_layer
 
 
@@ -58,7 +59,7 @@ def onepass_forward(
     DILATION_W: tl.constexpr,
     PRECISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # see epilogue
     BLOCK_PIX: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -96,6 +97,5 @@ def onepass_forward(
     out = pixel.to(tl.int64)[:, None] * CO + co[None, :]
     if RESIDUAL:
         acc += tl.load(residual_ptr + out, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, which a maximum may not
+    acc = activate(acc, ACTIVATION)
     tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .descriptor import gate_plane, plus, times
+from .epilogue import activate
 from .tiles import dot
 
 
@@ -29,7 +30,7 @@ def onepass_rows(
     CR: tl.constexpr,
     CO: tl.constexpr,
     PRECISION: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # see epilogue
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -77,8 +78,7 @@ def onepass_rows(
         if row > first:
             acc = times(acc, ratio, CO, BLOCK_N, BLOCK_W) + above
             acc = plus(times(acc, scale, CO, BLOCK_N, BLOCK_W), offset, CO, BLOCK_N, BLOCK_W)
-            if RELU:
-                acc = tl.where(acc < 0, 0.0, acc)  # keeps NaN, which a maximum may not
+            acc = activate(acc, ACTIVATION)
             y_desc.store([n0, row - 1, column0, 0], acc.to(y_desc.dtype).T.reshape(BLOCK_N, 1, BLOCK_W, CO))
         above = here
         here = below

@@ -9,6 +9,8 @@ from .geometry import Geometry
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+ACTIVATIONS = ("none", "relu", "relu6", "silu")
+
 
 def shape(tensor: Tensor) -> list[int]:
     """Sizes as plain ints, so that a message reads the same inside ``torch.compile`` with dynamic shapes."""
@@ -162,6 +164,38 @@ def check_bias(name: str, bias: Tensor | None, expected: tuple[int, ...], x: Ten
     check_alike(name, bias, "x", x, or_float32=or_float32)
     if tuple(bias.shape) != expected:
         raise ValueError(f"{name} must be {list(map(int, expected))}, got {shape(bias)}")
+
+
+def check_epilogue(residual: Tensor | None, activation: str, x: Tensor, output: tuple[int, ...]) -> None:
+    """``residual`` is None or has the shape of the output, and the ``activation`` is one that is known.
+
+    Raises:
+        TypeError: a residual of another dtype.
+        ValueError: another shape or device, or an unknown activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    if residual is None:
+        return
+    check_alike("residual", residual, "x", x)
+    if tuple(residual.shape) != output:
+        raise ValueError(f"residual must have the shape of the output, {list(map(int, output))}, got {shape(residual)}")
+
+
+def check_no_gradients(function: str, tensors: dict[str, Tensor | None]) -> None:
+    """Nobody will ask for gradients by these arguments.
+
+    Raises:
+        ValueError: gradients are enabled, and a tensor requires them.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} must not require gradients, which {function} does not have: call it under "
+                "torch.inference_mode() or torch.no_grad(); to train, use spconv2d, or the model as it was before fuse"
+            )
 
 
 def check_fusion(u3: Tensor, u1: Tensor) -> None:

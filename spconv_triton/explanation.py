@@ -188,7 +188,7 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
     kept = sum(storages.values())
     backend = dispatch.choose(x, module.backend)
     gated = module.weight_redundant is not None and (not module.branch_norm or folds(module))
-    gate_first = gated and gate_comes_first(x, module.out_channels, module.geometry)
+    gate_first = gated and gate_comes_first(x, module.geometry)
     name = ("gate first" if gate_first else "both branches") if backend == "native" else backend
     path = next(p for p in dispatch.PATHS if p.backend == backend and p.name == name)
     return Explanation(repr(module), _describe(x, "cpu"), path, launches, kept, x.numel() * x.itemsize)

@@ -11,9 +11,11 @@ from . import native, native_onepass, reference
 from .checks import (
     check_alike,
     check_bias,
+    check_epilogue,
     check_fusion,
     check_input,
     check_kernel_weight,
+    check_no_gradients,
     check_pointwise_weight,
     check_redundant,
     check_representative,
@@ -22,11 +24,12 @@ from .checks import (
 from .dispatch import HAS_TRITON, choose
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
+from .native import Epilogue
 
 if HAS_TRITON:
     from . import ops
 
-__all__ = ["gap_softmax_fusion", "redundant_branch", "representative_branch", "spconv2d"]
+__all__ = ["gap_softmax_fusion", "redundant_branch", "representative_branch", "spconv2d", "spconv2d_inference"]
 
 
 def representative_branch(
@@ -184,15 +187,10 @@ def spconv2d(
     """
     check_input("x", x)
     x, weight_gwc, weight_pwc, weight_redundant, bias = _autocast(x, weight_gwc, weight_pwc, weight_redundant, bias)
-    check_kernel_weight(weight_gwc)
-    geometry = resolve(tuple(weight_gwc.shape[2:]), stride, padding, dilation, groups)
-    check_representative("x", x, weight_gwc, weight_pwc, geometry)
-    check_redundant(x, weight_redundant, weight_pwc)
-    outputs = weight_gwc.shape[0]
-    check_bias("bias", bias, (outputs,), x, or_float32=False)
-    check_bias("branch_bias", branch_bias, (2, outputs), x, or_float32=True)
-    if weight_redundant is not None and weight_redundant.shape[1] == 0:
-        weight_redundant = None
+    window = (stride, padding, dilation, groups)
+    geometry = _check_layer(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
+    check_bias("bias", bias, (weight_gwc.shape[0],), x, or_float32=False)
+    weight_redundant = _or_none(weight_redundant)
     chosen = choose(x, backend)
     if chosen == "reference":
         y = reference.spconv2d(
@@ -212,6 +210,113 @@ def spconv2d(
     else:
         y = _on_triton(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y.contiguous(memory_format=memory_format(x))
+
+
+def spconv2d_inference(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 2,
+    branch_bias: Tensor | None = None,
+    norm_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """The SPConv layer and what follows it: Y = activation(norm_scale (beta U3 + gamma U1) + bias + residual).
+
+    A batch norm on its running statistics, a u + t with a = weight / sqrt(running_var + eps) and
+    t = norm's bias - a running_mean, is ``norm_scale`` = a and ``bias`` = t + a (the layer's bias). All of it happens
+    before the output is written, in float32 or better. There are no gradients.
+
+    Args:
+        x, weight_gwc, weight_pwc, weight_redundant, stride, padding, dilation, groups, branch_bias, backend: as of
+            :func:`spconv2d`.
+        bias: [M], dtype of ``x`` or float32.
+        norm_scale: [M], dtype of ``x`` or float32.
+        residual: [N, M, H_out, W_out], dtype of ``x``.
+        activation: ``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"``.
+
+    Returns:
+        Y, [N, M, H_out, W_out], dtype and memory format of ``x``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it, what came and what is legal. Also an
+            argument that requires gradients while they are enabled.
+
+    Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4; batch norm: Ioffe and Szegedy, ICML 2015.
+    """
+    check_input("x", x)
+    x, weight_gwc, weight_pwc, weight_redundant, residual = _autocast(
+        x, weight_gwc, weight_pwc, weight_redundant, residual
+    )
+    window = (stride, padding, dilation, groups)
+    geometry = _check_layer(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
+    outputs = weight_gwc.shape[0]
+    check_bias("bias", bias, (outputs,), x, or_float32=True)
+    check_bias("norm_scale", norm_scale, (outputs,), x, or_float32=True)
+    check_epilogue(residual, activation, x, (x.shape[0], outputs, *geometry.output_size(x.shape[2], x.shape[3])))
+    weight_redundant = _or_none(weight_redundant)
+    tensors = {
+        "x": x,
+        "weight_gwc": weight_gwc,
+        "weight_pwc": weight_pwc,
+        "weight_redundant": weight_redundant,
+        "bias": bias,
+        "branch_bias": branch_bias,
+        "norm_scale": norm_scale,
+        "residual": residual,
+    }
+    check_no_gradients("spconv2d_inference", tensors)
+    after = Epilogue(norm_scale, residual, activation)
+    weights = (weight_gwc, weight_pwc, weight_redundant)
+    chosen = choose(x, backend)
+    if chosen == "native":
+        y = native_onepass.spconv2d_inference(x, *weights, bias, branch_bias, geometry, after)
+    elif chosen == "triton" and weight_redundant is not None:
+        y = ops.spconv2d_inference(x, *weights, bias, branch_bias, *after, *geometry[1:])
+    elif chosen == "triton":
+        y = after(_on_triton(x, *weights, None, branch_bias, geometry), bias)
+    else:
+        y = reference.spconv2d(
+            x,
+            *weights,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=groups,
+            branch_bias=branch_bias,
+        )
+        y = after(y, bias)
+    return y.contiguous(memory_format=memory_format(x))
+
+
+def _check_layer(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    branch_bias: Tensor | None,
+    window: tuple[IntPair, IntPair | str, IntPair, int],
+) -> Geometry:
+    """The window of a layer whose weights fit each other and ``x``."""
+    check_kernel_weight(weight_gwc)
+    geometry = resolve(tuple(weight_gwc.shape[2:]), *window)
+    check_representative("x", x, weight_gwc, weight_pwc, geometry)
+    check_redundant(x, weight_redundant, weight_pwc)
+    check_bias("branch_bias", branch_bias, (2, weight_gwc.shape[0]), x, or_float32=True)
+    return geometry
+
+
+def _or_none(weight_redundant: Tensor | None) -> Tensor | None:
+    """None where there is no redundant channel: alpha = 1."""
+    return None if weight_redundant is None or weight_redundant.shape[1] == 0 else weight_redundant
 
 
 def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:

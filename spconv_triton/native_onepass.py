@@ -1,10 +1,13 @@
 """The whole layer on ATen, keeping x and one number per (sample, output channel) for the backward.
 
-Forward. Three convolutions in channels_last. Small maps: U3 and U1 side by side, the gate from their means, the blend
-written over U1. Large maps, where every further map of the size of Y costs more than the arithmetic: the gate first,
-from statistics of x (:mod:`spconv_triton.native_gate`), then everything in one map,
+Forward, in channels_last. The group-wise convolution is oneDNN's and the point-wise ones are matrix products over
+pixels. Where a map has more pixels than x has channels, every further map costs more than weights for each sample: the
+gate comes before the point-wise convolutions (:mod:`spconv_triton.native_gate`), and they are added in one product,
 
-    Y = scale (ratio U1 + U3) + offset,   ratio = gamma / beta,   scale = beta,   offset = beta b3 + gamma b1 + bias
+    Y = scale GWC(x3) + offset + [scale Wp | a gamma W1] z,   scale = a beta,   offset = a (beta b3 + gamma b1) + bias
+
+Else U3 and U1 are made side by side, the gate comes from their means, and the blend is written over U1. In inference
+a is the scale of a norm that follows, and a residual and an activation follow in place; else a is 1.
 
 Backward. Let g = dL/dY, P the number of output pixels, d = S3 - S1 and per (sample, output channel)
 
@@ -34,13 +37,12 @@ from torch.utils.checkpoint import checkpoint
 
 from . import native
 from .geometry import Geometry
+from .native import NOTHING, Epilogue
 from .native_gate import gate_difference
 
 LARGE = 4 * 2**20
-"""Bytes of Y above which the gate comes first; measured on ResNet-50's layers with glibc's malloc."""
-
-SMALL = 2 * 2**20
-"""Multiply-adds below which a 1 x 1 convolution is a plain matrix product."""
+"""Bytes of Y above which the backward takes a few samples at a time: such a map outgrows what glibc's malloc keeps for
+the next call. Measured on ResNet-50's layers."""
 
 PART = 2 * 2**20
 """Bytes of each map of the backward when Y is large."""
@@ -73,9 +75,7 @@ def spconv2d(
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
     """
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
-    # Function transforms and forward-mode differentiation look into every operation: they get the plain ones.
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    if weight_redundant is None or transformed:
+    if weight_redundant is None or _is_transformed():
         return native.compose(*arguments)
     differentiates = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
     if torch.compiler.is_compiling():
@@ -88,6 +88,32 @@ def spconv2d(
         return OnePass.apply(*arguments)
     y, _ = _forward(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y
+
+
+def spconv2d_inference(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+    after: Epilogue,
+) -> Tensor:
+    """Y = activation(norm_scale (beta U3 + gamma U1) + bias + residual), without gradients.
+
+    Arguments and result as of :func:`spconv2d`; ``bias`` may also be float32.
+    """
+    arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, after)
+    if _is_transformed() or torch.compiler.is_compiling():
+        return native.compose(*arguments)
+    y, _ = _forward(*arguments)
+    return y
+
+
+def _is_transformed() -> bool:
+    """Whether function transforms or forward-mode differentiation look into every operation; they get plain ones."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 class OnePass(torch.autograd.Function):
@@ -112,41 +138,62 @@ def _forward(
     x: Tensor,
     weight_gwc: Tensor,
     weight_pwc: Tensor,
-    weight_redundant: Tensor,
+    weight_redundant: Tensor | None,
     bias: Tensor | None,
     branch_bias: Tensor | None,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor]:
-    """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better."""
+    after: Epilogue = NOTHING,
+) -> tuple[Tensor, Tensor | None]:
+    """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better; None without a redundant part."""
     representative = weight_pwc.shape[1]
     x = _channels_last(x)
     z = native.pointwise_input(x, geometry)
     x3, z3, z1 = x[:, :representative], z[:, :representative], z[:, representative:]
-    if gate_comes_first(x, weight_gwc.shape[0], geometry):
-        d = gate_difference(x, weight_gwc, weight_pwc, weight_redundant, geometry)
+    if weight_redundant is None:
+        y = _add_convolution(_convolve(x3, weight_gwc, None, *geometry[1:]), z3, weight_pwc)
+        return _finish(y, _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
+
+    if gate_comes_first(x, geometry):
+        y = _convolve(x3, weight_gwc, None, *geometry[1:])
+        d = gate_difference(y, z, weight_pwc, weight_redundant)
         if branch_bias is not None:
             d += _bias_difference(branch_bias, d.dtype)
-        ratio = torch.exp(torch.clamp(-d, max=60))  # at the clamp beta is 1e-26, and nothing overflows
-        y = F.conv2d(x[:, representative:], weight_redundant).mul_(ratio)
-        y = _add_convolution(y, x3, weight_gwc, *geometry[1:])
-        y = _add_convolution(y, x3, weight_pwc)
-        scale = ratio.add_(1).reciprocal_()
-        if bias is None and branch_bias is None:
-            return y.mul_(scale), d
-        return torch.addcmul(_offset(d, bias, branch_bias), y, scale, out=y), d
+        beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
+        if after.norm_scale is not None:
+            beta, gamma = (gate * after.norm_scale.to(d.dtype)[:, None, None] for gate in (beta, gamma))
+        offset = _offset(d, bias, branch_bias, after, d.dtype)
+        y = y.mul_(beta) if offset is None else torch.addcmul(offset, y, beta, out=y)
+        if after.residual is not None:
+            y += after.residual
+        weights = torch.cat(
+            (weight_pwc.flatten(1) * beta.flatten(2), weight_redundant.flatten(1) * gamma.flatten(2)), 2
+        )
+        _pixels(y).baddbmm_(_pixels(z), weights.transpose(1, 2))
+        return native.activate(y, after.activation, inplace=True), d
 
     # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
-    joins = branch_bias is None and _is_precise(x.dtype)
+    joins = bias is not None and branch_bias is None and after.norm_scale is None and bias.dtype == x.dtype
+    joins = joins and _is_precise(x.dtype)
     u3 = _convolve(x3, weight_gwc, bias if joins else None, *geometry[1:])
     u3 = _add_convolution(u3, z3, weight_pwc)
-    u1 = _convolve(z1, weight_redundant, bias if joins else None)
+    u1 = _pointwise(z1, weight_redundant, bias if joins else None)
     d = u3.mean((2, 3), keepdim=True).sub_(u1.mean((2, 3), keepdim=True))
     if branch_bias is not None:
         d += _bias_difference(branch_bias, d.dtype)
     y = u1.lerp_(u3, torch.sigmoid(d))
-    if not joins and (bias is not None or branch_bias is not None):
-        y += _offset(d, bias, branch_bias)
-    return y.to(x.dtype), d
+    return _finish(y, None if joins else _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
+
+
+def _finish(y: Tensor, offset: Tensor | None, after: Epilogue, dtype: torch.dtype) -> Tensor:
+    """activation(a y + offset + residual) in ``dtype``, in place where that is the dtype of ``y``."""
+    if after.norm_scale is not None:
+        scale = after.norm_scale.to(y.dtype)[:, None, None]
+        y = y.mul_(scale) if offset is None else torch.addcmul(offset, y, scale, out=y)
+    elif offset is not None:
+        y += offset
+    if after.residual is not None:
+        y += after.residual
+    return native.activate(y, after.activation, inplace=True).to(dtype)
 
 
 def _gradients(
@@ -269,9 +316,10 @@ def _differentiable_gradients(inputs: list[Any], geometry: Geometry, grad: Tenso
     return tuple(gradients)
 
 
-def gate_comes_first(x: Tensor, outputs: int, geometry: Geometry) -> bool:
-    """Whether the gate is computed from statistics of ``x``, which are those of stride 1 and half-window padding."""
-    return geometry.stride == (1, 1) and geometry.is_centred and _is_large(x, outputs)
+def gate_comes_first(x: Tensor, geometry: Geometry) -> bool:
+    """Whether the weights of every sample, scaled by its gate, are a smaller thing than one more map."""
+    height, width = geometry.output_size(x.shape[2], x.shape[3])
+    return height * width > x.shape[1] and _is_matrix_product(x)
 
 
 def _is_large(x: Tensor, outputs: int) -> bool:
@@ -289,14 +337,17 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
-def _offset(d: Tensor, bias: Tensor | None, branch_bias: Tensor | None) -> Tensor:
-    """What the biases add to Y, [N, M, 1, 1] or [M, 1, 1]: beta b3 + gamma b1 + bias."""
-    columns = None if bias is None else bias.to(d.dtype)[:, None, None]
+def _offset(
+    d: Tensor | None, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue, dtype: torch.dtype
+) -> Tensor | None:
+    """What the biases add to Y, [N, M, 1, 1] or [M, 1, 1]: a (beta b3 + gamma b1) + bias. Without ``d`` beta is 1."""
+    columns = None if bias is None else bias.to(dtype)[:, None, None]
     if branch_bias is None:
-        assert columns is not None
         return columns
-    shift3, shift1 = branch_bias.to(d.dtype)[:, :, None, None].unbind()
-    offset = torch.sigmoid(d) * shift3 + torch.sigmoid(-d) * shift1
+    shift3, shift1 = branch_bias.to(dtype)[:, :, None, None].unbind()
+    offset = shift3 if d is None else torch.sigmoid(d) * shift3 + torch.sigmoid(-d) * shift1
+    if after.norm_scale is not None:
+        offset = offset * after.norm_scale.to(dtype)[:, None, None]
     return offset if columns is None else offset + columns
 
 
@@ -308,7 +359,17 @@ def _bias_difference(branch_bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *window: Any) -> Tensor:
     """A convolution as a new tensor, in float32 or better."""
-    return F.conv2d(x, weight, bias, *window).to(torch.promote_types(x.dtype, torch.float32))
+    y = F.conv2d(x, weight, bias, *window)
+    return _channels_last(y.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1 x 1 convolution as a new tensor, likewise."""
+    if not _is_matrix_product(x):
+        return _convolve(x, weight, bias)
+    pixels, columns = _pixels(x).flatten(0, 1), weight.flatten(1).t()
+    y = torch.mm(pixels, columns) if bias is None else torch.addmm(bias, pixels, columns)
+    return y.view(x.shape[0], *x.shape[2:], weight.shape[0]).permute(0, 3, 1, 2)
 
 
 def _add_convolution(
@@ -320,9 +381,10 @@ def _add_convolution(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """``y`` plus a convolution, in place."""
-    if _is_small_product(y, x, weight):
-        _pixels(y).addmm_(_pixels(x), weight.flatten(1).t())
+    """``y``, in channels_last on a CPU, plus a convolution, in place."""
+    pointwise = weight.shape[1:] == (x.shape[1], 1, 1) and (*stride, *padding) == (1, 1, 0, 0)
+    if pointwise and _is_matrix_product(x) and y.dtype == x.dtype:
+        _pixels(y).flatten(0, 1).addmm_(_pixels(x).flatten(0, 1), weight.flatten(1).t())
         return y
     if _can_accumulate(y, x):
         # oneDNN adds in the convolution's epilogue: the operator that Inductor uses for a convolution and a sum.
@@ -332,25 +394,18 @@ def _add_convolution(
     return y.add_(F.conv2d(x, weight, None, stride, padding, dilation, groups))
 
 
-def _is_small_product(y: Tensor, x: Tensor, weight: Tensor) -> bool:
-    """Whether a 1 x 1 convolution is too little work for oneDNN, whose call costs as much as a million products.
+def _is_matrix_product(x: Tensor) -> bool:
+    """Whether a 1 x 1 convolution of ``x`` is a matrix product over pixels: on a CPU it takes less time than oneDNN's,
+    by half where channels are few or a slice.
 
     Not under a dispatch mode: FLOP counters know convolutions, not products in place.
     """
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or weight.shape[1:] != (x.shape[1], 1, 1)
-        or y.shape[2:] != x.shape[2:]
-        or y.device.type != "cpu"
-        or not (y.dtype == x.dtype and _is_precise(y.dtype))
-    ):
-        return False
-    return 0 < y.numel() * x.shape[1] < SMALL and y.is_contiguous(memory_format=torch.channels_last)
+    return x.device.type == "cpu" and _is_precise(x.dtype) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """[N, C, H, W] in channels_last as [N H W, C], a view."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    """[N, C, H, W] in channels_last as [N, H W, C], a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _can_accumulate(y: Tensor, x: Tensor) -> bool:

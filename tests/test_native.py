@@ -33,6 +33,7 @@ ONE_BY_ONE = [
     Case("k1-one-group", 2, 8, 6, (5, 4), kernel_size=(1, 1), padding=(0, 0), groups=1),
     Case("k1-padded", 2, 8, 6, (5, 4), kernel_size=(1, 1), padding=(1, 0), groups=1),
     Case("k1-strided", 2, 8, 6, (5, 4), kernel_size=(1, 1), stride=(2, 1), padding=(0, 0), groups=1),
+    Case("k1-strided-and-padded", 2, 8, 6, (2, 2), kernel_size=(1, 1), stride=(2, 2), padding=(1, 1), groups=1),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
@@ -81,9 +82,11 @@ def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float) -> No
     assert_agrees_over_draws(native, lambda: make_inputs(case, gate=gate), 16)
 
 
+@pytest.mark.parametrize("gate_first", [False, True])
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
-def test_agrees_where_maps_are_large(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate comes first and the backward takes one sample at a time; here on small maps."""
+def test_agrees_where_maps_are_large(case: Case, gate_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either path forward, and a backward that takes one sample at a time; here on small maps."""
+    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda x, geometry: gate_first)
     monkeypatch.setattr(native_onepass, "LARGE", 0)
     monkeypatch.setattr(native_onepass, "PART", 0)
     for dtype in (torch.float32, torch.float64):

@@ -192,7 +192,7 @@ def convolve(
     representative: int,
     groups: int,
     stride: int,
-    relu: bool,
+    activation: str,
 ) -> Tensor:
     """Y [N, M, H_out, W_out], channels_last, of a layer that :func:`supports` takes.
 
@@ -204,7 +204,7 @@ def convolve(
         ratio, scale, offset: [N, M] float32, likewise.
         residual: [N, M, H_out, W_out], added to the output.
         representative, groups, stride: alpha L, G and the stride of the layer.
-        relu: clamps the output at 0, after the residual.
+        activation: ``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"``, after the residual.
     """
     batch, channels, height, width = x.shape
     outputs, size = packed.shape[0], (batch, height // stride, width // stride)
@@ -216,7 +216,7 @@ def convolve(
     y = empty_channels_last(x, outputs, *size[1:])
     rows = _rows(plan, x, residual, groups, stride, (*size, outputs))
     if rows is not None:
-        _stream_rows(x, packed, (ratio, scale, offset), y, rows, relu)
+        _stream_rows(x, packed, (ratio, scale, offset), y, rows, activation)
         return y
     tile = best_tile(plan, groups, stride, (*size, outputs))
     box, pixel_box = tile[:3], [*tile[:3], tile.block_co]
@@ -239,7 +239,7 @@ def convolve(
         STRIDE=stride,
         PRECISION=dot_precision(x.dtype),
         RESIDUAL=residual is not None,
-        RELU=relu,
+        ACTIVATION=activation,
         BLOCK_N=tile.block_n,
         BLOCK_H=tile.block_h,
         BLOCK_W=tile.block_w,
@@ -262,7 +262,7 @@ def _(
     _representative: int,
     _groups: int,
     stride: int,
-    _relu: bool,
+    _activation: str,
 ) -> Tensor:
     return empty_channels_last(x, packed.shape[0], x.shape[2] // stride, x.shape[3] // stride)
 
@@ -278,7 +278,7 @@ def _(
     representative: int,
     groups: int,
     stride: int,
-    _relu: bool,
+    _activation: str,
 ) -> str:
     outputs, output = packed.shape[0], (x.shape[0], x.shape[2] // stride, x.shape[3] // stride, packed.shape[0])
     plan = packing(x.shape[1], representative, outputs, groups)
@@ -305,7 +305,7 @@ def _rows(
 
 
 def _stream_rows(
-    x: Tensor, packed: Tensor, planes: tuple[Tensor, Tensor, Tensor], y: Tensor, rows: int, relu: bool
+    x: Tensor, packed: Tensor, planes: tuple[Tensor, Tensor, Tensor], y: Tensor, rows: int, activation: str
 ) -> None:
     batch, outputs, height, width = y.shape
     block_n, block_w = ROW_BOX
@@ -323,7 +323,7 @@ def _stream_rows(
         CR=half,
         CO=outputs,
         PRECISION=dot_precision(x.dtype),
-        RELU=relu,
+        ACTIVATION=activation,
         BLOCK_N=block_n,
         BLOCK_W=block_w,
         num_warps=4,

@@ -38,8 +38,9 @@ def spconv2d(
     branch_bias: Tensor | None,
     geometry: Geometry,
     *,
+    norm_scale: Tensor | None = None,
     residual: Tensor | None = None,
-    relu: bool = False,
+    activation: str = "none",
     path: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layer in three launches: statistics, gate, convolution.
@@ -48,8 +49,9 @@ def spconv2d(
         x: [N, L, H, W]; a channel slice of a channels_last tensor is read in place.
         weight_gwc, weight_pwc, weight_redundant: [M, alpha L / G, k, k], [M, alpha L, 1, 1], [M, L - alpha L, 1, 1].
         bias: [M]; branch_bias: [2, M].
+        norm_scale: [M], multiplies beta U3 + gamma U1, before the bias is added.
         residual: [N, M, H_out, W_out], added to the output.
-        relu: clamps the output at 0, after the residual.
+        activation: ``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"``, after the residual.
         path: the convolution's kernel: ``"flat"`` takes any layer, ``"descriptor"`` what
             :func:`.descriptor.supports`, ``"auto"`` the latter where :func:`.descriptor.can_run`.
 
@@ -86,6 +88,7 @@ def spconv2d(
         redundant,
         ratio if bias is None else bias,
         ratio if branch_bias is None else branch_bias.contiguous(),
+        ratio if norm_scale is None else norm_scale,
         ratio,
         scale,
         offset,
@@ -104,13 +107,14 @@ def spconv2d(
         SPLITS=partial.shape[0],
         BIAS=bias is not None,
         BRANCH_BIAS=branch_bias is not None,
+        NORM_SCALE=norm_scale is not None,
         PACK=plan is not None,
         MERGE=plan.merge if plan else 1,
         STRIDE=geometry.stride[0],
     )
     if packed is not None:
         window = (representative, geometry.groups, geometry.stride[0])
-        y = descriptor.convolve(x, packed, ratio, scale, offset, residual, *window, relu)
+        y = descriptor.convolve(x, packed, ratio, scale, offset, residual, *window, activation)
         return y, ratio, tap_mean, pool_mean
     y = empty_output(x, weight_gwc, geometry)
     wrap_triton(onepass_forward)[forward_grid(pixels, weight_gwc, geometry)](
@@ -128,7 +132,7 @@ def spconv2d(
         spacing,
         C=channels,
         RESIDUAL=residual is not None,
-        RELU=relu,
+        ACTIVATION=activation,
         **layer_constants(x, weight_gwc, weight_pwc, geometry),
     )
     return y, ratio, tap_mean, pool_mean

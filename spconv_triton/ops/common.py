@@ -24,3 +24,15 @@ def branch_flops(x_shape: Sequence[int], gwc_shape: Sequence[int], window: tuple
     stride, padding, dilation, groups = window
     height, width = Geometry((kh, kw), stride, padding, dilation, groups).output_size(x_shape[2], x_shape[3])
     return 2 * x_shape[0] * height * width * outputs * (kh * kw * per_group + x_shape[1])
+
+
+def layer_flops(
+    x_shape: Sequence[int], gwc_shape: Sequence[int], redundant_shape: Sequence[int], window: tuple[Any, ...]
+) -> int:
+    """Two per multiply-add of the layer's convolutions."""
+    representative = (x_shape[0], x_shape[1] - redundant_shape[1], *x_shape[2:])
+    stride, padding, dilation, groups = window
+    kernel_size = (gwc_shape[2], gwc_shape[3])
+    height, width = Geometry(kernel_size, stride, padding, dilation, groups).output_size(*x_shape[2:])
+    pointwise = 2 * x_shape[0] * height * width * redundant_shape[0] * redundant_shape[1]
+    return branch_flops(representative, gwc_shape, window) + pointwise

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import launch
-from ..geometry import Geometry
 from ..registration import NAMESPACE, traceable_op
-from .common import branch_flops, geometry_of
+from .common import geometry_of, layer_flops
 
 
 @traceable_op("spconv2d", launch.layer.FORWARD_KERNELS)
@@ -122,17 +121,6 @@ def _layer_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 spconv2d.register_autograd(_layer_autograd, setup_context=_save_layer)
 
 
-def _layer_flops(
-    x_shape: Sequence[int], gwc_shape: Sequence[int], redundant_shape: Sequence[int], window: tuple[Any, ...]
-) -> int:
-    representative = (x_shape[0], x_shape[1] - redundant_shape[1], *x_shape[2:])
-    stride, padding, dilation, groups = window
-    kernel_size = (gwc_shape[2], gwc_shape[3])
-    height, width = Geometry(kernel_size, stride, padding, dilation, groups).output_size(*x_shape[2:])
-    pointwise = 2 * x_shape[0] * height * width * redundant_shape[0] * redundant_shape[1]
-    return branch_flops(representative, gwc_shape, window) + pointwise
-
-
 @register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d)
 def _(
     x_shape: Any,
@@ -145,7 +133,7 @@ def _(
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    return _layer_flops(x_shape, gwc_shape, redundant_shape, window)
+    return layer_flops(x_shape, gwc_shape, redundant_shape, window)
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_backward)
@@ -163,4 +151,4 @@ def _(
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    return 2 * _layer_flops(x_shape, gwc_shape, redundant_shape, window)
+    return 2 * layer_flops(x_shape, gwc_shape, redundant_shape, window)

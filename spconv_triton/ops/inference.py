@@ -1,0 +1,86 @@
+"""The layer in inference, with what follows it, as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import launch
+from ..registration import NAMESPACE, traceable_op
+from .common import geometry_of, layer_flops
+
+
+@traceable_op("spconv2d_inference", launch.layer.FORWARD_KERNELS)
+def spconv2d_inference(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    norm_scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Y [N, M, H_out, W_out], channels_last; see :func:`spconv_triton.functional.spconv2d_inference`.
+
+    It has no gradients.
+    """
+    geometry = geometry_of(weight_gwc, stride, padding, dilation, groups)
+    return launch.spconv2d(
+        x,
+        weight_gwc,
+        weight_pwc,
+        weight_redundant,
+        bias,
+        branch_bias,
+        geometry,
+        norm_scale=norm_scale,
+        residual=residual,
+        activation=activation,
+    )[0]
+
+
+@spconv2d_inference.register_fake
+def _(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    norm_scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return launch.empty_output(x, weight_gwc, geometry_of(weight_gwc, stride, padding, dilation, groups))
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_inference)
+def _(
+    x_shape: Any,
+    gwc_shape: Any,
+    pwc_shape: Any,
+    redundant_shape: Any,
+    bias: Any,
+    branch_bias: Any,
+    norm_scale: Any,
+    residual: Any,
+    activation: str,
+    *window: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    return layer_flops(x_shape, gwc_shape, redundant_shape, window)

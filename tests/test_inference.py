@@ -1,0 +1,194 @@
+"""The layer in inference with what follows it: norm, bias, residual, activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import RESNET50, SMALL, Case, Inputs, assert_within_budget, make_inputs
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from spconv_triton import native_onepass, reference
+from spconv_triton.functional import spconv2d, spconv2d_inference
+
+BY_NAME = {case.name: case for case in SMALL}
+ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def following(
+    case: Case,
+    activation: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    residual: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Keyword arguments of ``spconv2d_inference``: a norm with scales of either sign, and the rest."""
+    after: dict[str, Any] = {"norm_scale": torch.randn(case.out_channels, device=device), "activation": activation}
+    if residual:
+        shape = (case.batch, case.out_channels, *case.output_size())
+        added = torch.randn(shape, device=device).to(dtype)
+        after["residual"] = added.contiguous(memory_format=torch.channels_last)
+    return after
+
+
+def expected(inputs: Inputs, after: dict[str, Any], dtype: torch.dtype | None = None) -> Tensor:
+    """Eager PyTorch: the reference, then everything that follows, a rounding after each; in ``dtype`` or that of x."""
+    dtype = dtype or inputs.x.dtype
+    x, gwc, pwc, redundant, bias, branch_bias = (
+        None if t is None else t.detach().to(dtype) for t in (*inputs.positional(), inputs.branch_bias)
+    )
+    y = reference.spconv2d(x, gwc, pwc, redundant, branch_bias=branch_bias, **inputs.window)
+    if "norm_scale" in after:
+        y = y * after["norm_scale"].to(dtype)[:, None, None]
+    if bias is not None:
+        y = y + bias[:, None, None]
+    if "residual" in after:
+        y = y + after["residual"].to(dtype)
+    return ACTIVATIONS[after["activation"]](y)
+
+
+def check(inputs: Inputs, after: dict[str, Any], *, backend: str = "native") -> Tensor:
+    before = {name: t.detach().clone() for name, t in {**inputs.tensors(), **tensors_of(after)}.items()}
+    with torch.no_grad():
+        y = spconv2d_inference(
+            *inputs.positional(), branch_bias=inputs.branch_bias, **inputs.window, **after, backend=backend
+        )
+    assert_within_budget("y", y, expected(inputs, after), expected(inputs, after, torch.float64))
+    for name, tensor in {**inputs.tensors(), **tensors_of(after)}.items():
+        assert torch.equal(tensor, before[name]), f"{name} was written to"
+    return y
+
+
+def tensors_of(after: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in after.items() if isinstance(value, Tensor)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_agrees_with_float64(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for gate_first in (False, True):
+        if dtype in (torch.float32, torch.float64):
+            monkeypatch.setattr(native_onepass, "gate_comes_first", lambda x, geometry, first=gate_first: first)
+        for activation in ACTIVATIONS:
+            check(make_inputs(case, dtype, branch_bias=True), following(case, activation, dtype, residual=True))
+        check(make_inputs(case, dtype, bias=False), following(case, "relu", dtype))
+        check(make_inputs(case, dtype), {"activation": "silu"})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_agrees_too(dtype: torch.dtype) -> None:
+    case = BY_NAME["odd-pixels"]
+    inputs = make_inputs(case, dtype, branch_bias=True)
+    check(inputs, following(case, "silu", dtype, residual=True), backend="reference")
+
+
+@pytest.mark.parametrize("case", RESNET50, ids=str)
+def test_agrees_on_the_layers_of_resnet50(case: Case) -> None:
+    case = Case(**{**vars(case), "batch": 1})
+    check(make_inputs(case), following(case, "relu", residual=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_bias_and_scale_are_not_rounded(dtype: torch.dtype) -> None:
+    case = BY_NAME["tiny"]
+    inputs = make_inputs(case, dtype, bias=False)
+    inputs.bias = 1 + torch.rand(case.out_channels) / 1000
+    weights = (torch.zeros_like(t) for t in (inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant))
+    with torch.no_grad():
+        y = spconv2d_inference(
+            inputs.x, *weights, inputs.bias, **inputs.window, norm_scale=torch.ones_like(inputs.bias)
+        )
+    assert torch.equal(y, inputs.bias.to(dtype)[:, None, None].expand_as(y))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_keeps_the_memory_format(memory_format: torch.memory_format) -> None:
+    case = BY_NAME["plain"]
+    y = check(make_inputs(case, memory_format=memory_format), following(case, "relu", residual=True))
+    assert y.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_survives(activation: str) -> None:
+    case = BY_NAME["plain"]
+    inputs = make_inputs(case)
+    inputs.x.data[0, 0, 3, 3] = float("nan")
+    with torch.no_grad():
+        y = spconv2d_inference(*inputs.positional(), **inputs.window, activation=activation)
+    assert y[0].isnan().all()
+    assert y[1].isfinite().all()
+
+
+def test_nothing_to_follow_is_the_layer() -> None:
+    inputs = make_inputs(BY_NAME["plain"])
+    with torch.no_grad():
+        y = spconv2d_inference(*inputs.positional(), **inputs.window)
+        assert torch.equal(y, spconv2d(*inputs.positional(), **inputs.window))
+
+
+def test_takes_an_empty_batch() -> None:
+    case = Case(**{**vars(BY_NAME["plain"]), "batch": 0})
+    y = check(make_inputs(case), following(case, "relu", residual=True))
+    assert y.shape == (0, case.out_channels, *case.output_size())
+
+
+def test_counts_the_flops_of_the_layer() -> None:
+    case = BY_NAME["plain"]
+    inputs = make_inputs(case)
+    with torch.no_grad(), FlopCounterMode(display=False) as fused:
+        spconv2d_inference(*inputs.positional(), **inputs.window, **following(case, "relu", residual=True))
+    with torch.no_grad(), FlopCounterMode(display=False) as alone:
+        spconv2d(*inputs.positional(), **inputs.window)
+    assert fused.get_total_flops() == alone.get_total_flops() > 0
+
+
+def test_autocast_casts_as_for_a_convolution() -> None:
+    case = BY_NAME["plain"]
+    inputs = make_inputs(case)
+    after = following(case, "relu", residual=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = spconv2d_inference(*inputs.positional(), **inputs.window, **after)
+    assert y.dtype == torch.bfloat16
+    cast = inputs.to(torch.bfloat16)
+    cast.bias = inputs.bias
+    assert_within_budget("y", y, expected(cast, after), expected(cast, after, torch.float64))
+
+
+def test_vmap() -> None:
+    case = BY_NAME["odd-pixels"]
+    inputs = make_inputs(case, memory_format=torch.contiguous_format)
+    after = following(case, "relu6")
+    weights = [t.detach() for t in inputs.positional()[1:]]
+
+    def layer(x: Tensor) -> Tensor:
+        return spconv2d_inference(x[None], *weights, **inputs.window, **after)[0]
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(layer)(inputs.x.detach()), check(inputs, after))
+
+
+def test_compiles_whole() -> None:
+    case = BY_NAME["stride-2-odd"]
+    inputs = make_inputs(case, branch_bias=True)
+    after = following(case, "silu", residual=True)
+    compiled = torch.compile(spconv2d_inference, fullgraph=True)
+    with torch.no_grad():
+        y = compiled(*inputs.positional(), branch_bias=inputs.branch_bias, **inputs.window, **after)
+    assert_within_budget("y", y, expected(inputs, after), expected(inputs, after, torch.float64))
+
+
+@pytest.mark.parametrize("name", ["x", "weight_gwc", "weight_pwc", "weight_redundant", "bias", "branch_bias"])
+def test_refuses_what_requires_gradients(name: str) -> None:
+    inputs = make_inputs(BY_NAME["plain"], branch_bias=True)
+    for other, tensor in inputs.tensors().items():
+        tensor.requires_grad_(other == name)
+    arguments = inputs.positional()
+    with pytest.raises(ValueError, match=f"^{name} must not require gradients, which spconv2d_inference does not have"):
+        spconv2d_inference(*arguments, branch_bias=inputs.branch_bias, **inputs.window)
+    with torch.no_grad():
+        spconv2d_inference(*arguments, branch_bias=inputs.branch_bias, **inputs.window)
