@@ -487,8 +487,8 @@ def _input_grad_descriptor(a: SimpleNamespace, t: Tally) -> int:
     )
     gates = 2 if a.TRANSPOSED and a.MIXED else 1
     t.load("gate_desc", gates * a.N * (blocks * depth + redundant_blocks * redundant_depth))
-    edges = 2 * a.TILES_H + 2 * a.TILES_W + 4
-    t.load("constant_ptr", a.N * (a.C * places + representative * edges), a.N * (a.C + 8 * representative))
+    edges, channels = 2 * a.TILES_H + 2 * a.TILES_W + 4, a.C if a.MIXED else representative
+    t.load("constant_ptr", a.N * (a.C * places + channels * edges), a.N * (a.C + 8 * channels))
     t.store("dx_desc")
     pixels = a.BLOCK_N * a.BLOCK_H * a.BLOCK_W
     steps = sample_blocks * (blocks * depth + redundant_blocks * redundant_depth)
