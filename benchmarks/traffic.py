@@ -264,6 +264,7 @@ def _gate_planes(a: SimpleNamespace, t: Tally) -> int:
         t.load(name, a.CO * (sample_blocks * columns + (packed[name] if a.PACK else 0)))
     t.load("bias_ptr", sample_blocks * a.CO if a.BIAS else 0)
     t.load("branch_bias_ptr", 2 * sample_blocks * a.CO if a.BRANCH_BIAS else 0)
+    t.load("norm_scale_ptr", sample_blocks * a.CO if a.NORM_SCALE else 0)
     for name in ("ratio_ptr", "scale_ptr", "offset_ptr", "tap_mean_ptr", "pool_mean_ptr"):
         t.store(name)
     t.store("packed_ptr", None if a.PACK else 0)
