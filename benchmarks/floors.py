@@ -35,8 +35,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import traffic
+from benchmarks.formulas import tap_area
 from benchmarks.launches import Launch, LayerTensors, backward_launches, forward_launches, layer_tensors, recording
-from benchmarks.traffic import Access, Traffic
+from benchmarks.tally import Access, Traffic, tensor_of
 from spconv_triton import launch
 from spconv_triton.geometry import Geometry
 from spconv_triton.launch.common import dot_precision, window_constants
@@ -195,7 +196,7 @@ def _conv2d(case: Case, direction: str, dtype: torch.dtype) -> list[Step]:
     (height, width), (rows, columns) = case.size, case.output_size()
     geometry = Geometry(case.kernel_size, case.stride, case.padding, case.dilation, 1)
     window = SimpleNamespace(H=height, W=width, HO=rows, WO=columns, **window_constants(geometry))
-    read = {"x": case.batch * case.in_channels * traffic.tap_area(window).touched}
+    read = {"x": case.batch * case.in_channels * tap_area(window).touched}
     flops = useful_flops(case, "conv2d", "forward")
     if direction == "forward":
         return [_perfect("convolution", {"x": x, "weight": weight}, {"y": y}, flops, read)]
@@ -275,5 +276,5 @@ def _perfect(
 
 def _identity(value: Tensor | TensorDescriptor) -> tuple[int, int]:
     """Which memory this is; on ``meta`` there are no addresses."""
-    tensor = value.base if isinstance(value, TensorDescriptor) else value
+    tensor = tensor_of(value)
     return tensor.untyped_storage()._cdata, tensor.storage_offset()

@@ -106,7 +106,12 @@ def counting_products() -> Iterator[list[Counted]]:
 
 def check(call: Callable[[], object], *kernels: str) -> None:
     """Every count of every launch in ``call`` is what its formula says; the launches are of ``kernels``."""
-    with torch.no_grad(), set_wrap_triton_enabled(False), counting_products() as counted, guarded() as report:
+    with (
+        torch.no_grad(),
+        set_wrap_triton_enabled(False),
+        counting_products() as counted,
+        guarded() as report,
+    ):
         call()
     assert [one.kernel for one in counted] == [seen.kernel for seen in report.launches] == list(kernels)
     for noted, seen in zip(counted, report.launches, strict=True):
@@ -184,9 +189,10 @@ def test_every_configuration(row: int, device: str, monkeypatch: pytest.MonkeyPa
     backward(TINY, device)
 
 
-def test_biases_residual_and_float32(device: str) -> None:
+def test_biases_epilogue_and_float32(device: str) -> None:
     residual = torch.randn(SAMPLES.batch, SAMPLES.out_channels, 1, 1, device=device)
-    forward(SAMPLES, device, dtype=torch.float32, biases=True, residual=residual)
+    added = {"residual": residual, "norm_scale": torch.rand(SAMPLES.out_channels, device=device)}
+    forward(SAMPLES, device, dtype=torch.float32, biases=True, activation="relu", **added)
     backward(SAMPLES, device, dtype=torch.float32, branch_bias=True)
 
 

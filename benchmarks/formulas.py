@@ -1,0 +1,440 @@
+"""How many bytes each kernel loads and stores, and what it multiplies: a formula a kernel, and no estimate among them.
+
+A byte is counted where an unmasked lane or the inside of a box names it, as the kernel's loops come to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+from triton import cdiv
+
+from benchmarks.tally import Tally, tensor_of
+
+
+class Reach(NamedTuple):
+    """What windows reach along one axis of an image: how often they read inside it, and where."""
+
+    reads: int
+    touched: np.ndarray
+
+
+class Area(NamedTuple):
+    """The same of an image: reads, and the pixels that are read."""
+
+    reads: int
+    rows: np.ndarray
+    columns: np.ndarray
+
+    @property
+    def touched(self) -> int:
+        return int(self.rows.sum() * self.columns.sum())
+
+    def united(self, other: Area) -> int:
+        """Pixels that either reads."""
+        both = (self.rows & other.rows).sum() * (self.columns & other.columns).sum()
+        return self.touched + other.touched - int(both)
+
+
+def _reach(positions: np.ndarray, size: int) -> Reach:
+    inside = positions[(positions >= 0) & (positions < size)]
+    touched = np.zeros(size, dtype=bool)
+    touched[inside] = True
+    return Reach(inside.size, touched)
+
+
+def _area(rows: Reach, columns: Reach) -> Area:
+    return Area(rows.reads * columns.reads, rows.touched, columns.touched)
+
+
+def _window(a: SimpleNamespace, axis: str) -> tuple[int, int, int, int, int]:
+    """Kernel size, stride, padding, dilation and centre along ``"H"`` or ``"W"``."""
+    size, stride, padding, dilation = (getattr(a, f"{name}{axis}") for name in ("K", "STRIDE_", "PAD_", "DILATION_"))
+    return size, stride, padding, dilation, dilation * (size - 1) // 2 - padding
+
+
+def tap_area(a: SimpleNamespace) -> Area:
+    """What the taps of all output pixels read of one sample."""
+
+    def along(axis: str, size: int, outputs: int) -> Reach:
+        kernel, stride, padding, dilation, _ = _window(a, axis)
+        return _reach(np.add.outer(np.arange(outputs) * stride - padding, np.arange(kernel) * dilation), size)
+
+    return _area(along("H", a.H, a.HO), along("W", a.W, a.WO))
+
+
+def _pool(a: SimpleNamespace) -> Area:
+    """What the point-wise convolutions read: the centre tap, and at a stride the window that begins there."""
+
+    def along(axis: str, size: int, outputs: int) -> Reach:
+        _, stride, _, _, centre = _window(a, axis)
+        return _reach(np.add.outer(np.arange(outputs) * stride + centre, np.arange(stride)), size)
+
+    return _area(along("H", a.H, a.HO), along("W", a.W, a.WO))
+
+
+def _boxes(starts: np.ndarray, length: int, size: int) -> int:
+    """How many positions of boxes lie inside an axis."""
+    return int(np.clip(np.minimum(starts + length, size) - np.maximum(starts, 0), 0, None).sum())
+
+
+def _starts(size: int, block: int) -> np.ndarray:
+    return np.arange(0, size, block)
+
+
+def _precision(tensor: Any, precision: str = "ieee") -> str:
+    """Of products of ``tensor``; float32 as a kernel's PRECISION says."""
+    return precision if tensor_of(tensor).element_size() == 4 else "half"
+
+
+def _flat_forward(a: SimpleNamespace, t: Tally, redundant: int) -> int:
+    """The sums of :mod:`kernels.accumulate`, of ``redundant`` channels too."""
+    group = a.CR // a.G
+    co_blocks = cdiv(a.CO // a.G, a.BLOCK_CO)
+    blocks = cdiv(a.pixels, a.BLOCK_PIX)
+    batch = a.pixels // (a.HO * a.WO)
+    taps, pool = tap_area(a), _pool(a)
+    channels = a.CR + redundant
+    t.load(
+        "x_ptr",
+        batch * co_blocks * (channels * a.G * pool.reads + a.CR * taps.reads),
+        batch * (a.CR * pool.united(taps) + redundant * pool.touched),
+    )
+    t.load("gwc_ptr", blocks * a.CO * a.KH * a.KW * group)
+    t.load("pwc_ptr", blocks * a.CO * a.CR)
+    steps = cdiv(a.CR, a.BLOCK_C) + cdiv(redundant, a.BLOCK_C) + a.KH * a.KW * cdiv(group, a.BLOCK_C)
+    programs = blocks * a.G * co_blocks
+    t.multiply(_precision(a.x_ptr, a.PRECISION), programs * steps, a.BLOCK_PIX, a.BLOCK_CO, a.BLOCK_C)
+    return programs
+
+
+def _branch_forward(a: SimpleNamespace, t: Tally) -> int:
+    t.store("u3_ptr")
+    return _flat_forward(a, t, 0)
+
+
+def _parts(a: SimpleNamespace) -> int:
+    """Parts of samples that the blocks of pixels hold."""
+    first = _starts(a.pixels, a.BLOCK_PIX)
+    last = np.minimum(first + a.BLOCK_PIX, a.pixels) - 1
+    return int((last // (a.HO * a.WO) - first // (a.HO * a.WO) + 1).sum())
+
+
+def _onepass_forward(a: SimpleNamespace, t: Tally) -> int:
+    for plane in ("ratio_ptr", "scale_ptr", "offset_ptr"):
+        t.load(plane, _parts(a) * a.CO)
+    t.load("redundant_ptr", cdiv(a.pixels, a.BLOCK_PIX) * a.CO * (a.C - a.CR))
+    t.load("residual_ptr", a.pixels * a.CO if a.RESIDUAL else 0)
+    t.store("y_ptr")
+    return _flat_forward(a, t, a.C - a.CR)
+
+
+def _window_statistics(a: SimpleNamespace, t: Tally) -> int:
+    splits = a.partial_ptr.shape[0]
+    columns = a.N * cdiv(a.C, a.BLOCK_C)
+    start = np.arange(splits) * a.pixels_per_split
+    pixels = np.clip(np.minimum(start + a.pixels_per_split, a.H * a.W) - start, 0, None)
+    t.load("x_ptr", a.N * a.C * int(pixels.sum()))
+    t.store("partial_ptr")
+    steps = columns * int(cdiv(pixels, a.BLOCK_PIX).sum())
+    t.multiply(_precision(a.x_ptr), steps, a.BLOCK_ROWS, a.BLOCK_C, a.BLOCK_PIX)
+    return columns * splits
+
+
+def _gate_planes(a: SimpleNamespace, t: Tally) -> int:
+    group, redundant = a.CR // a.G, a.C - a.CR
+    co_blocks, sample_blocks = a.G * cdiv(a.CO // a.G, a.BLOCK_CO), cdiv(a.N, a.BLOCK_N)
+    pooled = a.POOL_ROW == a.TAPS
+    pool_rows = 2 if pooled else 1
+    t.load(
+        "partial_ptr",
+        co_blocks * a.N * a.SPLITS * (pool_rows * a.C + a.TAPS * group),
+        a.N * a.SPLITS * (pool_rows * a.C + (a.TAPS - (not pooled)) * a.CR),
+    )
+    weights = {"gwc_ptr": a.TAPS * group, "pwc_ptr": a.CR, "redundant_ptr": redundant}
+    packed = {"gwc_ptr": 9 * group, "pwc_ptr": a.CR + (a.STRIDE**2 - 1) * a.MERGE * group, "redundant_ptr": redundant}
+    for name, columns in weights.items():
+        t.load(name, a.CO * (sample_blocks * columns + (packed[name] if a.PACK else 0)))
+    t.load("bias_ptr", sample_blocks * a.CO if a.BIAS else 0)
+    t.load("branch_bias_ptr", 2 * sample_blocks * a.CO if a.BRANCH_BIAS else 0)
+    t.load("norm_scale_ptr", sample_blocks * a.CO if a.NORM_SCALE else 0)
+    for name in ("ratio_ptr", "scale_ptr", "offset_ptr", "tap_mean_ptr", "pool_mean_ptr"):
+        t.store(name)
+    t.store("packed_ptr", None if a.PACK else 0)
+    steps = cdiv(redundant, a.BLOCK_C) + cdiv(a.CR, a.BLOCK_C) + a.TAPS * cdiv(group, a.BLOCK_C)
+    t.multiply("ieee", co_blocks * sample_blocks * steps, a.BLOCK_N, a.BLOCK_CO, a.BLOCK_C)
+    return co_blocks * sample_blocks
+
+
+def _onepass_descriptor(a: SimpleNamespace, t: Tally) -> int:
+    group = a.CR // a.G * a.MERGE
+    pointwise = a.C - group
+    single = a.BLOCK_H * a.BLOCK_W == 1
+    outside = 3 - a.STRIDE  # taps of the last row or column that are outside the image, besides one of the first
+    window = (1,) if a.STRIDE == 1 else (1, 2)
+
+    def along(size: int, block: int) -> tuple[int, int, int, int]:
+        """Positions inside that the window reads, and that the taps read, taps visited, and which of them ever are."""
+        starts = _starts(size, block)
+        inside = [_boxes(starts + (tap - 1 if a.STRIDE == 1 else -(tap == 0)), block, size) for tap in range(3)]
+        visited, ever = 3 * len(starts), 3
+        if single:
+            visited -= outside
+            ever -= outside if size == 1 else 0
+        return sum(inside[tap] for tap in window), sum(inside), visited, ever
+
+    rows, columns = along(a.HO, a.BLOCK_H), along(a.WO, a.BLOCK_W)
+    window_reads, tap_reads, visited, ever = (row * column for row, column in zip(rows, columns, strict=True))
+    places = cdiv(a.HO, a.BLOCK_H) * cdiv(a.WO, a.BLOCK_W)
+    sample_blocks, co_blocks = cdiv(a.N, a.BLOCK_N), a.CO // a.BLOCK_CO
+    t.load("x_desc", co_blocks * a.N * (pointwise * window_reads + group * tap_reads))
+    depth = pointwise * a.STRIDE**2 * places + group * visited
+    t.load("packed_desc", sample_blocks * a.CO * depth, a.CO * (pointwise + group * ever))
+    for plane in ("ratio_ptr", "scale_ptr", "offset_ptr"):
+        t.load(plane, places * a.N * a.CO)
+    outputs = a.N * a.HO * a.WO * a.CO
+    t.load("residual_desc", outputs if a.RESIDUAL else 0)
+    t.store("y_desc")
+    pixels = a.BLOCK_N * a.BLOCK_H * a.BLOCK_W
+    t.multiply(_precision(a.x_desc, a.PRECISION), sample_blocks * co_blocks * depth, a.BLOCK_CO, pixels)
+    return sample_blocks * places * co_blocks
+
+
+def _onepass_rows(a: SimpleNamespace, t: Tally) -> int:
+    first = _starts(a.H, a.rows)
+    last = np.minimum(first + a.rows, a.H)
+    starts = _starts(a.W, a.BLOCK_W)
+    representative = int((np.minimum(last + 1, a.H) - np.maximum(first - 1, 0)).sum())
+    redundant = int((last - np.maximum(first - 2, 0)).sum())
+    taps = sum(_boxes(starts + shift, a.BLOCK_W, a.W) for shift in (-1, 0, 1))
+    places, sample_blocks = len(first) * len(starts), cdiv(a.N, a.BLOCK_N)
+    t.load("x_desc", a.N * a.CR * (representative * taps + redundant * a.W))
+    t.load("packed_desc", sample_blocks * places * a.CO * 10 * a.CR)
+    for plane in ("ratio_ptr", "scale_ptr", "offset_ptr"):
+        t.load(plane, places * a.N * a.CO)
+    t.store("y_desc")
+    steps = sample_blocks * len(starts) * int((last - first + 2).sum())
+    t.multiply(_precision(a.x_desc, a.PRECISION), 10 * steps, a.CO, a.BLOCK_N * a.BLOCK_W, a.CR)
+    return sample_blocks * places
+
+
+def _fusion_statistics(a: SimpleNamespace, t: Tally) -> int:
+    pixels = a.N * a.P * a.C
+    t.load("u3_ptr", pixels)
+    t.load("u1_ptr", pixels)
+    t.load("grad_ptr", pixels if a.WEIGHTED else 0)
+    t.store("partial_ptr")
+    return a.N * cdiv(a.C, a.BLOCK_C) * a.partial_ptr.shape[0]
+
+
+def _fusion_blend(a: SimpleNamespace, t: Tally) -> int:
+    blocks = cdiv(a.P, a.BLOCK_PIX)
+    for name in ("u3_ptr", "u1_ptr"):
+        t.load(name, a.N * a.P * a.C)
+    t.load("partial_ptr", blocks * a.SPLITS * a.N * a.C)
+    t.store("y_ptr")
+    t.store("gate_ptr")
+    return a.N * blocks * cdiv(a.C, a.BLOCK_C)
+
+
+def _fusion_blend_grad(a: SimpleNamespace, t: Tally) -> int:
+    blocks = cdiv(a.P, a.BLOCK_PIX)
+    t.load("grad_ptr", a.N * a.P * a.C)
+    t.load("partial_ptr", blocks * a.SPLITS * a.N * a.C)
+    t.load("gate_ptr", blocks * a.N * a.C)
+    t.store("du3_ptr")
+    t.store("du1_ptr")
+    return a.N * blocks * cdiv(a.C, a.BLOCK_C)
+
+
+def _input_grad(a: SimpleNamespace, t: Tally) -> int:
+    group, outputs, redundant = a.CR // a.G, a.CO // a.G, a.C - a.CR
+    group_blocks = a.G * cdiv(group, a.BLOCK_C)
+    c_blocks = group_blocks + cdiv(redundant, a.BLOCK_C)
+
+    def along(axis: str, size: int, out: int) -> tuple[Reach, Reach]:
+        """Output positions that the centre taps, and all taps, bring to the input positions."""
+        kernel, stride, padding, dilation, centre = _window(a, axis)
+        shifted = np.subtract.outer(np.arange(size) + padding, np.arange(kernel) * dilation)
+        return _reach((np.arange(size) - centre) // stride, out), _reach(shifted[shifted % stride == 0] // stride, out)
+
+    pool, taps = (_area(*axes) for axes in zip(along("H", a.H, a.HO), along("W", a.W, a.WO), strict=True))
+    batch = a.dx_ptr.shape[0]
+    phases = a.STRIDE_H * a.STRIDE_W
+    blocks = batch * cdiv(a.phase_pixels, a.BLOCK_PIX)  # of a phase; a tap reaches one phase
+    t.load(
+        "grad_ptr",
+        batch * (c_blocks * a.CO * pool.reads + group_blocks * outputs * taps.reads),
+        batch * a.CO * (pool.united(taps) + (0 if a.GATED or redundant == 0 else pool.touched)),
+    )
+    t.load("gwc_ptr", blocks * a.KH * a.KW * a.CO * group)
+    t.load("pwc_ptr", blocks * phases * a.CO * a.CR)
+    t.load("redundant_ptr", blocks * phases * a.CO * redundant)
+    vectors = blocks * (phases * c_blocks * a.CO + a.KH * a.KW * group_blocks * outputs)
+    for name in ("ratio_ptr", "shift_ptr"):
+        t.load(name, vectors if a.GATED else 0)
+    t.store("dx_ptr")
+    steps = phases * c_blocks * cdiv(a.CO, a.BLOCK_CO) + a.KH * a.KW * group_blocks * cdiv(outputs, a.BLOCK_CO)
+    t.multiply(_precision(a.grad_ptr, a.PRECISION), blocks * steps, a.BLOCK_PIX, a.BLOCK_C, a.BLOCK_CO)
+    return blocks * phases * c_blocks
+
+
+def _weight_grad(a: SimpleNamespace, t: Tally) -> int:
+    group, redundant = a.CR // a.G, a.C - a.CR
+    co_blocks = cdiv(a.CO // a.G, a.BLOCK_CO)
+    weights = {"redundant_ptr": redundant, "pwc_ptr": a.CR, "gwc_ptr": a.KH * a.KW * group}
+    k_blocks = cdiv(redundant, a.BLOCK_C) + cdiv(a.CR, a.BLOCK_C) + a.KH * a.KW * cdiv(group, a.BLOCK_C)
+    batch, splits = a.units // a.SLICES, a.partial_ptr.shape[0]
+    start = np.arange(a.SLICES) * a.slice_pixels
+    pixels = np.clip(np.minimum(start + a.slice_pixels, a.HO * a.WO) - start, 0, None)
+    taps, pool = tap_area(a), _pool(a)
+    t.load("grad_ptr", k_blocks * batch * a.CO * int(pixels.sum()))
+    t.load(
+        "x_ptr",
+        batch * co_blocks * (a.C * a.G * pool.reads + a.CR * taps.reads),
+        batch * (a.CR * pool.united(taps) + redundant * pool.touched),
+    )
+    for name, columns in weights.items():
+        t.load(name, a.units * a.CO * columns if a.GATED else 0)
+    t.load("ratio_ptr", k_blocks * a.units * a.CO if a.GATED else 0)
+    t.store("inner_ptr", None if a.GATED else 0)
+    t.store("partial_ptr")
+    steps = k_blocks * a.G * co_blocks * batch * int(cdiv(pixels, a.BLOCK_PIX).sum())
+    t.multiply(_precision(a.grad_ptr, a.PRECISION), steps, a.BLOCK_CO, a.BLOCK_C, a.BLOCK_PIX)
+    return k_blocks * a.G * co_blocks * splits
+
+
+def _gate_grad(a: SimpleNamespace, t: Tally) -> int:
+    t.load("inner_ptr", a.K_BLOCKS * a.N * a.SLICES * a.CO)
+    t.load("ratio_ptr", a.N * a.CO)
+    t.load("grad_ptr", a.N * a.P * a.CO if a.BRANCH_BIAS else 0)
+    t.load("branch_bias_ptr", 2 * a.N * a.CO if a.BRANCH_BIAS else 0)
+    t.store("shift_ptr")
+    t.store("gate_ptr", None if a.PREPARE else 0)
+    t.store("terms_ptr", None if a.BRANCH_BIAS else 0)
+    return a.N * cdiv(a.CO, a.BLOCK_CO)
+
+
+def _finish_weights(a: SimpleNamespace, t: Tally) -> int:
+    group, outputs, redundant, taps = a.CR // a.G, a.CO // a.G, a.C - a.CR, a.KH * a.KW
+    co_blocks = a.G * cdiv(outputs, a.BLOCK_CO)
+    c_blocks, redundant_blocks = cdiv(group, a.BLOCK_C), cdiv(redundant, a.BLOCK_C)
+    k_blocks = redundant_blocks + cdiv(a.CR, a.BLOCK_C) + taps * c_blocks
+    programs = co_blocks * k_blocks
+    shifts = k_blocks * a.N * a.CO if a.GATED else 0
+    means = co_blocks * a.N if a.GATED else 0
+    t.load("partial_ptr", a.SPLITS * a.CO * (a.C + taps * group))
+    t.load("tap_mean_ptr", means * taps * group)
+    t.load("pool_mean_ptr", means * a.C)
+    t.load("terms_ptr", 2 * a.N * a.CO if a.BRANCH_BIAS else 0)
+    t.store("d_gwc_ptr")
+    t.store("d_pwc_ptr")
+    t.store("d_redundant_ptr", None if redundant else 0)
+    t.store("d_branch_bias_ptr", None if a.BRANCH_BIAS else 0)
+    if a.GATED:
+        t.multiply("ieee", programs * cdiv(a.N, a.BLOCK_N), a.BLOCK_CO, a.BLOCK_C, a.BLOCK_N)
+
+    weights = {"gwc_ptr": taps * group, "pwc_ptr": a.CR, "redundant_ptr": redundant}
+    reads = 0
+    if a.PREPARE:
+        sample_blocks = cdiv(a.N, a.BLOCK_N)
+        group_blocks = a.G * c_blocks
+        planes = sample_blocks * (group_blocks + redundant_blocks)
+        shifts += a.N * ((group_blocks + redundant_blocks) * a.CO + group_blocks * taps * outputs)
+        steps = planes * cdiv(a.CO, a.BLOCK_CO) + sample_blocks * group_blocks * taps * cdiv(outputs, a.BLOCK_CO)
+        t.multiply("tf32x3", steps, a.BLOCK_N, a.BLOCK_C, a.BLOCK_CO)
+        programs += planes + cdiv(a.ROWS, a.BLOCK_ROWS) * cdiv(a.C, a.BLOCK_COLUMNS)
+        reads = sample_blocks + 1  # of the weights: for the planes of every block of samples, and for packing
+    t.load("shift_ptr", shifts)
+    for name, columns in weights.items():
+        t.load(name, reads * a.CO * columns)
+    t.store("packed_ptr", None if a.PREPARE else 0)
+    t.store("constant_ptr", None if a.PREPARE else 0)
+    return programs
+
+
+def _input_grad_descriptor(a: SimpleNamespace, t: Tally) -> int:
+    merged_outputs = a.CO // a.G * a.MERGE
+    redundant = sum(first >= a.CR for first in range(0, a.C, a.BLOCK_C)) * a.BLOCK_C
+    representative = a.C - redundant  # and in a mixed tile the redundant channels beside them
+
+    def along(size: int, block: int) -> tuple[int, int, int]:
+        """Positions inside that the taps read, taps visited, and how many of them ever are."""
+        starts = _starts(size, block)
+        inside = sum(_boxes(starts + 1 - tap, block, size) for tap in range(3))
+        return inside, 3 * len(starts) - (2 if block == 1 else 0), 1 if block == size == 1 else 3
+
+    rows, columns = along(a.H, a.BLOCK_H), along(a.W, a.BLOCK_W)
+    tap_reads, visited, ever = (row * column for row, column in zip(rows, columns, strict=True))
+    places, sample_blocks = a.TILES_H * a.TILES_W, cdiv(a.N, a.BLOCK_N)
+    point = 0 if a.MIXED else a.CO - merged_outputs  # output channels that representative ones sum over at one pixel
+    blocks, redundant_blocks = representative // a.BLOCK_C, redundant // a.BLOCK_C
+    t.load(
+        "grad_desc",
+        a.N * (blocks * (point * a.H * a.W + merged_outputs * tap_reads) + redundant_blocks * a.CO * a.H * a.W),
+    )
+    depth, redundant_depth = point * places + merged_outputs * visited, a.CO * places
+    t.load(
+        "weight_desc",
+        sample_blocks * (representative * depth + redundant * redundant_depth),
+        representative * (point + merged_outputs * ever) + redundant * a.CO,
+    )
+    gates = 2 if a.TRANSPOSED and a.MIXED else 1
+    t.load("gate_desc", gates * a.N * (blocks * depth + redundant_blocks * redundant_depth))
+    edges, channels = 2 * a.TILES_H + 2 * a.TILES_W + 4, a.C if a.MIXED else representative
+    t.load("constant_ptr", a.N * (a.C * places + channels * edges), a.N * (a.C + 8 * channels))
+    t.store("dx_desc")
+    pixels = a.BLOCK_N * a.BLOCK_H * a.BLOCK_W
+    steps = sample_blocks * (blocks * depth + redundant_blocks * redundant_depth)
+    t.multiply(_precision(a.grad_desc), steps, pixels, a.BLOCK_C)
+    return sample_blocks * places * (blocks + redundant_blocks)
+
+
+def _weight_grad_descriptor(a: SimpleNamespace, t: Tally) -> int:
+    group = a.CR // a.G
+    height = a.grad_desc.shape[1]
+    batch, splits = a.units // a.SLICES, a.partial_ptr.shape[0]
+    co_blocks, pointwise, per_tap = a.CO // a.BLOCK_CO, a.C // a.BLOCK_C, group * a.MERGE // a.BLOCK_C
+    k_tiles = pointwise + 8 * per_tap
+    rows, columns = _starts(a.SLICES * a.slice_height, a.BLOCK_H), _starts(a.W, a.BLOCK_W)
+    inside = np.outer(
+        [_boxes(rows + tap - 1, a.BLOCK_H, height) for tap in range(3)],
+        [_boxes(columns + tap - 1, a.BLOCK_W, a.W) for tap in range(3)],
+    )
+    centre = int(inside[1, 1])
+    t.load("grad_desc", k_tiles * batch * a.CO * centre)
+    t.load("x_desc", batch * co_blocks * a.BLOCK_C * (pointwise * centre + per_tap * (int(inside.sum()) - centre)))
+    for name, width in {"gwc_ptr": 9 * group, "pwc_ptr": a.CR, "redundant_ptr": a.C - a.CR}.items():
+        t.load(name, a.units * a.CO * width)
+    t.load("ratio_ptr", k_tiles * a.units * a.CO)
+    t.store("inner_ptr")
+    t.store("partial_ptr")
+    steps = k_tiles * co_blocks * batch * len(rows) * len(columns)
+    t.multiply(_precision(a.grad_desc), steps, a.BLOCK_CO, a.BLOCK_C, a.BLOCK_H * a.BLOCK_W)
+    return k_tiles * co_blocks * splits
+
+
+FORMULAS: dict[str, Callable[[SimpleNamespace, Tally], int]] = {
+    formula.__name__.removeprefix("_"): formula
+    for formula in (
+        _branch_forward,
+        _onepass_forward,
+        _window_statistics,
+        _gate_planes,
+        _onepass_descriptor,
+        _onepass_rows,
+        _fusion_statistics,
+        _fusion_blend,
+        _fusion_blend_grad,
+        _input_grad,
+        _weight_grad,
+        _gate_grad,
+        _finish_weights,
+        _input_grad_descriptor,
+        _weight_grad_descriptor,
+    )
+}
+"""By kernel. Each tallies a launch and returns how many programs it should have."""
