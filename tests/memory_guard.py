@@ -322,7 +322,8 @@ class _Guard:
         launch = self.current
         launch.grid = interpreter.interpreter_builder.grid_dim
         for argument in self.by_number.values():
-            launch.unique_loaded_bytes[argument.name] = int(argument.loaded.sum()) * argument.itemsize
+            if argument.loaded.any():
+                launch.unique_loaded_bytes[argument.name] = int(argument.loaded.sum()) * argument.itemsize
             if not argument.is_output or f"{launch.kernel}.{argument.name}" in self.partly_stored:
                 continue
             positions = np.flatnonzero(argument.held)
