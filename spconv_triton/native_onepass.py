@@ -124,7 +124,7 @@ class OnePass(torch.autograd.Function):
         *tensors, ctx.geometry = arguments
         y, d = _forward(*arguments)
         ctx.save_for_backward(*tensors, d)
-        return y
+        return y.data  # a view of nothing: autograd forbids an in-place ReLU behind a Function that returns a view
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:

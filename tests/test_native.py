@@ -131,6 +131,20 @@ def test_takes_any_strides(view: Callable[[Inputs], Tensor]) -> None:
         assert_agrees(native, inputs)
 
 
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_an_in_place_operation_may_follow(case: Case, memory_format: torch.memory_format) -> None:
+    """As ``nn.ReLU(inplace=True)`` does in half of all networks; also where Y shares its memory with a branch."""
+    inputs = make_inputs(case, torch.float64, memory_format=memory_format)
+    leaves = list(inputs.tensors().values())
+
+    def gradients(relu: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(relu(native(*inputs.positional(), **inputs.window)).square().sum(), leaves)
+
+    for got, expected in zip(gradients(torch.relu_), gradients(torch.relu), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("case", [BY_NAME["plain"], BY_NAME["stride-2-odd"], BY_NAME["no-padding"]], ids=str)
 def test_takes_an_empty_batch(case: Case) -> None:
     inputs = make_inputs(replace(case, batch=0), branch_bias=True)
