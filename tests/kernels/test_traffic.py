@@ -41,7 +41,6 @@ CASES = (
     Case("shifted", 1, 8, 8, (10, 8), stride=(3, 2), padding=(0, 2)),
     Case("wide-padding", 1, 8, 8, (3, 4), padding=(3, 2)),
     Case("dilated-strides", 1, 8, 8, (9, 8), stride=(2, 4), padding=(2, 1), dilation=(2, 2)),
-    SAMPLES,
     Case("alpha-1", 2, 8, 8, (6, 5), alpha=1.0),
 )
 
@@ -51,7 +50,7 @@ DESCRIPTOR_FORWARD = (
     (Tile(4, 4, 4, 64, 16, 4, 4), Case("two-groups", 5, 64, 128, (3, 5))),
     (Tile(16, 2, 2, 64, 16, 4, 4), Case("merged", 3, 64, 64, (5, 2), alpha=1 / 4)),
     (Tile(64, 1, 1, 64, 32, 4, 4), replace(WIDE, size=(3, 2))),
-    (Tile(16, 1, 1, 64, 32, 4, 4), replace(WIDE, batch=18, size=(1, 1))),
+    (Tile(4, 1, 1, 64, 32, 4, 4), replace(WIDE, batch=5, size=(1, 1))),
     (Tile(1, 8, 8, 64, 32, 4, 4), replace(WIDE, size=(6, 18), stride=(2, 2))),
     (Tile(64, 1, 1, 64, 16, 4, 4), replace(WIDE, size=(2, 6), groups=2, stride=(2, 2))),
 )
@@ -60,7 +59,7 @@ DESCRIPTOR_BACKWARD = (
     (InputTile(False, 2, 8, 8, 32, 64, 4, 3), Case("mixed-apart", 3, 64, 64, (9, 3))),
     (InputTile(True, 1, 8, 16, 64, 64, 4, 3), Case("one-group", 2, 128, 64, (9, 17), groups=1)),
     (InputTile(False, 8, 4, 4, 16, 64, 4, 3), Case("four-groups", 3, 64, 128, (5, 4), groups=4)),
-    (InputTile(False, 16, 1, 1, 16, 64, 4, 3), Case("single-pixels", 18, 48, 64, (2, 1), alpha=1 / 3)),
+    (InputTile(False, 4, 1, 1, 16, 64, 4, 3), Case("single-pixels", 5, 48, 64, (2, 1), alpha=1 / 3)),
     (InputTile(False, 16, 1, 1, 32, 64, 4, 3), Case("one-pixel", 2, 64, 64, (1, 1))),
 )
 
@@ -165,7 +164,7 @@ def backward(
 
 
 def tune(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
-    """Every tuned kernel runs with this row of its table, or the last."""
+    """Every tuned kernel runs with this row of its table, or the last; elsewhere it is always the last."""
     for kernel in launch.TUNED_KERNELS:
         if isinstance(kernel, triton.runtime.Autotuner):
             table = TABLES[kernel.base_fn.__name__]
@@ -177,12 +176,12 @@ def test_forward(case: Case, device: str) -> None:
     forward(case, device)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [replace(BLOCKS, batch=1), *CASES[1:]], ids=str)
 def test_backward(case: Case, device: str) -> None:
     backward(case, device)
 
 
-@pytest.mark.parametrize("row", range(5))
+@pytest.mark.parametrize("row", range(4))
 def test_every_configuration(row: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(monkeypatch, row)
     forward(BLOCKS, device)
