@@ -166,5 +166,20 @@ def test_committed_tables_and_picture_are_current(tmp_path: Path, capsys: pytest
             assert len({line.count("|") for line in lines.splitlines()}) == 1
 
 
+def test_readme_is_current() -> None:
+    readme = " ".join((RESULTS.parent / "README.md").read_text().split())
+    for case in RESNET50:
+        cells = [f"{case.in_channels}@{case.size[0]}"]
+        for device in DEVICES:
+            seconds = (floor_seconds(replace(case, batch=128), path, "forward", device) for path in PATHS)
+            cells.append(" / ".join(roofline.number(1e6 * s) for s in seconds))
+        assert f"| {' | '.join(cells)} |" in readme, f"benchmarks/README.md, {cells}"
+    gains = []
+    for device in DEVICES:
+        sums = roofline.total(roofline.row(one, 128, (device,)) for one in convolutions("resnet50"))
+        gains.append(f"{sums.seconds[device, 'conv2d'] / sums.seconds[device, 'onepass']:.2f} x")
+    assert f"{gains[0]} as long as one pass on an A100, {gains[1]} on an H100 and {gains[2]} on an H200" in readme
+
+
 def words(svg: Path) -> list[str]:
     return re.findall(r">([^<>\n]+)</(?:text|tspan)>", svg.read_text())
