@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -17,11 +16,8 @@ if not HAS_TRITON or INTERPRETED:
     pytest.skip("needs compiled kernels: runs natively", allow_module_level=True)
 
 from cases import RESNET50, Case
-from lowering import inductor_sources
-from test_lowering import launches
 
 from benchmarks.machine_code import compile_kernel, count, read
-from spconv_triton import SPConv2d
 from spconv_triton.geometry import Geometry
 from spconv_triton.launch import gradients
 from spconv_triton.launch import gradients_descriptor as descriptor
@@ -162,17 +158,3 @@ def test_reductions(target: str, prepare: bool) -> None:
         used = read(compiled(gradients, name, target, launch))
         assert used.spilled_bytes == 0, f"{name}: {used.spilled_bytes} bytes spilled a thread"
         assert used.shared_bytes <= 64 * 1024
-
-
-def test_compiled_backward_is_four_launches() -> None:
-    layer = SPConv2d(64, 64, 3, padding=1, bias=False, backend="triton").half().to(memory_format=torch.channels_last)
-    x = torch.randn(2, 64, 8, 8).half().contiguous(memory_format=torch.channels_last).requires_grad_()
-    with mock.patch.object(descriptor, "capability", lambda device: (9, 0)):
-        _, backward = inductor_sources(layer, x)
-    calls = re.findall(
-        r"torch\.ops\.spconv_triton\.(\w+)\.default\(|^\s*(gate_grad|finish_weights)_\d+\.run\(", backward, re.M
-    )
-    names = [opaque or traced for opaque, traced in calls]
-    assert names == ["weight_grad_descriptor", "gate_grad", "finish_weights", "input_grad_descriptor"]
-    assert len(launches(backward)) == 2
-    assert "cpp_fused" not in backward, "a copy or a fill besides the four launches"

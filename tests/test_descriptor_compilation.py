@@ -15,11 +15,8 @@ if not HAS_TRITON or INTERPRETED:
     pytest.skip("needs compiled kernels: runs natively", allow_module_level=True)
 
 from cases import RESNET50, Case
-from lowering import inductor_sources
-from test_lowering import launches
 
 from benchmarks.machine_code import MachineCode, compile_kernel, count, read
-from spconv_triton import SPConv2d
 from spconv_triton.launch import descriptor
 from spconv_triton.launch.descriptor import Tile
 
@@ -141,15 +138,3 @@ def test_steps_are_as_short_as_the_sketch_s(case: Case) -> None:
     kernel = compiled(case, tile, "sm_90", torch.float16)
     assert len(read(kernel).loop) <= 1.05 * instructions
     assert programs_a_processor(read(kernel), tile.num_warps) >= 2
-
-
-def test_compiled_layer_calls_the_operator_after_its_weights_are_packed() -> None:
-    layer = SPConv2d(64, 64, 3, padding=1, bias=False, backend="triton").half().to(memory_format=torch.channels_last)
-    x = torch.randn(2, 64, 8, 8).half().contiguous(memory_format=torch.channels_last).requires_grad_()
-    with mock.patch.object(descriptor, "capability", lambda device: (9, 0)):
-        forward, backward = inductor_sources(layer, x)
-    assert launches(forward) == ["window_statistics", "gate_planes"]
-    called = forward.index("torch.ops.spconv_triton.onepass_descriptor")
-    assert forward.rindex(".run(") < called
-    assert "onepass_descriptor" not in backward
-    assert "cpp_fused" not in forward, "a copy or a fill besides the three launches"

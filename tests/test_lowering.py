@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lowering import inductor_sources
 
 from spconv_triton import SPConv2d
 from spconv_triton.dispatch import INTERPRETED
+from spconv_triton.launch import descriptor, gradients_descriptor
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels: runs natively"),
@@ -48,3 +50,29 @@ def test_dynamic_batch_gives_a_symbolic_grid() -> None:
         (forward,) = inductor_sources(layer, x, dynamic=True)
     assert launches(forward) == ["window_statistics", "gate_planes", "onepass_forward"]
     assert re.search(r"onepass_forward\w*\.run\([^)]*\bs\d+", forward)
+
+
+def test_convolution_over_descriptors_is_called_after_its_weights_are_packed() -> None:
+    layer = SPConv2d(64, 64, 3, padding=1, bias=False, backend="triton").half().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 64, 8, 8).half().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with mock.patch.object(descriptor, "capability", lambda device: (9, 0)):
+        forward, backward = inductor_sources(layer, x)
+    assert launches(forward) == ["window_statistics", "gate_planes"]
+    called = forward.index("torch.ops.spconv_triton.onepass_descriptor")
+    assert forward.rindex(".run(") < called
+    assert "onepass_descriptor" not in backward
+    assert "cpp_fused" not in forward, "a copy or a fill besides the three launches"
+
+
+def test_backward_over_descriptors_is_four_launches() -> None:
+    layer = SPConv2d(64, 64, 3, padding=1, bias=False, backend="triton").half().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 64, 8, 8).half().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with mock.patch.object(gradients_descriptor, "capability", lambda device: (9, 0)):
+        _, backward = inductor_sources(layer, x)
+    calls = re.findall(
+        r"torch\.ops\.spconv_triton\.(\w+)\.default\(|^\s*(gate_grad|finish_weights)_\d+\.run\(", backward, re.M
+    )
+    names = [opaque or traced for opaque, traced in calls]
+    assert names == ["weight_grad_descriptor", "gate_grad", "finish_weights", "input_grad_descriptor"]
+    assert len(launches(backward)) == 2
+    assert "cpp_fused" not in backward, "a copy or a fill besides the four launches"
