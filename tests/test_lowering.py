@@ -33,6 +33,7 @@ def test_layer_launches_our_kernels(target: str) -> None:
     assert launches(forward) == ["window_statistics", "gate_planes", "onepass_forward"]
     assert launches(backward) == ["weight_grad", "gate_grad", "finish_weights", "input_grad"]
     assert "torch.ops.spconv_triton" not in forward + backward
+    assert "fused_empty" not in forward + backward, "a pass that fills what a kernel is about to write"
 
 
 def test_branches_and_fusion_launch_our_kernels() -> None:

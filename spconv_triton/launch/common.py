@@ -83,10 +83,12 @@ def pixel_arguments(x: Tensor, output_size: tuple[int, int]) -> tuple[int, int, 
 
 
 def empty_channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Uninitialised [N, channels, height, width] of the dtype and device of ``x``."""
-    return torch.empty(
-        (x.shape[0], channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    """Uninitialised [N, channels, height, width] of the dtype and device of ``x``.
+
+    By its strides: Inductor writes NaN to every element of what ``torch.empty`` makes in a memory format.
+    """
+    strides = (channels * height * width, 1, width * channels, channels)
+    return torch.empty_strided((x.shape[0], channels, height, width), strides, dtype=x.dtype, device=x.device)
 
 
 def empty_output(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> Tensor:
