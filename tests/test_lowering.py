@@ -1,27 +1,35 @@
-"""A compiled layer, lowered for a GPU that is not there, launches our kernels and nothing opaque."""
+"""Compiled layers and a compiled network, lowered for a GPU that is not there, launch our kernels and nothing else."""
 
 from __future__ import annotations
 
 import re
-from unittest import mock
 
 import pytest
 import torch
-from lowering import inductor_sources
+from lowering import calls, inductor_sources
 
-from spconv_triton import SPConv2d
+from spconv_triton import SPConv2d, models
 from spconv_triton.dispatch import INTERPRETED
-from spconv_triton.launch import descriptor, gradients_descriptor
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels: runs natively"),
     pytest.mark.filterwarnings("ignore"),  # Inductor's own
 ]
 
+FORWARD = ["window_statistics", "gate_planes", "onepass_forward"]
+BACKWARD = ["weight_grad", "gate_grad", "finish_weights", "input_grad"]
+
+OTHER_CONVOLUTIONS = 3
+"""ResNet-20's first convolution and its two shortcuts stay what they are."""
+
 
 def launches(source: str) -> list[str]:
-    """The Triton kernels that the generated code launches, in order, without the number that makes a name unique."""
-    return [re.sub(r"_\d+$", "", name) for name in re.findall(r"^\s*(\w+)\.run\(", source, re.M)]
+    return [call.name for call in calls(source)]
+
+
+def convolutions(source: str) -> int:
+    """Of ATen, forward or backward, as the generated code calls them."""
+    return len(re.findall(r"= (?:extern_kernels|torch\.ops\.aten)\.convolution\w*(?:\.default)?\(", source))
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -30,10 +38,17 @@ def test_layer_launches_our_kernels(target: str) -> None:
     layer.to(memory_format=torch.channels_last)
     x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
     forward, backward = inductor_sources(layer, x, target=target)
-    assert launches(forward) == ["window_statistics", "gate_planes", "onepass_forward"]
-    assert launches(backward) == ["weight_grad", "gate_grad", "finish_weights", "input_grad"]
-    assert "torch.ops.spconv_triton" not in forward + backward
-    assert "fused_empty" not in forward + backward, "a pass that fills what a kernel is about to write"
+    assert launches(forward) == FORWARD
+    assert launches(backward) == BACKWARD
+
+
+def test_layer_over_descriptors_calls_our_operators() -> None:
+    """PyTorch loses a kernel that is given descriptors, so those are operators that it does not see into."""
+    layer = SPConv2d(64, 64, 3, padding=1, bias=False, backend="triton", dtype=torch.float16)
+    x = torch.randn(2, 64, 8, 8).half().contiguous(memory_format=torch.channels_last).requires_grad_()
+    forward, backward = inductor_sources(layer, x, capability=(9, 0))
+    assert launches(forward) == [*FORWARD[:2], "onepass_descriptor"]
+    assert launches(backward) == ["weight_grad_descriptor", *BACKWARD[1:3], "input_grad_descriptor"]
 
 
 def test_branches_and_fusion_launch_our_kernels() -> None:
@@ -44,36 +59,50 @@ def test_branches_and_fusion_launch_our_kernels() -> None:
     assert launches(backward) == ["fusion_statistics", "fusion_blend_grad", "weight_grad", "finish_weights"]
 
 
-def test_dynamic_batch_gives_a_symbolic_grid() -> None:
+def resnet20(*, branch_norm: bool) -> tuple[torch.nn.Module, torch.Tensor]:
+    network = models.resnet20(0.5, branch_norm=branch_norm, backend="triton").to(memory_format=torch.channels_last)
+    assert sum(isinstance(module, SPConv2d) for module in network.modules()) == 18
+    return network, torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+
+
+def test_dynamic_sizes_give_symbolic_grids() -> None:
     layer = SPConv2d(32, 32, 3, padding=1, backend="triton")
     x = torch.randn(3, 32, 8, 9).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         (forward,) = inductor_sources(layer, x, dynamic=True)
-    assert launches(forward) == ["window_statistics", "gate_planes", "onepass_forward"]
-    assert re.search(r"onepass_forward\w*\.run\([^)]*\bs\d+", forward)
+    assert launches(forward) == FORWARD
+    assert all(call.symbolic for call in calls(forward))
 
 
-def test_convolution_over_descriptors_is_called_after_its_weights_are_packed() -> None:
-    layer = SPConv2d(64, 64, 3, padding=1, bias=False, backend="triton").half().to(memory_format=torch.channels_last)
-    x = torch.randn(2, 64, 8, 8).half().contiguous(memory_format=torch.channels_last).requires_grad_()
-    with mock.patch.object(descriptor, "capability", lambda device: (9, 0)):
-        forward, backward = inductor_sources(layer, x)
-    assert launches(forward) == ["window_statistics", "gate_planes"]
-    called = forward.index("torch.ops.spconv_triton.onepass_descriptor")
-    assert forward.rindex(".run(") < called
-    assert "onepass_descriptor" not in backward
-    assert "cpp_fused" not in forward, "a copy or a fill besides the three launches"
+def test_resnet20_launches_three_kernels_a_layer_forward_and_four_backward() -> None:
+    """As one graph, for any batch."""
+    network, x = resnet20(branch_norm=False)
+    torch._dynamo.mark_dynamic(x, 0)
+    forward, backward = inductor_sources(network, x, dynamic=None)
+    assert launches(forward) == 18 * FORWARD
+    assert launches(backward) == 18 * BACKWARD
+    assert convolutions(forward) == convolutions(backward) == OTHER_CONVOLUTIONS
+    for call in calls(forward) + calls(backward):
+        # The other two go over weights; into how many slices, small batches decide by a guard.
+        if call.name not in ("weight_grad", "finish_weights"):
+            assert call.symbolic, call
 
 
-def test_backward_over_descriptors_is_four_launches() -> None:
-    layer = SPConv2d(64, 64, 3, padding=1, bias=False, backend="triton").half().to(memory_format=torch.channels_last)
-    x = torch.randn(2, 64, 8, 8).half().contiguous(memory_format=torch.channels_last).requires_grad_()
-    with mock.patch.object(gradients_descriptor, "capability", lambda device: (9, 0)):
-        _, backward = inductor_sources(layer, x)
-    calls = re.findall(
-        r"torch\.ops\.spconv_triton\.(\w+)\.default\(|^\s*(gate_grad|finish_weights)_\d+\.run\(", backward, re.M
-    )
-    names = [opaque or traced for opaque, traced in calls]
-    assert names == ["weight_grad_descriptor", "gate_grad", "finish_weights", "input_grad_descriptor"]
-    assert len(launches(backward)) == 2
-    assert "cpp_fused" not in backward, "a copy or a fill besides the four launches"
+def test_resnet20_with_branch_norms_launches_in_every_layer_what_one_alone_does() -> None:
+    layer = SPConv2d(32, 32, 3, padding=1, bias=False, branch_norm=True, backend="triton")
+    x = torch.randn(4, 32, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    alone = inductor_sources(layer.to(memory_format=torch.channels_last), x)
+    assert "branch_forward" in launches(alone[0])
+    network, images = resnet20(branch_norm=True)
+    for one, whole in zip(alone, inductor_sources(network, images), strict=True):
+        assert launches(whole) == 18 * launches(one)
+        assert convolutions(whole) == OTHER_CONVOLUTIONS + 18 * convolutions(one)
+
+
+def test_branch_norms_fold_in_eval() -> None:
+    layer = SPConv2d(32, 32, 3, padding=1, branch_norm=True, backend="triton").to(memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        (forward,) = inductor_sources(layer.eval(), x)
+    assert launches(forward) == FORWARD
+    assert convolutions(forward) == 0
