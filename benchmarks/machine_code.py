@@ -111,6 +111,7 @@ class MachineCode:
         tensor_memory: columns that a program allocates, on sm_100.
         instructions: mnemonics with their modifiers, in program order.
         loop: those of one step of the hot loop (see :func:`_hot_loop`), empty if nothing is multiplied in one.
+        looped: those of all innermost loops that multiply.
     """
 
     registers: int
@@ -119,6 +120,7 @@ class MachineCode:
     tensor_memory: int
     instructions: tuple[str, ...]
     loop: tuple[str, ...]
+    looped: tuple[str, ...]
 
     def count(self, opcode: str) -> int:
         """How many instructions are of this opcode, whatever their modifiers."""
@@ -156,7 +158,8 @@ def read(compiled: Any) -> MachineCode:
         number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         registers, spilled = number["REG"], number["STACK"] + number["LOCAL"]
         tensor_memory, listing = compiled.metadata.tmem_size, _read_machine_code(machine_code)
-    return MachineCode(registers, spilled, shared, tensor_memory, tuple(listing.instructions), _hot_loop(listing))
+    loop, looped = _hot_loop(listing)
+    return MachineCode(registers, spilled, shared, tensor_memory, tuple(listing.instructions), loop, looped)
 
 
 class _Listing(NamedTuple):
@@ -196,28 +199,37 @@ def _read_listing(text: str, label: re.Pattern, instruction: re.Pattern, branch:
     return _Listing(instructions, [(source, labels[name]) for source, name in branches])
 
 
-def _hot_loop(listing: _Listing) -> tuple[str, ...]:
-    """Instructions of one step of the shortest loop with the most products, as all but one step runs them.
+def _hot_loop(listing: _Listing) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Instructions of one step of the hot loop, and of every innermost loop that multiplies.
 
-    Products are the tensor cores', or multiply-adds where a kernel has none of those. A branch forward over
-    multiplications is the gate: it is taken once, and left out.
+    Products are the tensor cores', or multiply-adds where a kernel has none of those. The hot loop is the shortest with
+    the most of them, as all but one step runs it: a branch forward over multiplications, and no products, is the gate,
+    which is taken once, and left out.
     """
     instructions, jumps = listing
     products = PRODUCTS if any(map(is_product, instructions)) else VECTOR_PRODUCTS
     # What is compiled behind the end, such as a wait that takes long, jumps back as well, and is no loop.
     loops = [(b, a + 1) for a, b in jumps if b <= a and not count(instructions[b:a], "EXIT", "s_endpgm")]
     held = {loop: sum(i.startswith(products) for i in instructions[slice(*loop)]) for loop in loops}
-    start, stop = min(loops, key=lambda loop: (-held[loop], loop[1] - loop[0]), default=(0, 0))
-    if not held.get((start, stop)):
-        return ()
+    multiplying = [loop for loop in held if held[loop]]
+    if not multiplying:
+        return (), ()
+    start, stop = min(multiplying, key=lambda loop: (-held[loop], loop[1] - loop[0]))
     once = {
         position
         for source, target in jumps
         if start <= source < target <= stop
         and any(i.startswith(MULTIPLICATIONS) for i in instructions[source + 1 : target])
+        and not any(i.startswith(products) for i in instructions[source + 1 : target])
         for position in range(source + 1, target)
     }
-    return tuple(instructions[i] for i in range(start, stop) if i not in once)
+    innermost = [
+        loop for loop in multiplying if not any(loop[0] <= a and b <= loop[1] for a, b in multiplying if (a, b) != loop)
+    ]
+    return (
+        tuple(instructions[i] for i in range(start, stop) if i not in once),
+        tuple(i for loop in innermost for i in instructions[slice(*loop)]),
+    )
 
 
 def _disassemble(compiled: Any) -> tuple[str, str]:

@@ -15,7 +15,7 @@ class Exempt(NamedTuple):
     Attributes:
         kernel: their kernel.
         targets, precisions: theirs; any if empty.
-        spilled_bytes: at most so many, and none of them in the hot loop.
+        spilled_bytes: at most so many, and none of them touched in a loop that multiplies.
         reason: why that is no matter.
     """
 
@@ -31,7 +31,7 @@ class Exempt(NamedTuple):
             and (not self.targets or row.target in self.targets)
             and (not self.precisions or row.precision in self.precisions)
             and row.spilled_bytes <= self.spilled_bytes
-            and row.loop_local == 0
+            and row.looped_local == 0
         )
 
 
@@ -48,7 +48,7 @@ def complaints(rows: Iterable[Row], exempt: Sequence[Exempt] = EXEMPT) -> list[s
         if (row.spilled_bytes or row.local) and not any(one.covers(row) for one in exempt):
             found.append(
                 f"{row}: spills {row.spilled_bytes} bytes a thread at {row.registers} registers, {row.local} loads and "
-                f"stores of local memory, {row.loop_local} of them in the hot loop"
+                f"stores of local memory, {row.looped_local} of them in loops that multiply"
             )
         limit = PROCESSORS[row.target].program_shared_bytes
         if row.shared_bytes > limit:

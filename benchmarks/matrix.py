@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -44,15 +45,13 @@ SIDES = (7, 14, 28, 56, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64,
 SIZES = (*((side, side) for side in SIDES), (4, 8), (8, 16), (8, 4), (16, 8), (4, 64), (64, 4))
 """Of the outputs that are tried for the sake of a tile: ResNet-50's first."""
 
-EPILOGUE = {"bias": True, "branch_bias": True, "residual": True, "relu": True}
-
 
 class Layer(NamedTuple):
     """A layer, where it is compiled, and what else its launches are told."""
 
     case: Case
     on: tuple[tuple[str, str], ...]
-    options: Mapping[str, bool] = MappingProxyType({})
+    options: Mapping[str, Any] = MappingProxyType({})
     only: tuple[str, ...] = ()
     """The kernels that it is compiled for; all if empty."""
 
@@ -115,11 +114,13 @@ def layers() -> tuple[Layer, ...]:
     flat_only = tuple((target, precision) for target, precision in EVERYWHERE if target in DESCRIPTOR_TARGETS)
     found = [
         Layer(wide, EVERYWHERE),
-        Layer(strided(wide), EVERYWHERE, EPILOGUE),
+        Layer(strided(wide), EVERYWHERE, followed_by("silu", wide)),
         Layer(replace(wide, name="branch", alpha=1.0), EVERYWHERE),
         Layer(replace(strided(wide), name="branch stride 2", alpha=1.0), SOMEWHERE),
         Layer(odd, tuple(dict.fromkeys((*flat_only, *SOMEWHERE)))),
-        Layer(replace(wide, name="epilogue"), SOMEWHERE, EPILOGUE),
+        Layer(replace(wide, name="residual, silu"), SOMEWHERE, followed_by("silu", wide)),
+        Layer(replace(wide, name="residual, relu"), SOMEWHERE, followed_by("relu", wide)),
+        Layer(replace(wide, name="residual, relu6"), SOMEWHERE, followed_by("relu6", wide)),
         Layer(replace(strided(wide), name="stride 2, bare"), SOMEWHERE),
         Layer(replace(wide, name="k5", kernel_size=(5, 5), padding=(2, 2)), SOMEWHERE),
         Layer(replace(wide, name="dilated", dilation=(2, 2), padding=(2, 2)), SOMEWHERE),
@@ -132,6 +133,12 @@ def layers() -> tuple[Layer, ...]:
         found += [Layer(case, SOMEWHERE), Layer(strided(case), SOMEWHERE)]
     found += _descriptor_layers()
     return tuple(found)
+
+
+def followed_by(activation: str, case: Case, *, residual: bool = True) -> dict[str, Any]:
+    """Options of a layer with all biases, a norm's scale, maybe a residual, and an activation behind it."""
+    scale = torch.empty(case.out_channels, device="meta")
+    return {"bias": True, "branch_bias": True, "norm_scale": scale, "residual": residual, "activation": activation}
 
 
 def strided(case: Case) -> Case:
@@ -154,9 +161,13 @@ def _descriptor_layers() -> Iterator[Layer]:
         yield from (Layer(sized, on("float16"), only=kernels) for sized in _sizes_of_tiles(case, 1))
         yield from (Layer(sized, on("float16"), only=kernels) for sized in _sizes_of_tiles(case, 2))
     for case in RESNET50:
-        residual = replace(case, name=f"{case.name} epilogue", batch=128)
         others = ("weight_grad_descriptor", "gate_planes", "gate_grad", "finish_weights")
-        yield Layer(residual, halves_and_tf32, EPILOGUE, (*kernels, *others))
+        for activation in ("relu", "relu6", "silu"):
+            named = replace(case, name=f"{case.name} {activation}", batch=128)
+            yield Layer(named, on("float16"), followed_by(activation, case, residual=False), kernels)
+            named = replace(case, name=f"{case.name} residual, {activation}", batch=128)
+            on_all = halves_and_tf32 if activation == "silu" else on("float16")
+            yield Layer(named, on_all, followed_by(activation, case), (*kernels, *others))
 
 
 def _sizes_of_tiles(case: Case, stride: int, sizes: Sequence[tuple[int, int]] = ()) -> Iterator[Case]:
@@ -182,18 +193,18 @@ def _sizes_of_tiles(case: Case, stride: int, sizes: Sequence[tuple[int, int]] = 
                 yield replace(case, name=name, batch=batch, size=size, stride=(stride, stride))
 
 
-def compilations(target: str | None = None) -> Iterator[Compilation]:
-    """All of the matrix, or those for one target, each machine code once."""
+def compilations(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Compilation]:
+    """The matrix, for these targets, each machine code once."""
     seen: set[str] = set()
-    for name in [target] if target else TARGETS:
-        for precision in PRECISIONS:
-            for one in _recorded(name, precision):
-                if one.fingerprint not in seen:
-                    seen.add(one.fingerprint)
-                    yield one
+    for target, precision in itertools.product(targets, PRECISIONS):
+        for one in recorded(target, precision):
+            if one.fingerprint not in seen:
+                seen.add(one.fingerprint)
+                yield one
 
 
-def _recorded(target: str, precision: str) -> Iterator[Compilation]:
+def recorded(target: str, precision: str) -> Iterator[Compilation]:
+    """All launches of the layers that are compiled so, in each of their configurations."""
     for layer in layers():
         if (target, precision) in layer.on:
             with multiplying(precision) as dtype, compiling_for(target):
@@ -221,10 +232,17 @@ def of_launch(launch: Launch, config: triton.Config, target: str, precision: str
         target,
         precision,
         layer,
-        " ".join(name for name, value in launch.constants.items() if value is True),
+        " ".join(filter(None, (_flag(name, value) for name, value in launch.constants.items()))),
         " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in sorted(blocks.items())),
         config.num_warps,
         config.num_stages,
         launch,
         config,
     )
+
+
+def _flag(name: str, value: Any) -> str:
+    """What a constant that switches something is called where it is on."""
+    if value is True:
+        return name
+    return value if isinstance(value, str) and name != "PRECISION" and value != "none" else ""

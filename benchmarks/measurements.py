@@ -38,7 +38,8 @@ class Row(NamedTuple):
         products: those of the tensor cores.
         tma_loads, tma_stores: of whole boxes, by descriptor.
         local: loads and stores of spilled registers.
-        loop, loop_tma_loads, loop_pointer_loads, loop_local: the same of a step of the hot loop; 0 where there is none.
+        loop, loop_tma_loads, loop_pointer_loads: the same of a step of the hot loop; 0 where there is none.
+        looped_local: loads and stores of spilled registers in any innermost loop that multiplies.
         loop_products: mnemonics of the step's products and how many there are, of the tensor cores or, where a kernel
             has none of those, of float32.
         error: of the compiler, in its words; the numbers are then 0.
@@ -64,7 +65,7 @@ class Row(NamedTuple):
     loop: int = 0
     loop_tma_loads: int = 0
     loop_pointer_loads: int = 0
-    loop_local: int = 0
+    looped_local: int = 0
     loop_products: str = ""
     error: str = ""
 
@@ -121,7 +122,7 @@ def measure(one: Compilation) -> Row:
         loop=len(code.loop),
         loop_tma_loads=count(code.loop, "UTMALDG"),
         loop_pointer_loads=sum(i.startswith(POINTER_LOADS) for i in code.loop),
-        loop_local=count(code.loop, *LOCAL),
+        looped_local=count(code.looped, *LOCAL),
         loop_products=", ".join(f"{mnemonic} x{number}" for mnemonic, number in sorted(multiplied.items())),
     )
 
@@ -132,8 +133,8 @@ def measure_all(wanted: Sequence[Compilation], jobs: int) -> Iterator[Row]:
     Raises:
         BrokenProcessPool: a compiler died. What was yielded before stands.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare) as pool:
+    context, targets = multiprocessing.get_context("spawn"), tuple({one.target for one in wanted})
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=targets) as pool:
         for future in as_completed([pool.submit(_measure, one.fingerprint) for one in wanted]):
             yield future.result()
 
@@ -141,8 +142,8 @@ def measure_all(wanted: Sequence[Compilation], jobs: int) -> Iterator[Row]:
 _matrix: dict[str, Compilation] = {}
 
 
-def _prepare() -> None:
-    _matrix.update((one.fingerprint, one) for one in matrix.compilations())
+def _prepare(*targets: str) -> None:
+    _matrix.update((one.fingerprint, one) for one in matrix.compilations(targets))
 
 
 def _measure(fingerprint: str) -> Row:

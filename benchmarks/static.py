@@ -106,11 +106,10 @@ def update(path: Path, wanted: Callable[[Compilation], bool], jobs: int, fresh: 
         last = start = time.monotonic()
         for done, row in enumerate(measure_all(missing, min(jobs, len(missing))), 1):
             kept[row.fingerprint] = row
-            progress = f"{done} of {len(missing)} compiled, {time.monotonic() - start:.0f} s"
-            print(f"\r{progress}", end="\n" if done == len(missing) else "", file=sys.stderr, flush=True)
-            if time.monotonic() - last > SAVE_SECONDS:
+            if time.monotonic() - last > SAVE_SECONDS or done == len(missing):
                 last = time.monotonic()
                 save(path, kept.values())
+                print(f"{done} of {len(missing)} compiled, {last - start:.0f} s", file=sys.stderr, flush=True)
     rows = sorted(kept.values())
     save(path, rows)
     write(path.with_suffix(".md"), f"# Machine code\n\n{LEGEND}\n{table(rows)}\n")
