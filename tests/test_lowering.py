@@ -40,15 +40,17 @@ def test_layer_launches_our_kernels(target: str) -> None:
     forward, backward = inductor_sources(layer, x, target=target)
     assert launches(forward) == FORWARD
     assert launches(backward) == BACKWARD
+    assert "fused_empty" not in forward + backward, "a pass that fills what a kernel is about to write"
 
 
 def test_layer_over_descriptors_calls_our_operators() -> None:
     """PyTorch loses a kernel that is given descriptors, so those are operators that it does not see into."""
-    layer = SPConv2d(64, 64, 3, padding=1, bias=False, backend="triton", dtype=torch.float16)
+    layer = SPConv2d(64, 64, 3, padding=1, bias=False, backend="triton").half().to(memory_format=torch.channels_last)
     x = torch.randn(2, 64, 8, 8).half().contiguous(memory_format=torch.channels_last).requires_grad_()
     forward, backward = inductor_sources(layer, x, capability=(9, 0))
     assert launches(forward) == [*FORWARD[:2], "onepass_descriptor"]
     assert launches(backward) == ["weight_grad_descriptor", *BACKWARD[1:3], "input_grad_descriptor"]
+    assert "cpp_fused" not in forward + backward, "a copy or a fill besides"
 
 
 def test_branches_and_fusion_launch_our_kernels() -> None:
@@ -82,6 +84,7 @@ def test_resnet20_launches_three_kernels_a_layer_forward_and_four_backward() -> 
     assert launches(forward) == 18 * FORWARD
     assert launches(backward) == 18 * BACKWARD
     assert convolutions(forward) == convolutions(backward) == OTHER_CONVOLUTIONS
+    assert "fused_empty" not in forward + backward
     for call in calls(forward) + calls(backward):
         # The other two go over weights; into how many slices, small batches decide by a guard.
         if call.name not in ("weight_grad", "finish_weights"):
