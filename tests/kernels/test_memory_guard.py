@@ -14,16 +14,18 @@ import torch
 import triton
 import triton.language as tl
 from cases import Case, make_inputs
-from memory_guard import GuardError, Report, guarded
+from memory_guard import GuardError, Launch, Report, guarded
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 from triton.runtime import interpreter
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from spconv_triton import SPConv2d, launch
 from spconv_triton.dispatch import INTERPRETED
 from spconv_triton.geometry import Geometry
+from spconv_triton.kernels import tuning
 from spconv_triton.launch import descriptor, gradients_descriptor
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the guard watches Triton's interpreter: TRITON_INTERPRET=1")
@@ -56,6 +58,9 @@ LAYERS = (
     Case("wide-padding", 1, 6, 4, (2, 3), padding=(4, 3), alpha=0.67),
 )
 BY_NAME = {case.name: case for case in LAYERS}
+
+ALPHA_1 = Case("alpha-1", 2, 3, 6, (4, 5), groups=3, alpha=1.0)
+TABLES = [table for table in vars(tuning).values() if isinstance(table, tuple) and isinstance(table[0], triton.Config)]
 
 TILED = Case("tiled", 3, 64, 64, (5, 6), groups=1)
 
@@ -101,13 +106,65 @@ def sliced(x: Tensor, before: int, behind: int) -> Tensor:
     return wide[:, before : before + x.shape[1]]
 
 
-@pytest.mark.parametrize("case", LAYERS, ids=str)
-def test_flat_layer(case: Case) -> None:
+def check_flat(case: Case) -> list[Launch]:
     tensors, grad, geometry = layer_inputs(case)
     (_, *kept), report = forward(tensors, geometry, "flat")
     assert report.kernels == KERNELS["flat"]
-    _, report = backward(grad, tensors, kept, geometry, "flat")
-    assert report.kernels == KERNELS["flat backward"]
+    _, of_backward = backward(grad, tensors, kept, geometry, "flat")
+    assert of_backward.kernels == KERNELS["flat backward"]
+    return report.launches + of_backward.launches
+
+
+def check_branch(case: Case) -> list[Launch]:
+    """On the first alpha L channels of x, a slice."""
+    (x, gwc, pwc, *_), grad, geometry = layer_inputs(case)
+    x3 = x[:, : case.representative]
+    with guarded() as report, set_wrap_triton_enabled(False):
+        launch.representative_branch(x3, gwc, pwc, geometry)
+        launch.representative_branch_backward(grad, x3, gwc, pwc, geometry)
+    assert report.kernels == KERNELS["branch"]
+    assert report.of("branch_forward")[0].scalars["x_stride"] == case.in_channels
+    return report.launches
+
+
+def check_fusion(shape: tuple[int, ...]) -> list[Launch]:
+    u3, u1, grad = (torch.randn(shape).half().contiguous(memory_format=torch.channels_last) for _ in range(3))
+    with guarded() as report, set_wrap_triton_enabled(False):
+        _, gate = launch.gap_softmax_fusion(u3, sliced(u1, 1, 2))
+        launch.gap_softmax_fusion_backward(grad.contiguous(), u3, u1, gate)
+    assert report.kernels == KERNELS["fusion"]
+    return report.launches
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_flat_layer(case: Case) -> None:
+    check_flat(case)
+
+
+@pytest.mark.parametrize("case", [BY_NAME["one-channel-groups"], BY_NAME["stride-3-odd"], ALPHA_1], ids=str)
+def test_branch(case: Case) -> None:
+    check_branch(case)
+
+
+@pytest.mark.parametrize("shape", [(3, 18, 7, 5), (1, 1, 1, 1), (2, 40, 9, 1), (1, 3, 17, 19)], ids=str)
+def test_fusion(shape: tuple[int, ...]) -> None:
+    check_fusion(shape)
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_every_row_of_the_tables(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes the last row, of the smallest blocks; the larger ones hang over the edges further."""
+    blocks = {}
+    for kernel in filter(lambda kernel: isinstance(kernel, Autotuner), launch.TUNED_KERNELS):
+        table = next(table for table in TABLES if table[-1] is kernel.configs[0])
+        config = table[min(row, len(table) - 1)]
+        monkeypatch.setattr(kernel, "configs", [config])
+        blocks[kernel.base_fn.__name__] = config.kwargs
+    case = BY_NAME["no-block-divides"]
+    launches = check_flat(case) + check_branch(case) + check_fusion((2, 19, 5, 3))
+    assert {launched.kernel for launched in launches} >= set(blocks)
+    for launched in launches:
+        assert launched.scalars.items() >= blocks.get(launched.kernel, {}).items()
 
 
 def test_more_samples_than_a_block_of_pixels() -> None:
@@ -134,32 +191,10 @@ def test_residual_and_relu() -> None:
     assert report.of("onepass_forward")[0].loaded_bytes["residual_ptr"] == 2 * residual.numel()
 
 
-@pytest.mark.parametrize("name", ["one-channel-groups", "stride-3-odd", "alpha-1"])
-def test_branch(name: str) -> None:
-    """On the first alpha L channels, a slice."""
-    case = Case(name, 2, 3, 6, (4, 5), groups=3, alpha=1.0) if name == "alpha-1" else BY_NAME[name]
-    (x, gwc, pwc, *_), grad, geometry = layer_inputs(case)
-    x3 = x[:, : case.representative]
-    with guarded() as report, set_wrap_triton_enabled(False):
-        launch.representative_branch(x3, gwc, pwc, geometry)
-        launch.representative_branch_backward(grad, x3, gwc, pwc, geometry)
-    assert report.kernels == KERNELS["branch"]
-    assert report.of("branch_forward")[0].scalars["x_stride"] == case.in_channels
-
-
-@pytest.mark.parametrize("shape", [(3, 18, 7, 5), (1, 1, 1, 1), (2, 40, 9, 1), (1, 3, 17, 19)], ids=str)
-def test_fusion(shape: tuple[int, ...]) -> None:
-    u3, u1, grad = (torch.randn(shape).half().contiguous(memory_format=torch.channels_last) for _ in range(3))
-    with guarded() as report, set_wrap_triton_enabled(False):
-        _, gate = launch.gap_softmax_fusion(u3, sliced(u1, 1, 2))
-        launch.gap_softmax_fusion_backward(grad.contiguous(), u3, u1, gate)
-    assert report.kernels == KERNELS["fusion"]
-
-
 @pytest.mark.parametrize(
     "case",
     [
-        Case("merged", 17, 64, 64, (2, 1)),  # two blocks of samples share the packing
+        Case("merged", 17, 32, 64, (2, 1), groups=8),  # two blocks of samples share the packing
         Case("two-groups", 1, 64, 128, (3, 5)),
         Case("stride-2", 2, 64, 64, (6, 2), stride=(2, 2)),
     ],
@@ -204,7 +239,7 @@ def test_rows(batch: int, size: tuple[int, int], rows: int, monkeypatch: pytest.
     "case",
     [
         Case("gate-on-the-weights", 1, 64, 64, (7, 62)),
-        Case("gate-on-g", 2, 64, 64, (9, 7), groups=1),
+        Case("gate-on-g", 2, 48, 64, (9, 7), groups=1, alpha=1 / 3),
         Case("four-groups", 3, 64, 128, (3, 2), groups=4, alpha=0.25),
     ],
     ids=str,
