@@ -219,8 +219,7 @@ class SPConv2d(nn.Module):
         if layer.bias is not None and conv.bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(conv.bias)
-        if memory_format(conv.weight) == torch.channels_last:
-            layer.to(memory_format=torch.channels_last)
+        layer.to(memory_format=memory_format(conv.weight))
         return layer.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ print(torch.equal(layer(saved["x"]), saved["y"]))
 @pytest.mark.parametrize("training", [False, True])
 @every_format
 def test_from_conv2d(shared: dict[str, Any], training: bool, memory_format: torch.memory_format) -> None:
-    conv = nn.Conv2d(8, 12, **shared).to(memory_format=memory_format).train(training)
+    conv = nn.Conv2d(16, 12, **shared).to(memory_format=memory_format).train(training)
     state = {} if conv.weight.is_meta else state_of(conv)
     layer = SPConv2d.from_conv2d(conv, alpha=0.25, branch_norm=True)
     for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode"):
@@ -214,6 +214,7 @@ def test_from_conv2d(shared: dict[str, Any], training: bool, memory_format: torc
     assert all(module.training is training for module in layer.modules())
     for name, p in layer.named_parameters():
         assert (p.dtype, p.device) == (conv.weight.dtype, conv.weight.device), name
+    assert layer.weight_gwc.shape[1] > 1, "a weight of one channel is in both formats"
     assert layer.weight_gwc.is_contiguous(memory_format=memory_format)
     assert (layer.bias is None) == (conv.bias is None)
     if layer.bias is not None and not conv.weight.is_meta:
