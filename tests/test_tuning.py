@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,14 @@ if not HAS_TRITON or INTERPRETED:
     pytest.skip("needs compiled kernels", allow_module_level=True)
 
 import triton
-from test_kernel_compilation import KERNELS, chosen, launch
+from cases import RESNET50
 
-from benchmarks.machine_code import compile_kernel, compiling_for
+from benchmarks.fingerprint import fingerprint
+from benchmarks.launches import CAPABILITIES, Launch, backward_launches, forward_launches, fusion_launches
+from benchmarks.machine_code import compiling_for, jit_function
 from spconv_triton import load_tuning, save_tuning
 from spconv_triton.kernels.onepass import onepass_forward
+from spconv_triton.launch import TUNED_KERNELS
 
 KEY = (64, 32, 64, 2, 3, 3, 1, 1, "ieee", "torch.float16")
 
@@ -98,20 +102,33 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in tmp_path.iterdir()] == ["tuned.json"]
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_another_size_is_the_same_binary(name: str) -> None:
-    kernel, args, constants = launch(name, torch.float16)
-    config = chosen(kernel, args, constants)[-1]
-    sizes = [i for i, a in enumerate(args) if isinstance(a, int) and kernel.arg_names[i] != "x_stride"]
-    first = compile_kernel(kernel, "sm_90", config, *args, **constants)
-    for size in (1, 16, 17, 4096):
-        resized = [size if i in sizes else a for i, a in enumerate(args)]
-        assert compile_kernel(kernel, "sm_90", config, *resized, **constants) is first, f"{name} at {size}"
+def launches(target: str, stride: int) -> list[Launch]:
+    """Of a wide layer, forward and backward, with biases: flat on sm_80, over descriptors on sm_90."""
+    case = replace(RESNET50[2], stride=(stride, stride))
+    capability = CAPABILITIES[target]
+    return [
+        *forward_launches(case, torch.float16, capability, bias=True, branch_bias=True),
+        *backward_launches(case, torch.float16, capability, branch_bias=True),
+        *forward_launches(replace(case, alpha=1.0), torch.float16, capability),
+        *fusion_launches(case, torch.float16),
+    ]
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_keys_name_no_size(name: str) -> None:
-    kernel, args, _ = launch(name, torch.float16)
-    at_run_time = {kernel.arg_names[i] for i, a in enumerate(args) if isinstance(a, int)}
-    assert at_run_time
-    assert not at_run_time & set(kernel.keys)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_another_size_is_the_same_binary(target: str, stride: int) -> None:
+    for found in launches(target, stride):
+        named = {**found.arguments, **found.constants}
+        sizes = [name for name, value in found.arguments.items() if isinstance(value, int) and "stride" not in name]
+        assert sizes, found.name
+        first = fingerprint(found.kernel, target, found.configs[-1], **named)
+        for size in (1, 16, 17, 4096):
+            resized = named | dict.fromkeys(sizes, size)
+            assert fingerprint(found.kernel, target, found.configs[-1], **resized) == first, f"{found.name} at {size}"
+
+
+def test_keys_name_no_size() -> None:
+    for kernel in TUNED_KERNELS:
+        if isinstance(kernel, triton.runtime.Autotuner):
+            compiled_in = {parameter.name for parameter in jit_function(kernel).params if parameter.is_constexpr}
+            assert set(kernel.keys) <= compiled_in, kernel.base_fn.__name__
