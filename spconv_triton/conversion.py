@@ -126,7 +126,8 @@ def convert(
         include: patterns; what matches none stays. None takes all.
         exclude: patterns; what matches one stays.
         init: ``"default"`` draws the weights afresh. ``"dense"`` makes them from the old ones by least squares
-            (:func:`spconv_triton.dense.split_weights`): a better start for fine-tuning, and no replacement for it.
+            (:func:`spconv_triton.dense.split_weights`): a better start for fine-tuning, and no replacement for it. The
+            measured gain is with :data:`spconv_triton.dense.CORRELATION`.
         min_channels: what has fewer input channels stays. By default that is a network's first convolution, which
             reads an image and stays in the paper too.
         report: called with the :class:`Conversion` once all layers are made and before any is put in place; ``print``

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import RESNET50, Case
 
-from benchmarks import competitors, ratios
+from benchmarks import competitors, dense_init, ratios
+from spconv_triton import convert, models
 
 TINY = Case("tiny", 2, 8, 8, (6, 5))
 
@@ -50,3 +53,17 @@ def test_table_is_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert rule.replace("-", "") == "|" * head.count("|")
     assert [row.count("|") for row in rows] == [head.count("|")] * 6
     assert [row.split("|")[1].strip() for row in rows] == ["tiny"] * 4 + ["geometric mean"] * 2
+
+
+def test_dense_init(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its starting weights are those of ``convert``, and its tables have a row for each way of choosing them."""
+    network = models.resnet20(in_channels=1)
+    ours = dense_init.start(network, 0.25, dense_init.CORRELATION)
+    theirs = convert(copy.deepcopy(network), 0.25, init="dense")
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    dense_init.main(["--epochs", "1", "--tuning", "1", "--seeds", "1", "--samples", "64"])
+    _, _, _, *tables = capsys.readouterr().out.splitlines()
+    rows = [row for row in tables if row]
+    assert [row.split("|")[1].strip() for row in rows[2:6]] == list(dense_init.STARTS)
+    assert [row.split("|")[1].strip() for row in rows[8:]] == list(dense_init.STARTS)
