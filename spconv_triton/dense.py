@@ -11,14 +11,14 @@ from torch import Tensor
 from .geometry import Geometry
 
 CORRELATION = 0.5
-"""Of neighbouring pixels in a feature map, as assumed. At 0 (white noise) a 1 x 1 kernel is the centre tap, at 1 the sum
-of the taps.
+"""Of neighbouring pixels in a feature map, as assumed. At 0 (white noise) a 1 x 1 kernel is the centre tap, at 1 the
+sum of the taps.
 
 On ResNet-20 trained on the digits, where neighbours correlate by 0.25 to 0.82, the layers at alpha 1/2 are off by 0.66
 of the convolution's output at 0.5, against 0.78 at 0, 0.85 at 1 and 1.05 with weights drawn afresh; one epoch of
-fine-tuning (22 steps) takes it to 59 % test accuracy, against 29, 26 and 11 %. After 2 and 3 epochs the centre tap is as
-good. ``python -m benchmarks.dense_init`` prints these. What remains is what 1 x 1 kernels cannot do, and the gate's: it
-is not 1/2 where the branches' means differ, which weights alone do not tell.
+fine-tuning (22 steps) takes it to 59 % test accuracy, against 29, 26 and 11 %. After 2 and 3 epochs the centre tap is
+as good. ``python -m benchmarks.dense_init`` prints these. What remains is what 1 x 1 kernels cannot do, and the gate's:
+it is not 1/2 where the branches' means differ, which weights alone do not tell.
 """
 
 
