@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .tiles import dot, inside, load_pooled, pixel_pointers, window_overlap
-from .tuning import INPUT_GRAD, LAYER_KEY, WEIGHT_GRAD, autotuned, prune_input_grad, prune_layer
+from .tuning import INPUT_GRAD, LAYER_KEY, WEIGHT_GRAD, autotuned, prune_input_grad, prune_weight_grad
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def input_grad(
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=in_range[:, None] & c_mask[None, :])
 
 
-@autotuned(WEIGHT_GRAD, (*LAYER_KEY, "BLOCK_C"), prune_layer)
+@autotuned(WEIGHT_GRAD, (*LAYER_KEY, "BLOCK_C"), prune_weight_grad)
 @triton.jit(do_not_specialize=["units", "units_per_split", "slice_pixels", "H", "W", "HO", "WO", "SLICES"])
 def weight_grad(
     grad_ptr,  # g [N, HO, WO, CO]

@@ -70,6 +70,25 @@ def prune_input_grad(configs: list[triton.Config], named_args: dict, **kwargs) -
     return prune_layer(candidates, named_args, **kwargs)
 
 
+def prune_weight_grad(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
+    """As :func:`prune_layer`, less what spills into the loop on sm_80.
+
+    Float32 without tensor cores passes operands through registers for all pixels of a step: 64 of them leave 3.7 KB a
+    thread in local memory. At a stride the narrowest block spills beside 64 input channels, where a layer that has more
+    outputs does not want it.
+    """
+    arguments = {**named_args, **kwargs}
+    vectors = arguments["grad_ptr"].dtype.itemsize == 4 and arguments["PRECISION"] == "ieee"
+    strided = arguments["STRIDE_H"] * arguments["STRIDE_W"] > 1
+    wide = arguments["BLOCK_C"] >= 64 and arguments["CO"] // arguments["G"] > 16
+    candidates = [
+        c
+        for c in configs
+        if not (vectors and c.kwargs["BLOCK_PIX"] > 32) and not (strided and wide and c.kwargs["BLOCK_CO"] <= 16)
+    ]
+    return prune_layer(candidates or configs, named_args, **kwargs)
+
+
 def prune_channels(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
     """Keep the configs whose channel block fits."""
     channels = {**named_args, **kwargs}["C"]
