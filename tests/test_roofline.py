@@ -15,6 +15,7 @@ from benchmarks import floors, roofline
 from benchmarks.floors import DEVICES, DIRECTIONS, PATHS, chosen, floor_seconds, footprint, steps, useful_flops
 from benchmarks.networks import IMAGES, Convolution, convolutions
 from benchmarks.roofline_picture import draw
+from benchmarks.tally import Traffic
 from spconv_triton import models
 from spconv_triton.training.measure import count_macs
 
@@ -179,6 +180,54 @@ def test_readme_is_current() -> None:
         sums = roofline.total(roofline.row(one, 128, (device,)) for one in convolutions("resnet50"))
         gains.append(f"{sums.seconds[device, 'conv2d'] / sums.seconds[device, 'onepass']:.2f} x")
     assert f"{gains[0]} as long as one pass on an A100, {gains[1]} on an H100 and {gains[2]} on an H200" in readme
+
+
+def test_readme_s_reasons_are_current() -> None:
+    """The figures in what it says of where one pass cannot win."""
+    readme = " ".join((RESULTS.parent / "README.md").read_text().split())
+    number = roofline.number
+
+    def of(case: Case, device: str, path: str) -> list[tuple[float, Traffic]]:
+        return chosen(case, path, "forward", device)
+
+    def us(case: Case, device: str, path: str) -> str:
+        return number(1e6 * sum(seconds for seconds, _ in of(case, device, path)))
+
+    def mb(case: Case, device: str, path: str) -> str:
+        return number(sum(t.touched for _, t in of(case, device, path)) / 1e6)
+
+    def gain(case: Case) -> float:
+        return floor_seconds(case, "conv2d", "forward", "H100") / floor_seconds(case, "onepass", "forward", "H100")
+
+    def gate(case: Case, device: str) -> str:
+        return number(1e6 * of(case, device, "onepass")[1][0])
+
+    large, deep, single = (
+        replace(RESNET50[0], batch=128),
+        replace(RESNET50[3], batch=128),
+        replace(RESNET50[3], batch=1),
+    )
+    claims = [
+        f"convolution: {us(large, 'H100', 'conv2d')} us for reading x and writing Y",
+        f"hence {us(large, 'H100', 'onepass')} us",
+        f"{mb(single, 'H100', 'onepass')} MB against conv2d's {mb(single, 'H100', 'conv2d')}",
+        f"{us(single, 'H100', 'onepass')} us against {us(single, 'H100', 'conv2d')}",
+        f"take {us(single, 'H100', 'separate')}",
+        f"{gate(deep, 'H100')} of {us(deep, 'H100', 'onepass')} us for 512@7",
+        f"{gate(deep, 'A100')} of {us(deep, 'A100', 'onepass')} on an A100",
+    ]
+    strided = [replace(c.case, batch=128) for c in convolutions("resnet50") if c.replaced and c.case.stride == (2, 2)]
+    first, second, third = (f"{gain(case):.2f}" for case in strided)
+    claims.append(f"that gives {first}, {second} and {third} x")
+    executed, useful = (
+        of(strided[0], "H100", "onepass")[-1][1].flops["half"],
+        useful_flops(strided[0], "onepass", "forward"),
+    )
+    claims.append(f"{number(executed / 1e9)} GFLOP, or more, where the equations have {number(useful / 1e9)}")
+    narrow = [gain(replace(c.case, batch=batch)) for c in convolutions("resnet20") if c.replaced for batch in (32, 128)]
+    claims.append(f"{min(narrow):.2f} to {max(narrow):.2f} x at batch 32 and 128")
+    missing = [claim for claim in claims if claim not in readme]
+    assert not missing, f"benchmarks/README.md no longer says: {missing}"
 
 
 def words(svg: Path) -> list[str]:
