@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..modules import SPConv2d
+from ..network_summary import summarize
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -23,18 +22,10 @@ def count_parameters(network: nn.Module) -> int:
 def count_macs(network: nn.Module, shape: Sequence[int]) -> int:
     """Multiply-accumulates of the convolutions and linear layers of one forward pass; nothing else is counted.
 
-    Counted on a copy on the CPU, whatever backend the network has and wherever it is.
-
     Args:
         shape: of the input, [N, C, H, W].
     """
-    shadow = copy.deepcopy(network).cpu().eval()
-    for module in shadow.modules():
-        if isinstance(module, SPConv2d):
-            module.backend = "reference"  # plain convolutions, which the counter knows
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.zeros(tuple(shape)))
-    return counter.get_total_flops() // 2
+    return summarize(network, tuple(shape)).total.macs_after
 
 
 def count_saved_bytes(network: nn.Module, images: Tensor, labels: Tensor) -> int:
