@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .tiles import dot, pixel_pointers, window_overlap
-from .tuning import STATISTICS, STATISTICS_KEY, autotuned, prune_channels
+from .tuning import STATISTICS, STATISTICS_KEY, autotuned, prune_statistics
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _window_share(position, SIZE, OUT, STRIDE: tl.constexpr, CENTRE: tl.constexp
     return tl.where(held, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
 
 
-@autotuned(STATISTICS, STATISTICS_KEY, prune_channels)
+@autotuned(STATISTICS, STATISTICS_KEY, prune_statistics)
 @triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO", "pixels_per_split"])
 def window_statistics(
     x_ptr,  # [N, H, W, C], pixels x_stride apart
