@@ -33,8 +33,8 @@ VECTOR_PRODUCTS = ("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma_f32")
 
 MULTIPLICATIONS = ("FMUL", "v_mul_f32", "v_pk_mul_f32")
 
-LOCAL = {"LDL", "STL", "scratch_load", "scratch_store"}
-"""Loads and stores of a thread's own memory, where registers are spilled to."""
+LOCAL = ("LDL", "STL", "scratch_")
+"""How loads and stores of a thread's own memory begin, where registers are spilled to."""
 
 _devices = itertools.count()
 

@@ -42,7 +42,7 @@ DESCRIPTOR_TARGETS = ("sm_90", "sm_100")
 BATCHES = (1, 8, 32, 128, 256)
 
 SIDES = (7, 14, 28, 56, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 112, 224)
-SIZES = (*((side, side) for side in SIDES), (4, 8), (8, 16), (8, 4), (16, 8), (4, 64), (64, 4))
+SIZES = (*((side, side) for side in SIDES), (4, 8), (8, 16), (8, 4), (16, 8), (2, 64), (4, 64), (7, 64), (64, 4))
 """Of the outputs that are tried for the sake of a tile: ResNet-50's first."""
 
 

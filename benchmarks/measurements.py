@@ -118,11 +118,11 @@ def measure(one: Compilation) -> Row:
         products=sum(map(is_product, code.instructions)),
         tma_loads=code.count("UTMALDG"),
         tma_stores=code.count("UTMASTG"),
-        local=count(code.instructions, *LOCAL),
+        local=sum(i.startswith(LOCAL) for i in code.instructions),
         loop=len(code.loop),
         loop_tma_loads=count(code.loop, "UTMALDG"),
         loop_pointer_loads=sum(i.startswith(POINTER_LOADS) for i in code.loop),
-        looped_local=count(code.looped, *LOCAL),
+        looped_local=sum(i.startswith(LOCAL) for i in code.looped),
         loop_products=", ".join(f"{mnemonic} x{number}" for mnemonic, number in sorted(multiplied.items())),
     )
 
