@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench static wheel clean
+.PHONY: help demo test lint bench gpu static wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ test: lint ## lint, the suite, and the kernel tests again in Triton's interprete
 
 bench: $(READY) ## time SPConv2d against nn.Conv2d on ResNet-50's shapes
 	$(BIN)/pytest benchmarks --benchmark-only
+
+# Installs nothing: it is for machines with a GPU, a PyTorch of their own and maybe no network.
+gpu: ## check and time the kernels on a GPU, without installing anything; DRY=1 rehearses on a CPU
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(DRY),--dry)
 
 static: $(READY) ## compile every kernel that has changed for every GPU, and save what came out
 	$(BIN)/python -m benchmarks.static

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from cases import Case, assert_within_budget
 from torch import Tensor, nn
 
-from spconv_triton import SPConv2d, reference
+from spconv_triton import SPConv2d, functional, reference
+from spconv_triton.dispatch import HAS_TRITON
+
+if HAS_TRITON:
+    from spconv_triton import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 NAMES = ("conv2d", "reference", "native", *(["triton"] if DEVICE == "cuda" else []))
 DIRECTIONS = ("forward", "forward+backward")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+COMPILED = " compiled"
+"""Ends the name of a competitor that goes through ``torch.compile``."""
 
 
 @dataclass(frozen=True)
@@ -37,43 +46,125 @@ class Competitor:
     macs: int
 
 
+@dataclass(frozen=True)
+class Contestant:
+    """A layer in one memory format whose results have been found right, and what it is run on."""
+
+    name: str
+    layout: str
+    module: nn.Module
+    x: Tensor
+    grad: Tensor
+    path: str = "auto"
+
+    def call(self, direction: str) -> Callable[[], Sequence[Tensor]]:
+        """``"forward"`` is inference, ``"backward"`` the gradients of a forward that has run, ``"forward+backward"``
+        both, and ``"step"`` both with an optimizer's step, which changes no weight: its learning rate is 0.
+
+        On a GPU it returns before the work is done.
+        """
+        call = self._call(direction)
+        if self.path == "auto":
+            return call
+
+        def on_path() -> Sequence[Tensor]:
+            with forced(self.path):
+                return call()
+
+        return on_path
+
+    def _call(self, direction: str) -> Callable[[], Sequence[Tensor]]:
+        if direction in DIRECTIONS:
+            return functools.partial(_run, self.module, self.x, self.grad, direction)
+        x = self.x.detach().requires_grad_()
+        weights = list(self.module.parameters())
+        if direction == "backward":
+            y = self.module(x)
+            return functools.partial(torch.autograd.grad, y, [x, *weights], self.grad, retain_graph=True)
+        optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9)
+
+        def step() -> Sequence[Tensor]:
+            x.grad = None
+            optimizer.zero_grad()
+            y = self.module(x)
+            y.backward(self.grad)
+            optimizer.step()
+            return [y]
+
+        return step
+
+
+class Trial:
+    """A dense or a split layer, one input and upstream gradient for all who compute it, and the right results.
+
+    Args:
+        dense: whether the layer is ``nn.Conv2d``.
+        direction: of :data:`DIRECTIONS`; what is compared.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        *,
+        dense: bool,
+        direction: str = "forward+backward",
+        device: str = DEVICE,
+        dtype: torch.dtype = DTYPE,
+    ) -> None:
+        torch.manual_seed(0)
+        window = (case.in_channels, case.out_channels, case.kernel_size, case.stride, case.padding, case.dilation)
+        layer: nn.Module
+        if dense:
+            layer = nn.Conv2d(*window, bias=False)
+        else:
+            layer = SPConv2d(*window, case.groups, bias=False, alpha=case.alpha)
+        self.case = case
+        self.direction = direction
+        self.layer = layer.to(device, dtype)
+        self.x = torch.randn(case.batch, case.in_channels, *case.size).to(device, dtype)
+        self.grad = torch.randn(case.batch, case.out_channels, *case.output_size()).to(device, dtype)
+        self.worst, self.exact = _yardsticks(self.layer, case, self.x, self.grad, direction)
+
+    def contestant(self, name: str, layout: str) -> Contestant:
+        """``name`` in ``layout``, compared with float64.
+
+        Args:
+            name: ``"conv2d"`` where the layer is dense; else a backend of SPConv2d, ``"separate"`` for a kernel an
+                equation with U3 and U1 in memory, or ``"flat"`` for the kernels that any GPU gets. Behind any of them
+                :data:`COMPILED`.
+
+        Raises:
+            AssertionError: its output or a gradient is outside the error budget.
+        """
+        memory_format = LAYOUTS[layout]
+        # A layer of its own: nn.Module.to moves parameters in place.
+        module = copy.deepcopy(self.layer).to(memory_format=memory_format)
+        base = name.removesuffix(COMPILED)
+        if isinstance(module, SPConv2d):
+            module.backend = "triton" if base in ("separate", "flat") else base
+            module = Separate(module) if base == "separate" else module
+        if name.endswith(COMPILED):
+            module = torch.compile(module, fullgraph=True)
+        x, grad = (t.contiguous(memory_format=memory_format) for t in (self.x, self.grad))
+        contestant = Contestant(name, layout, module, x, grad, "flat" if base == "flat" else "auto")
+        results = contestant.call(self.direction)()
+        names = ["y", "x", *(name for name, _ in self.layer.named_parameters())]
+        # Inductor adds the terms of a sum one after the other.
+        condition = 16.0 if base == "reference" and name != base else 1.0
+        for i, result in enumerate(results):
+            label = f"{self.case}, {name}, {layout}: {names[i]}"
+            assert_within_budget(label, result, self.worst[i], self.exact[i], condition=condition)
+        return contestant
+
+
 def build(case: Case, name: str, direction: str) -> Competitor:
     """``name`` in the faster of the two memory formats, checked against float64.
 
     Raises:
         AssertionError: its output or a gradient is outside the error budget.
     """
-    torch.manual_seed(0)
-    if name == "conv2d":
-        layer: nn.Module = nn.Conv2d(
-            case.in_channels, case.out_channels, case.kernel_size, case.stride, case.padding, case.dilation, bias=False
-        )
-    else:
-        layer = SPConv2d(
-            case.in_channels,
-            case.out_channels,
-            case.kernel_size,
-            case.stride,
-            case.padding,
-            case.dilation,
-            case.groups,
-            bias=False,
-            alpha=case.alpha,
-            backend=name,
-        )
-    layer = layer.to(DEVICE, DTYPE)
-    x = torch.randn(case.batch, case.in_channels, *case.size).to(DEVICE, DTYPE)
-    grad = torch.randn(case.batch, case.out_channels, *case.output_size()).to(DEVICE, DTYPE)
-    worst, exact = _yardsticks(layer, case, x, grad, direction)
-    names = ["y", "x", *(name for name, _ in layer.named_parameters())]
-    calls: dict[str, Callable[[], Sequence[Tensor]]] = {}
-    for layout, memory_format in LAYOUTS.items():
-        # A layer of its own: nn.Module.to moves parameters in place.
-        twin = copy.deepcopy(layer).to(memory_format=memory_format)
-        like = [t.contiguous(memory_format=memory_format) for t in (x, grad)]
-        calls[layout] = functools.partial(_run, twin, *like, direction)
-        for i, result in enumerate(calls[layout]()):
-            assert_within_budget(f"{case}, {name}, {layout}: {names[i]}", result, worst[i], exact[i])
+    trial = Trial(case, dense=name == "conv2d", direction=direction)
+    calls = {layout: trial.contestant(name, layout).call(direction) for layout in LAYOUTS}
     layout = min(calls, key=lambda layout: _quick(calls[layout]))
     return Competitor(name, functools.partial(_wait_for, calls[layout]), layout, count_macs(case, name, direction))
 
@@ -91,6 +182,39 @@ def count_macs(case: Case, name: str, direction: str) -> int:
 
 def with_batch(case: Case, batch: int) -> Case:
     return replace(case, batch=batch)
+
+
+class Separate(nn.Module):
+    """A layer as kernels of its own for each equation, as it would be without the one pass."""
+
+    def __init__(self, layer: SPConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        x3, x1 = x.split((layer.representative_channels, layer.redundant_channels), dim=1)
+        window = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        u3 = functional.representative_branch(
+            x3, layer.weight_gwc, layer.weight_pwc, groups=layer.groups, backend=layer.backend, **window
+        )
+        u1 = functional.redundant_branch(x1, layer.weight_redundant, kernel_size=layer.kernel_size, **window)
+        return functional.gap_softmax_fusion(u3, u1, backend=layer.backend)
+
+
+@contextlib.contextmanager
+def forced(path: str) -> Iterator[None]:
+    """Every layer takes the ``"flat"`` kernels, the ``"descriptor"`` ones where they compute it, or (``"auto"``) what
+    it would; in its backward too, which runs in another thread."""
+    with contextlib.ExitStack() as stack:
+        for kernels in (launch.descriptor, launch.gradients_descriptor) if path != "auto" else ():
+            answer = kernels.supports if path == "descriptor" else _never
+            stack.enter_context(mock.patch.object(kernels, "can_run", answer))
+        yield
+
+
+def _never(*_: object) -> bool:
+    return False
 
 
 def _run(layer: nn.Module, x: Tensor, grad: Tensor, direction: str) -> Sequence[Tensor]:

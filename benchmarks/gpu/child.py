@@ -1,0 +1,26 @@
+"""``python -m benchmarks.gpu.child MODULE:FUNCTION FILE [--dry]``: one section, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from benchmarks.gpu.record import Record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.child")
+    parser.add_argument("target")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--dry", action="store_true")
+    options = parser.parse_args()
+    module, _, function = options.target.partition(":")
+    with Record(options.file, rehearsal=options.dry) as record:
+        getattr(importlib.import_module(module), function)(record)
+    return 1 if record.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

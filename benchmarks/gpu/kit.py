@@ -1,0 +1,224 @@
+"""Runs the sections one after the other and keeps whatever they find. It imports nothing that could be broken."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks.gpu.markdown import markdown
+from benchmarks.gpu.record import read
+from benchmarks.gpu.sections import SECTIONS, Section
+
+ROOT = Path(__file__).parents[2]
+
+MINUTES = 8.0
+
+LEAST = 5.0
+"""Seconds without which no section is begun."""
+
+TAIL = 30
+"""Lines of a section's output that are kept if it does not end well."""
+
+BAD = ("failed", "crashed", "timed out")
+
+
+class Report:
+    """What has been found so far; saved whole after every section."""
+
+    def __init__(self, folder: Path, *, rehearsal: bool, command: str) -> None:
+        self.folder = folder
+        self.content: dict[str, Any] = {"format": 1, "rehearsal": rehearsal, "command": command, "sections": []}
+        self._name = ""
+
+    def add(self, section: Section, status: str, seconds: float = 0.0, **found: Any) -> None:
+        entry = {"name": section.name, "title": section.title, "status": status, "seconds": round(seconds, 1), **found}
+        self.content["sections"].append(entry)
+        self.save()
+
+    def save(self) -> None:
+        """Both files, each whole or not at all; they are named once the device is known."""
+        if not self._name:
+            self._name = self._free_name()
+        replace(self.folder / f"{self._name}.json", json.dumps(self.content, indent=1) + "\n")
+        replace(self.folder / f"{self._name}.md", markdown(self.content))
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / f"{self._name}{suffix}" for suffix in (".md", ".json")]
+
+    def _free_name(self) -> str:
+        rows = [line for section in self.content["sections"] for line in section.get("rows", ())]
+        facts = {row["name"]: row["value"] for row in rows if row["row"] == "environment"}
+        device = "rehearsal" if self.content["rehearsal"] else facts.get("device", "unknown")
+        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        name = f"gpu-{slug}-{facts.get('date', time.strftime('%Y-%m-%d'))[:10]}"
+        taken = {path.stem for path in self.folder.glob("gpu-*")}
+        return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in taken)
+
+
+def main(arguments: Sequence[str] | None = None, sections: Sequence[Section] = SECTIONS) -> int:
+    """Exit status 0 if nothing failed, 1 if something did, 2 if nothing was run."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = parse(arguments, sections)
+    deadline = time.monotonic() + 60 * options.minutes
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *arguments])
+    report = Report(options.out, rehearsal=options.dry, command=command)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="spconv-gpu-") as scratch:
+        for section in sections:
+            wanted = not options.only or section.name in options.only or section.essential
+            remaining = deadline - time.monotonic()
+            if not wanted:
+                continue
+            if remaining < LEAST:
+                report.add(section, "skipped", reason="no time left")
+                continue
+            say(start, f"{section.name}: {section.title}, at most {min(section.seconds, remaining):.0f} s")
+            found = run(section, Path(scratch), min(section.seconds, remaining), start, dry=options.dry)
+            if section.essential and found["status"] in BAD:
+                print(f"{section.name}: {found['output'][-1] if found['output'] else found['status']}", file=sys.stderr)
+                return 2
+            report.add(section, **found)
+            say(start, f"{section.name}: {found['status']}")
+    return conclude(report, start)
+
+
+def parse(arguments: Sequence[str], sections: Sequence[Section]) -> argparse.Namespace:
+    """The options, ``out`` a folder that can be written to."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="Check and time the kernels on a GPU."
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for the report (default: $OUT, or benchmarks/results)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="to be done in (default: %(default)g)")
+    names = [section.name for section in sections]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help=f"of {', '.join(names)}")
+    parser.add_argument("--dry", action="store_true", help="rehearse on the CPU, at tiny sizes")
+    options = parser.parse_args(arguments)
+    if options.out is None:
+        chosen = os.environ.get("OUT")
+        options.out = Path(chosen) if chosen else ROOT / ("build/gpu" if options.dry else "benchmarks/results")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass
+    except OSError as error:
+        fail(f"--out must be a folder that can be written to, got {options.out}: {error.strerror}")
+    return options
+
+
+def fail(message: str) -> NoReturn:
+    print(f"python -m benchmarks.gpu: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(section: Section, scratch: Path, seconds: float, start: float, *, dry: bool) -> dict[str, Any]:
+    """One section in a process of its own: how it ended, and what it found until then."""
+    file = scratch / f"{section.name}.jsonl"
+    command = [sys.executable, "-m", "benchmarks.gpu.child", section.target, str(file), *(["--dry"] if dry else [])]
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(section, scratch, dry=dry),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # what it starts ends with it
+    )
+    tail: deque[str] = deque(maxlen=TAIL)
+    reader = threading.Thread(target=follow, args=(process, tail, start), daemon=True)
+    reader.start()
+    try:
+        process.wait(seconds)
+        status = "passed"
+    except subprocess.TimeoutExpired:
+        status = "timed out"
+    finally:
+        kill(process)
+    reader.join()
+    lines = read(file)
+    checks = [line for line in lines if "check" in line]
+    skipped = next((line["skipped"] for line in lines if "skipped" in line), None)
+    if status == "passed" and process.returncode != 0:
+        status = "failed" if process.returncode == 1 and any(not c["passed"] for c in checks) else "crashed"
+    elif status == "passed" and skipped is not None:
+        status = "skipped"
+    return {
+        "status": status,
+        "seconds": time.monotonic() - began,
+        "reason": skipped,
+        "checks": checks,
+        "rows": [line for line in lines if "row" in line],
+        "notes": list(dict.fromkeys(line["note"] for line in lines if "note" in line)),
+        "output": list(tail) if status in BAD else [],
+    }
+
+
+def environment(section: Section, scratch: Path, *, dry: bool) -> dict[str, str]:
+    """Caches of its own for every run: what is compiled and tuned counts, and nothing is left behind."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    variables["TRITON_CACHE_DIR"] = str(scratch / "triton" / ("layers" if section.tunes else "small"))
+    variables["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    variables["PYTHONUNBUFFERED"] = "1"
+    if dry:
+        # To find out which vector instructions the compiler takes lasts longer than all that it compiles here.
+        variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
+        if section.interpreted:
+            variables["TRITON_INTERPRET"] = "1"
+    return variables
+
+
+def follow(process: subprocess.Popen[str], tail: deque[str], start: float) -> None:
+    assert process.stdout is not None
+    with process.stdout as output:
+        for line in output:
+            tail.append(line.rstrip())
+            say(start, f"  {line.rstrip()}")
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """The process, if it still runs, and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def conclude(report: Report, start: float) -> int:
+    """Says last what matters most: the end of an output is what is kept of it."""
+    sections = report.content["sections"]
+    failures = [(s["name"], c) for s in sections for c in s.get("checks", ()) if not c["passed"]]
+    for name, check in failures:
+        print(f"FAILED {name}: {check['check']}: {check['message'].splitlines()[-1][:200]}")
+    for section in sections:
+        passed = sum(check["passed"] for check in section.get("checks", ()))
+        reason = f" ({section['reason']})" if section.get("reason") else ""
+        print(f"{section['name']:<12} {section['status']}{reason}, {passed} checks passed, {section['seconds']:.0f} s")
+    say(start, "wrote " + ", ".join(map(str, report.files)))
+    return 1 if any(section["status"] in BAD for section in sections) else 0
+
+
+def replace(path: Path, text: str) -> None:
+    """Write ``path`` whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def say(start: float, text: str) -> None:
+    print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)

@@ -1,0 +1,133 @@
+"""Compile on every core what the other sections will launch: one after the other they would wait for it for minutes."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from cases import Case
+
+from benchmarks.gpu import plan
+from benchmarks.gpu.record import Record
+from benchmarks.launches import Launch, backward_launches, compile_launch, forward_launches, fusion_launches
+from benchmarks.machine_code import TARGETS
+
+SECONDS = 75
+"""After so many the rest is left to those who need it."""
+
+
+class Job(NamedTuple):
+    """A layer as one path launches it.
+
+    Attributes:
+        capability: None for the flat kernels.
+        separate: U3 and the fusion by themselves.
+        cache: which of Triton's caches it is for; see :attr:`benchmarks.gpu.sections.Section.tunes`.
+    """
+
+    case: Case
+    dtype: torch.dtype
+    capability: tuple[int, int] | None
+    separate: bool
+    cache: str
+
+
+class Task(NamedTuple):
+    """One configuration of one launch of a job."""
+
+    job: Job
+    launch: int
+    config: int
+
+
+def precompile(record: Record) -> None:
+    capability = (9, 0) if record.rehearsal else torch.cuda.get_device_capability()
+    target = f"sm_{capability[0]}{capability[1]}"
+    if target not in TARGETS:
+        record.skip(f"this device is {target}, and compiling ahead knows {', '.join(TARGETS)}")
+        return
+    tasks = list(unique(jobs(capability)))
+    if record.rehearsal:
+        tasks = tasks[:2]
+    start = time.monotonic()
+    done = failed = 0
+    # Not forked: this process has threads, and the workers need nothing of it.
+    with multiprocessing.get_context("spawn").Pool(1 if record.rehearsal else os.cpu_count()) as pool:
+        for error in pool.imap_unordered(functools.partial(_compile, target), tasks):
+            done += 1
+            if error:
+                failed += 1
+                record.note(f"did not compile: {error}")
+            if time.monotonic() - start > SECONDS:
+                break
+    record.note(
+        f"{done} of {len(tasks)} kernels compiled for {target} in {time.monotonic() - start:.0f} s, {failed} failed"
+    )
+
+
+def jobs(capability: tuple[int, int]) -> Iterator[Job]:
+    """In the order of the sections."""
+    timed = (plan.layers, plan.single, plan.others)
+    entries = [("small", entry) for entry in plan.checked(rehearsal=False)]
+    entries += [("layers", entry) for entries_of in timed for entry in entries_of(rehearsal=False)]
+    entries += [("layers", entry) for entry in plan.network()]
+    for cache, (case, dtype, names) in entries:
+        if "triton" in names or "descriptor" in names:
+            yield Job(case, dtype, capability, False, cache)
+        if "flat" in names:
+            yield Job(case, dtype, None, False, cache)
+        if "separate" in names:
+            yield Job(case, dtype, None, True, cache)
+
+
+def unique(jobs: Iterator[Job]) -> Iterator[Task]:
+    """Every configuration of every launch, those that come to the same once."""
+    seen = set()
+    for job in jobs:
+        for index, launch in enumerate(launches(job)):
+            arguments = tuple((n, _specialised(a)) for n, a in launch.arguments.items())
+            for number, config in enumerate(launch.configs):
+                key = launch.name, arguments, tuple(map(str, launch.constants.items())), str(config), job.cache
+                if key not in seen:
+                    seen.add(key)
+                    yield Task(job, index, number)
+
+
+@functools.lru_cache(maxsize=8)
+def launches(job: Job) -> list[Launch]:
+    """Forward and backward."""
+    case, dtype, capability, separate, _ = job
+    if not separate:
+        return forward_launches(case, dtype, capability) + backward_launches(case, dtype, capability)
+    branch = replace(case, in_channels=case.representative, alpha=1.0)
+    found = forward_launches(branch, dtype, None) + backward_launches(branch, dtype, None)
+    return found + fusion_launches(case, dtype)
+
+
+def _specialised(argument: object) -> object:
+    """What Triton compiles an argument for."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype
+    if isinstance(argument, int):
+        return "1" if argument == 1 else argument % 16 == 0
+    return str(argument)
+
+
+def _compile(target: str, task: Task) -> str:
+    """An empty string, or what went wrong."""
+    job, index, number = task
+    os.environ["TRITON_CACHE_DIR"] = str(Path(os.environ["TRITON_CACHE_DIR"]).with_name(job.cache))
+    launch = launches(job)[index]
+    config = launch.configs[number]
+    try:
+        compile_launch(launch, target, config)
+    except Exception as error:
+        return f"{launch.name} with {config} for {job.case.name}: {error!r}"
+    return ""

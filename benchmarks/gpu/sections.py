@@ -1,0 +1,46 @@
+"""What the kit does, in this order: the most valuable first, for the time may run out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the kit, run in a process of its own.
+
+    Attributes:
+        name: what ``--only`` calls it.
+        title: what the report calls it.
+        target: ``"module:function"``; the function takes a :class:`benchmarks.gpu.record.Record`.
+        seconds: it may take at most so many.
+        interpreted: whether a rehearsal runs it in Triton's interpreter, because it runs kernels.
+        essential: whether nothing else makes sense if it fails.
+        tunes: whether it times real layers. The others have a cache of Triton's to themselves, for the tuner remembers
+            a choice for every size of a layer, and their layers are small.
+    """
+
+    name: str
+    title: str
+    target: str
+    seconds: int
+    interpreted: bool = True
+    essential: bool = False
+    tunes: bool = False
+
+
+SECTIONS = (
+    Section("environment", "Environment", "benchmarks.gpu.environment:environment", 60, False, essential=True),
+    Section("compile", "Compiling ahead", "benchmarks.gpu.precompile:precompile", 90, False),
+    Section("correctness", "Against float64", "benchmarks.gpu.checks:correctness", 90),
+    Section("layers", "ResNet-50's layers", "benchmarks.gpu.layers:layers", 150, tunes=True),
+    Section("graphs", "CUDA graphs", "benchmarks.gpu.checks:graphs", 60),
+    Section("single", "One image", "benchmarks.gpu.layers:single", 90, tunes=True),
+    Section("kernels", "The kernels' tests", "benchmarks.gpu.suite:kernels", 150),
+    Section("operators", "Operators", "benchmarks.gpu.checks:operators", 60),
+    Section("dynamo", "torch.compile", "benchmarks.gpu.checks:dynamo", 90),
+    Section("memory", "Memory", "benchmarks.gpu.layers:memory", 60, tunes=True),
+    Section("networks", "ResNet-50 whole", "benchmarks.gpu.networks:networks", 120, tunes=True),
+    Section("others", "Other layers and dtypes", "benchmarks.gpu.layers:others", 120, tunes=True),
+    Section("model", "The model", "benchmarks.gpu.model:model", 60, False),
+)

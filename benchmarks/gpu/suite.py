@@ -1,0 +1,100 @@
+"""The kernels' own tests, natively on the device, on every core: compiling takes most of their time."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu.record import Record
+
+ROOT = Path(__file__).parents[2]
+
+REHEARSED = "test_gradients_accumulate"
+
+RESULT = re.compile(r"^(tests/\S+?::.+) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+SUMMARY = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?::.+?) - (.*)$")
+SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] \S+: (.*)$")
+
+PYTEST = (
+    *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+    # Of the project's own options none but the paths: a warning of another PyTorch's is no failure of a kernel.
+    *("-o", "addopts=", "-o", "filterwarnings=default"),
+)
+
+
+def kernels(record: Record) -> None:
+    """``pytest tests/kernels``, shared out among processes; every test is a check of the report."""
+    if importlib.util.find_spec("pytest") is None:
+        record.skip("pytest is not installed")
+        return
+    chosen = ("-k", REHEARSED) if record.rehearsal else ()
+    listed = _pytest("--collect-only", "-q", *chosen, "tests/kernels")
+    names = [line for line in listed.splitlines() if line.startswith("tests/")]
+    with record.check("tests are found"):
+        assert names, listed
+    workers = min(len(names), os.cpu_count() or 1, 2 if record.rehearsal else 12)
+    with concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as pool:
+        for done in pool.map(lambda part: _run(record, part), (names[i::workers] for i in range(workers))):
+            for reason, count in done.items():
+                record.note(f"{count} skipped: {reason}")
+
+
+def _run(record: Record, names: Sequence[str]) -> dict[str, int]:
+    """Runs some tests, writing each one's result down as it comes; returns how many were skipped, by reason."""
+    process = subprocess.Popen(
+        [*PYTEST, "-v", "-rfEs", "--tb=short", *names],
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    failed: dict[str, str] = {}
+    skipped: dict[str, int] = {}
+    missing = dict.fromkeys(names)
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if result := RESULT.match(line):
+            missing.pop(result[1], None)
+            if result[2] in ("FAILED", "ERROR", "XPASS"):
+                failed[result[1]] = ""
+            elif result[2] == "PASSED":
+                record.passed(result[1])
+        elif summary := SUMMARY.match(line):
+            failed[summary[1]] = summary[2]
+        elif skip := SKIPPED.match(line):
+            skipped[skip[2]] = skipped.get(skip[2], 0) + int(skip[1])
+    process.wait()
+    for name, message in failed.items():
+        record.failed(name, message or "failed; see the output below")
+    if missing:
+        record.failed(f"{len(missing)} tests without a result", f"pytest ended with {process.returncode}")
+    if failed or missing:
+        record.note("\n".join(lines)[-4000:])
+    return skipped
+
+
+def _pytest(*arguments: str) -> str:
+    done = subprocess.run(
+        [*PYTEST, *arguments],
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    """No plugins but pytest's own: they are whatever happens to be installed. Lines as long as they are."""
+    return os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "500"}

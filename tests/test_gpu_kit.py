@@ -1,0 +1,315 @@
+"""The GPU kit rehearsed: every section runs, whatever goes wrong is reported, and the rest goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from benchmarks import competitors
+from benchmarks.gpu import kit, layers, plan
+from benchmarks.gpu.device import Rehearsal
+from benchmarks.gpu.markdown import markdown
+from benchmarks.gpu.record import Record, read
+from benchmarks.gpu.sections import SECTIONS, Section
+
+ROOT = Path(__file__).parents[1]
+
+# At the same time, for there are two processors.
+HALVES = (
+    ("layers", "graphs", "single", "memory", "others", "model", "compile"),
+    ("correctness", "kernels", "operators", "dynamo", "networks"),
+)
+
+FAKES = """
+import os, subprocess, sys, time
+
+def environment(record):
+    record.row("environment", name="device", value="Imagined GPU (80GB)")
+    record.row("environment", name="date", value="2031-02-03T04:05:06+00:00")
+
+def works(record):
+    with record.check("arithmetic"):
+        assert 1 + 1 == 2
+
+def fails(record):
+    with record.check("right"):
+        pass
+    with record.check("wrong"):
+        raise AssertionError("off by one")
+    with record.check("later"):
+        pass
+
+def loses_device(record):
+    def alive():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    with record.check("poison", alive):
+        raise AssertionError("nonsense")
+    record.note("never reached")
+
+def crashes(record):
+    record.note("about to")
+    os.abort()
+
+def hangs(record):
+    with record.check("before"):
+        pass
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    record.note(str(child.pid))
+    time.sleep(600)
+
+def skips(record):
+    record.skip("nothing to do")
+
+def looks(record):
+    record.row("seen", files=sorted(os.listdir(os.environ["LOOK_AT"])))
+
+def breaks(record):
+    sys.exit("there is no such device")
+"""
+
+
+class Rehearsed(NamedTuple):
+    status: int
+    report: dict[str, Any]
+    text: str
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> list[Rehearsed]:
+    """What ``make gpu DRY=1`` does, as two processes."""
+    running = []
+    for names in HALVES:
+        out = tmp_path_factory.mktemp("gpu")
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--dry",
+            "--minutes",
+            "9",
+            "--out",
+            str(out),
+            "--only",
+            *names,
+        ]
+        with (out / "log").open("w") as log:
+            running.append((out, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)))
+    found = []
+    for out, process in running:
+        status = process.wait()
+        print((out / "log").read_text())
+        (report,), (text,) = out.glob("gpu-rehearsal-*.json"), out.glob("gpu-rehearsal-*.md")
+        found.append(Rehearsed(status, json.loads(report.read_text()), text.read_text()))
+    return found
+
+
+def test_every_section_is_rehearsed() -> None:
+    assert {name for names in HALVES for name in names} | {"environment"} == {section.name for section in SECTIONS}
+
+
+def test_a_rehearsal_finds_nothing_wrong(halves: list[Rehearsed]) -> None:
+    for status, report, text in halves:
+        for section in report["sections"]:
+            assert section["status"] == "passed", section
+            assert section["rows"] or section["checks"] or section["notes"], section["name"]
+        assert status == 0
+        assert "A rehearsal, not a measurement" in text
+        assert "measured" not in text.partition("## Outcome")[2].replace("not a measured", "")
+        assert str(torch.__version__) in text
+
+
+def test_a_rehearsal_comes_to_every_table(halves: list[Rehearsed]) -> None:
+    rows = [row for half in halves for section in half.report["sections"] for row in section["rows"]]
+    times = {(row["direction"], row["what"], row["competitor"]) for row in rows if row["row"] == "times"}
+    names = (*plan.FEW, *plan.COMPILED, "separate", "flat")
+    assert {(d, "device", n) for d in ("forward", "backward", "step") for n in names} <= times
+    assert {("step", "called", n) for n in ("vanilla", "SPConv 1/2", "SPConv 1/2, branch norms")} <= times
+    assert {("forward+backward", "called", name) for name in plan.FEW} <= times
+    tables = {row["row"] for row in rows}
+    assert {"environment", "ceilings", "times", "memory", "network memory", "model"} <= tables
+    notes = {note for half in halves for section in half.report["sections"] for note in section["notes"]}
+    assert any(note.startswith("needs a GPU") for note in notes)
+
+
+def test_operators_are_all_found(halves: list[Rehearsed]) -> None:
+    checks = {section["name"]: section["checks"] for half in halves for section in half.report["sections"]}
+    assert {check["check"] for check in checks["operators"]} >= {
+        *("spconv2d", "spconv2d_backward", "spconv2d_inference", "onepass_descriptor", "representative_branch"),
+        *("weight_grad_descriptor", "input_grad_descriptor", "gap_softmax_fusion", "gap_softmax_fusion_backward"),
+    }
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for a report of sections that do what their names say."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "fakes.py").write_text(FAKES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    monkeypatch.setenv("LOOK_AT", str(tmp_path / "out"))
+    monkeypatch.delenv("OUT", raising=False)
+    return tmp_path / "out"
+
+
+def fake(name: str, seconds: int = 60, **options: bool) -> Section:
+    return Section(name, name.capitalize(), f"fakes:{name}", seconds, **options)
+
+
+ENVIRONMENT = fake("environment", essential=True)
+
+
+def run(out: Path, *sections: Section, options: tuple[str, ...] = ()) -> tuple[int, dict[str, Any], str]:
+    """Exit status and report."""
+    status = kit.main(["--out", str(out), *options], sections)
+    (path,) = out.glob("*.json")
+    return status, json.loads(path.read_text()), path.with_suffix(".md").read_text()
+
+
+def test_what_goes_wrong_is_reported_and_the_rest_goes_on(fakes: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    names = ("works", "fails", "loses_device", "crashes", "skips", "looks")
+    status, report, text = run(fakes, ENVIRONMENT, *map(fake, names))
+    assert status == 1
+    found = {section["name"]: section for section in report["sections"]}
+    assert [s["status"] for s in found.values()] == [
+        "passed",
+        "passed",
+        "failed",
+        "failed",
+        "crashed",
+        "skipped",
+        "passed",
+    ]
+    assert [check["passed"] for check in found["fails"]["checks"]] == [True, False, True]
+    assert found["loses_device"]["notes"] == []
+    assert "illegal memory access" in "\n".join(found["loses_device"]["output"])
+    assert found["crashes"]["notes"] == ["about to"]
+    assert found["skips"]["reason"] == "nothing to do"
+    name = "gpu-imagined-gpu-80gb-2031-02-03"
+    assert found["looks"]["rows"][0]["files"] == [f"{name}.json", f"{name}.md"], "saved after every section, and whole"
+    assert sorted(path.name for path in fakes.iterdir()) == [f"{name}.json", f"{name}.md"]
+    assert "**fails: wrong**" in text
+    assert "    off by one" in text
+    printed = capfd.readouterr().out
+    assert "FAILED fails: wrong: off by one" in printed
+
+
+def test_a_section_that_hangs_is_ended_with_all_it_started(fakes: Path) -> None:
+    status, report, _ = run(fakes, fake("hangs", 2), fake("works"))
+    hung, worked = report["sections"]
+    assert (status, hung["status"], worked["status"]) == (1, "timed out", "passed")
+    assert [check["check"] for check in hung["checks"]] == ["before"]
+    stat = Path(f"/proc/{hung['notes'][0]}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_after_the_deadline_sections_are_skipped_and_listed(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kit, "LEAST", 1.0)
+    status, report, text = run(fakes, fake("hangs"), fake("works"), options=("--minutes", "0.04"))
+    assert status == 1
+    assert [section["status"] for section in report["sections"]] == ["timed out", "skipped"]
+    assert "skipped: no time left" in text
+
+
+def test_nothing_but_skipped_sections_is_no_failure(fakes: Path) -> None:
+    status, report, _ = run(fakes, ENVIRONMENT, fake("fails"), options=("--minutes", "0"))
+    assert status == 0
+    assert {section["status"] for section in report["sections"]} == {"skipped"}
+
+
+def test_only_some_sections(fakes: Path) -> None:
+    status, report, _ = run(fakes, ENVIRONMENT, fake("fails"), fake("works"), options=("--only", "works"))
+    assert status == 0
+    assert [section["name"] for section in report["sections"]] == ["environment", "works"]
+
+
+def test_a_report_is_not_written_over(fakes: Path) -> None:
+    for _ in range(2):
+        assert kit.main(["--out", str(fakes)], [ENVIRONMENT]) == 0
+    assert len(list(fakes.glob("gpu-imagined-gpu-80gb-2031-02-03*"))) == 4
+
+
+def test_without_a_device_nothing_is_written(fakes: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert kit.main(["--out", str(fakes)], [fake("breaks", essential=True), fake("works")]) == 2
+    assert capfd.readouterr().err == "breaks: there is no such device\n"
+    assert list(fakes.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "environment: there is no CUDA device; DRY=1 (--dry) rehearses the kit without one\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_bad_folder_is_refused_before_anything_runs(
+    fakes: Path, place: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit) as exit_status:
+        kit.main(["--out", str(tmp_path / place)], [fake("works")])
+    assert exit_status.value.code == 2
+    message = capfd.readouterr()
+    assert message.out == ""
+    assert message.err.count("\n") == 1
+    assert "--out must be a folder that can be written to" in message.err
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not fakes.exists()
+
+
+def test_folder_from_the_environment(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(fakes))
+    assert kit.main([], [ENVIRONMENT]) == 0
+    assert len(list(fakes.iterdir())) == 2
+
+
+def test_what_runs_the_sections_imports_no_torch() -> None:
+    code = "import sys, benchmarks.gpu.kit, benchmarks.gpu.child; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_wrong_result_is_reported_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = competitors.SPConv2d.forward
+
+    def wrong(layer: competitors.SPConv2d, x: torch.Tensor) -> torch.Tensor:
+        return right(layer, x) * (1.001 if layer.backend == "native" else 1)
+
+    monkeypatch.setattr(competitors.SPConv2d, "forward", wrong)
+    entry = plan.Entry(plan.TINY, torch.float32, ("conv2d", "reference", "native"))
+    sampler = Rehearsal().sample
+    with Record(tmp_path / "record", rehearsal=True) as record:
+        field = layers.contestants(record, Rehearsal(), entry)
+        layers.report(
+            record, layers.keys(entry), "forward", "device", layers.fastest(field, "forward", sampler), sampler
+        )
+    assert {contestant.name for contestant in field} == {"conv2d", "reference"}
+    (failed,) = (line for line in read(tmp_path / "record") if not line.get("passed", True))
+    assert "against float64" in failed["message"]
+    assert record.failures == 1
+
+
+def test_markdown_sets_what_was_measured_beside_what_is_modelled() -> None:
+    keys = {"layer": "a", "batch": 32, "dtype": "float16", "direction": "step"}
+    times = [
+        {"row": "times", **keys, "what": "device", "competitor": name, "yardstick": "conv2d", "ms": ms, "speed": speed}
+        for name, ms, speed in (("conv2d", [2.0, 3.0, 4.0], [1, 1, 1]), ("triton", [1.0, 1.5, 2.0], [1.5, 2.0, 2.5]))
+    ]
+    model = [
+        {"row": "model", **keys, "direction": direction, "path": path, "ms": ms}
+        for path, ms in (("conv2d", 0.5), ("onepass", 0.125))
+        for direction in ("forward", "backward")
+    ]
+    section = {"name": "s", "title": "S", "status": "passed", "seconds": 1.0, "checks": [], "rows": times + model}
+    text = markdown({"rehearsal": False, "command": "kit", "sections": [section]})
+    head = "| | N | conv2d ms, measured | triton ms, measured | conv2d ms, modelled | triton ms, modelled |"
+    assert head.replace("| |", "|  |") in text
+    assert "| a | 32 | 3 | 1.5 | 1 | 0.25 |" in text
+    assert "| a | 32 | 2.00 (1.50 to 2.50) | 4 |" in text
+    assert "rehears" not in text
