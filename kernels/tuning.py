@@ -30,14 +30,24 @@ def fits(block: int, size: int, smallest: int) -> bool:
     return block <= max(smallest, triton.next_power_of_2(size))
 
 
-def spills_in_float32(candidate: triton.Config, strided: bool) -> bool:
-    """64 accumulators a thread, with the wider operands of float32, overflow the registers of sm_80.
+def spills(candidate: triton.Config, itemsize: int, scattered: bool, window: int) -> bool:
+    """64 accumulators a thread leave few registers.
 
-    Eight warps share the operands among more threads and just hold it, unless pooling needs registers too.
+    The wider operands of float32 overflow those of sm_80; so do the addresses and masks of channels that are no
+    multiple of 16, one for each element, by 160 to 232 bytes on sm_90 and sm_100; so does pooling over more than four
+    pixels. Eight warps share all that among more threads and just hold it, unless float32 is pooled.
+
+    Args:
+        scattered: channels of a group are no multiple of 16.
+        window: pixels that a point-wise convolution averages.
     """
     blocks = sorted(candidate.kwargs.values())
     accumulators = blocks[-1] * blocks[-2] // (32 * candidate.num_warps)
-    return accumulators >= 64 and (candidate.num_warps < 8 or strided)
+    if accumulators < 64:
+        return False
+    if candidate.num_warps < 8:
+        return itemsize == 4 or scattered or window > 4
+    return itemsize == 4 and window > 1
 
 
 def overflows_shared_memory(candidate: triton.Config, itemsize: int) -> bool:
@@ -51,12 +61,13 @@ def prune_layer(configs: list[triton.Config], named_args: dict, **kwargs) -> lis
     arguments = {**named_args, **kwargs}
     sizes = {name: arguments[size] // arguments["G"] for name, size in (("BLOCK_CO", "CO"), ("BLOCK_C", "CR"))}
     itemsize = arguments["grad_ptr" if "grad_ptr" in arguments else "x_ptr"].dtype.itemsize
-    strided = arguments["STRIDE_H"] * arguments["STRIDE_W"] > 1
+    scattered = any(size % 16 for size in sizes.values())
+    window = arguments["STRIDE_H"] * arguments["STRIDE_W"]
     kept = [
         c
         for c in configs
         if all(fits(c.kwargs[name], size, 16) for name, size in sizes.items() if name in c.kwargs)
-        and not (itemsize == 4 and spills_in_float32(c, strided))
+        and not spills(c, itemsize, scattered, window)
         and not overflows_shared_memory(c, itemsize)
     ]
     return kept or [configs[-1]]
