@@ -184,11 +184,13 @@ def test_sliced_input_and_scattered_gradient() -> None:
         assert launched.scalars["x_stride"] == case.in_channels + 8
 
 
-def test_residual_and_relu() -> None:
+def test_epilogue_without_biases() -> None:
     tensors, residual, geometry = layer_inputs(BY_NAME["stride-2-odd"], torch.float16)
     tensors[4:] = None, None
-    _, report = forward(tensors, geometry, "flat", residual=residual, relu=True)
+    norm_scale = torch.rand(residual.shape[1])
+    _, report = forward(tensors, geometry, "flat", norm_scale=norm_scale, residual=residual, activation="relu")
     assert report.of("onepass_forward")[0].loaded_bytes["residual_ptr"] == 2 * residual.numel()
+    assert report.of("gate_planes")[0].unique_loaded_bytes["norm_scale_ptr"] == 4 * norm_scale.numel()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def test_boxes(box: tuple[int, int, int], taps: int, case: Case, monkeypatch: py
     tensors, residual, _ = layer_inputs(case, torch.float16)
     x, packed, planes = sliced(tensors[0], 8, 16), torch.randn(64, 32 + 9 * 32).half(), torch.rand(3, case.batch, 64)
     with guarded() as report:
-        descriptor.convolve.body(x, packed, *planes, residual, 32, 1, case.stride[0], True)
+        descriptor.convolve.body(x, packed, *planes, residual, 32, 1, case.stride[0], "relu")
     (launched,) = report.of("onepass_descriptor")
     assert launched.stored_bytes == {"y_desc": 2 * residual.numel()}
     assert launched.loaded_bytes["residual_desc"] == 2 * residual.numel()
@@ -228,7 +230,7 @@ def test_rows(batch: int, size: tuple[int, int], rows: int, monkeypatch: pytest.
     tensors, grad, _ = layer_inputs(replace(TILED, batch=batch, size=size), torch.float16)
     x, packed = sliced(tensors[0], 16, 8), torch.randn(64, 32 + 9 * 32).half()
     with guarded() as report:
-        descriptor.convolve.body(x, packed, *torch.rand(3, batch, 64), None, 32, 1, 1, False)
+        descriptor.convolve.body(x, packed, *torch.rand(3, batch, 64), None, 32, 1, 1, "none")
     assert report.kernels == KERNELS["rows"]
     (launched,) = report.launches
     assert launched.stored_bytes == {"y_desc": 2 * grad.numel()}
