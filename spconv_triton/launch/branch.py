@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from ..geometry import Geometry
 from ..kernels.branch import branch_forward
-from .common import channels_last, empty_output, forward_grid, layer_constants, pixel_arguments, pixel_major
+from .common import (
+    channels_last,
+    empty_output,
+    forward_grid,
+    layer_constants,
+    pixel_arguments,
+    pixel_major,
+    wrap_triton,
+)
 from .gradients import finish_weight_grads, layer_input_grad, layer_weight_grad
 
 FORWARD_KERNELS = (branch_forward,)

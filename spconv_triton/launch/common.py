@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..dispatch import INTERPRETED
 from ..geometry import Geometry
 
 MAX_PIXELS = 2**31 - 1
@@ -45,6 +46,11 @@ def use_descriptors(
     if path == "descriptor" and not kernels.supports(x, weight_gwc, weight_pwc, geometry):
         raise ValueError(f"path='descriptor' does not take a layer of {geometry} on {list(x.shape)} in {x.dtype}")
     return path == "descriptor"
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """As of ``torch.library``. That of PyTorch 2.11 refuses interpreted kernels, which nobody traces anyway."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
 def channels_last(x: Tensor) -> Tensor:

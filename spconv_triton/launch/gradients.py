@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from ..geometry import Geometry
 from ..kernels.backward import input_grad, weight_grad
@@ -22,6 +21,7 @@ from .common import (
     layer_constants,
     pixel_major,
     use_descriptors,
+    wrap_triton,
 )
 from .gradients_descriptor import Prepared
 
