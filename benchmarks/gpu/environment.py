@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.util
 import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -78,7 +78,4 @@ def _output(*command: str) -> str:
 def _version(package: str) -> str:
     if importlib.util.find_spec(package) is None:
         return "not installed"
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    return str(getattr(importlib.import_module(package), "__version__", "unknown"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -32,6 +33,13 @@ LEAST = 5.0
 
 TAIL = 30
 """Lines of a section's output that are kept if it does not end well."""
+
+EINOPS = """\
+from functorch.einops import rearrange
+
+__version__ = "not installed; PyTorch's functorch.einops in its place"
+"""
+"""The library needs no more of einops, and a machine with PyTorch may be without it."""
 
 BAD = ("failed", "crashed", "timed out")
 
@@ -84,8 +92,9 @@ def main(arguments: Sequence[str] | None = None, sections: Sequence[Section] = S
             remaining = deadline - time.monotonic()
             if not wanted:
                 continue
-            if remaining < LEAST:
-                report.add(section, "skipped", reason="no time left")
+            missing = [name for name in needs(section, dry=options.dry) if importlib.util.find_spec(name) is None]
+            if missing or remaining < LEAST:
+                report.add(section, "skipped", reason=f"without {', '.join(missing)}" if missing else "no time left")
                 continue
             say(start, f"{section.name}: {section.title}, at most {min(section.seconds, remaining):.0f} s")
             found = run(section, Path(scratch), min(section.seconds, remaining), start, dry=options.dry)
@@ -123,6 +132,11 @@ def parse(arguments: Sequence[str], sections: Sequence[Section]) -> argparse.Nam
 def fail(message: str) -> NoReturn:
     print(f"python -m benchmarks.gpu: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def needs(section: Section, *, dry: bool) -> tuple[str, ...]:
+    """Packages without which a section cannot run; the interpreter, with which a rehearsal runs kernels, is NumPy."""
+    return (*section.needs, "numpy") if dry and section.interpreted else section.needs
 
 
 def run(section: Section, scratch: Path, seconds: float, start: float, *, dry: bool) -> dict[str, Any]:
@@ -176,6 +190,9 @@ def environment(section: Section, scratch: Path, *, dry: bool) -> dict[str, str]
     variables["TRITON_CACHE_DIR"] = str(scratch / "triton" / ("layers" if section.tunes else "small"))
     variables["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     variables["PYTHONUNBUFFERED"] = "1"
+    if importlib.util.find_spec("einops") is None:
+        (scratch / "einops.py").write_text(EINOPS)
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(scratch), variables.get("PYTHONPATH"))))
     if dry:
         # To find out which vector instructions the compiler takes lasts longer than all that it compiles here.
         variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHINDUCTOR_VEC_ISA_OK": "0"}

@@ -18,6 +18,7 @@ class Section:
         essential: whether nothing else makes sense if it fails.
         tunes: whether it times real layers. The others have a cache of Triton's to themselves, for the tuner remembers
             a choice for every size of a layer, and their layers are small.
+        needs: packages besides torch and triton without which it is skipped.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Section:
     interpreted: bool = True
     essential: bool = False
     tunes: bool = False
+    needs: tuple[str, ...] = ()
 
 
 SECTIONS = (
@@ -36,11 +38,11 @@ SECTIONS = (
     Section("layers", "ResNet-50's layers", "benchmarks.gpu.layers:layers", 150, tunes=True),
     Section("graphs", "CUDA graphs", "benchmarks.gpu.checks:graphs", 60),
     Section("single", "One image", "benchmarks.gpu.layers:single", 90, tunes=True),
-    Section("kernels", "The kernels' tests", "benchmarks.gpu.suite:kernels", 150),
+    Section("kernels", "The kernels' tests", "benchmarks.gpu.suite:kernels", 150, needs=("pytest",)),
     Section("operators", "Operators", "benchmarks.gpu.checks:operators", 60),
     Section("dynamo", "torch.compile", "benchmarks.gpu.checks:dynamo", 90),
     Section("memory", "Memory", "benchmarks.gpu.layers:memory", 60, tunes=True),
     Section("networks", "ResNet-50 whole", "benchmarks.gpu.networks:networks", 120, tunes=True),
     Section("others", "Other layers and dtypes", "benchmarks.gpu.layers:others", 120, tunes=True),
-    Section("model", "The model", "benchmarks.gpu.model:model", 60, False),
+    Section("model", "The model", "benchmarks.gpu.model:model", 60, False, needs=("numpy",)),
 )
