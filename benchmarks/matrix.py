@@ -117,13 +117,13 @@ def layers() -> tuple[Layer, ...]:
         Layer(strided(wide), EVERYWHERE, followed_by("silu", wide)),
         Layer(replace(wide, name="branch", alpha=1.0), EVERYWHERE),
         Layer(replace(strided(wide), name="branch stride 2", alpha=1.0), SOMEWHERE),
-        Layer(odd, tuple(dict.fromkeys((*flat_only, *SOMEWHERE)))),
+        Layer(odd, (*SOMEWHERE, ("sm_90", "float32"), ("sm_100", "float16"), ("sm_120", "bfloat16"))),
         Layer(replace(wide, name="residual, silu"), SOMEWHERE, followed_by("silu", wide)),
         Layer(replace(wide, name="residual, relu"), SOMEWHERE, followed_by("relu", wide)),
         Layer(replace(wide, name="residual, relu6"), SOMEWHERE, followed_by("relu6", wide)),
         Layer(replace(strided(wide), name="stride 2, bare"), SOMEWHERE),
         Layer(replace(wide, name="k5", kernel_size=(5, 5), padding=(2, 2)), SOMEWHERE),
-        Layer(replace(wide, name="dilated", dilation=(2, 2), padding=(2, 2)), SOMEWHERE),
+        Layer(replace(wide, name="dilated", dilation=(2, 2), padding=(2, 2)), (*flat_only, SOMEWHERE[0], SOMEWHERE[2])),
         Layer(replace(strided(wide), name="stride 3 x 2", stride=(3, 2), size=(14, 15)), SOMEWHERE),
         Layer(replace(wide, name="one group", groups=1, in_channels=128, out_channels=128), SOMEWHERE),
         Layer(Case("resnet20-16@32", 128, 16, 16, (32, 32)), SOMEWHERE),
@@ -155,7 +155,10 @@ def _descriptor_layers() -> Iterator[Layer]:
 
     halves_and_tf32 = on("float16", "bfloat16", "tf32")
     for case in (RESNET50[0], RESNET50[3]):  # tiles of 64 channels, and of 128
-        yield from (Layer(sized, halves_and_tf32, only=kernels) for sized in _sizes_of_tiles(case, 1, SIZES))
+        for sized in _sizes_of_tiles(case, 1, SIZES):
+            yield Layer(sized, halves_and_tf32, only=kernels)
+            if _streams(_packing(sized), sized.groups, 1, (sized.batch, *sized.size, sized.out_channels)):
+                yield Layer(sized, on("float16", "bfloat16"), {"residual": True}, kernels)  # takes tiles all the same
         yield from (Layer(sized, on("float16"), only=kernels) for sized in _sizes_of_tiles(case, 2, SIZES))
     for case in (RESNET50[1], RESNET50[2], Case("16 channels a block", 8, 32, 64, (56, 56))):
         yield from (Layer(sized, on("float16"), only=kernels) for sized in _sizes_of_tiles(case, 1))
@@ -172,15 +175,14 @@ def _descriptor_layers() -> Iterator[Layer]:
 
 def _sizes_of_tiles(case: Case, stride: int, sizes: Sequence[tuple[int, int]] = ()) -> Iterator[Case]:
     """``case`` at its own output size and at these, at each batch that leads to another tile than those before."""
-    channels = (case.in_channels, case.representative, case.out_channels, case.groups)
-    forward, backward = descriptor.packing(*channels), gradients_descriptor.packing(*channels)
-    assert forward is not None, case
+    forward = _packing(case)
+    backward = gradients_descriptor.packing(case.in_channels, case.representative, case.out_channels, case.groups)
     seen: set[Any] = set()
     for height, width in dict.fromkeys(((case.size[0] // stride, case.size[1] // stride), *sizes)):
         for batch in BATCHES:
             output = (batch, height, width, case.out_channels)
             tiles: list[Any] = [descriptor.best_tile(forward, case.groups, stride, output)]
-            tiles.append(descriptor.streamed_rows(forward, case.groups, stride, output) is not None)
+            tiles.append(_streams(forward, case.groups, stride, output))
             if stride == 1 and backward is not None:
                 shape = (batch, case.in_channels, height, width)
                 tiles.append(gradients_descriptor.input_tile(backward, shape, case.representative, case.groups))
@@ -191,6 +193,16 @@ def _sizes_of_tiles(case: Case, stride: int, sizes: Sequence[tuple[int, int]] = 
                     " stride 2" if stride == 2 else ""
                 )
                 yield replace(case, name=name, batch=batch, size=size, stride=(stride, stride))
+
+
+def _packing(case: Case) -> descriptor.Packing:
+    found = descriptor.packing(case.in_channels, case.representative, case.out_channels, case.groups)
+    assert found is not None, case
+    return found
+
+
+def _streams(packed: descriptor.Packing, groups: int, stride: int, output: tuple[int, int, int, int]) -> bool:
+    return descriptor.streamed_rows(packed, groups, stride, output) is not None
 
 
 def compilations(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Compilation]:
