@@ -164,9 +164,10 @@ def _gate_planes(a: SimpleNamespace, t: Tally) -> int:
     for name in ("ratio_ptr", "scale_ptr", "offset_ptr", "tap_mean_ptr", "pool_mean_ptr"):
         t.store(name)
     t.store("packed_ptr", None if a.PACK else 0)
-    steps = cdiv(redundant, a.BLOCK_C) + cdiv(a.CR, a.BLOCK_C) + a.TAPS * cdiv(group, a.BLOCK_C)
+    steps = sum(cdiv(columns, a.BLOCK_C) for columns in weights.values())
     t.multiply("ieee", co_blocks * sample_blocks * steps, a.BLOCK_N, a.BLOCK_CO, a.BLOCK_C)
-    return co_blocks * sample_blocks
+    packing = cdiv(a.packed_ptr.shape[1], a.BLOCK_C) if a.PACK else 0
+    return co_blocks * (sample_blocks + packing)
 
 
 def _onepass_descriptor(a: SimpleNamespace, t: Tally) -> int:

@@ -16,8 +16,11 @@ where a [M] is 1, or in inference the scale of a norm that follows and whose shi
 
 The clamp keeps ratio finite; at it beta is 1e-26, far below what any output can show.
 
-With PACK the weights, which pass through here anyway, are also written as the one matrix that the descriptor kernel
-reads (:mod:`.packing` says which and why here).
+With PACK further programs of the same launch write the weights as the one matrix that the descriptor kernel reads
+(:mod:`.packing` says which and why here).
+
+A layer of one image waits for this launch, which has little to do: K is walked in long steps, over taps and channels
+alike, because a step takes as long as memory takes to answer.
 """
 
 import triton
@@ -31,12 +34,12 @@ MAX_EXPONENT = tl.constexpr(60.0)
 
 
 @triton.jit
-def _mean(partial_ptr, offset, mask, P, SPLITS: tl.constexpr, split_stride):
-    """Sum of the splits in fixed order, over P."""
+def _mean(partial_ptr, offset, mask, share, SPLITS: tl.constexpr, split_stride):
+    """Sum of the splits in fixed order, times ``share``, 1 / P."""
     total = tl.load(partial_ptr + offset, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(partial_ptr + split * split_stride + offset, mask=mask, other=0.0)
-    return total / P.to(tl.float32)
+    return total * share
 
 
 @triton.jit
@@ -44,7 +47,7 @@ def _pooled_mean(
     partial_ptr,
     offset,
     mask,
-    P,
+    share,
     SPLITS: tl.constexpr,
     split_stride,
     C: tl.constexpr,
@@ -52,10 +55,47 @@ def _pooled_mean(
     TAPS: tl.constexpr,
 ):
     """Mean of pool(x): the centre tap's row at stride 1, else the two rows after the taps."""
-    mean = _mean(partial_ptr, offset + POOL_ROW * C, mask, P, SPLITS, split_stride)
+    mean = _mean(partial_ptr, offset + POOL_ROW * C, mask, share, SPLITS, split_stride)
     if POOL_ROW == TAPS:
-        mean += _mean(partial_ptr, offset + (POOL_ROW + 1) * C, mask, P, SPLITS, split_stride)
+        mean += _mean(partial_ptr, offset + (POOL_ROW + 1) * C, mask, share, SPLITS, split_stride)
     return mean
+
+
+@triton.jit
+def _apply(
+    s,  # [BLOCK_N, BLOCK_CO]
+    partial_ptr,
+    weight_ptr,  # [CO, K]
+    mean_ptr,  # [N, ...]
+    samples,  # [BLOCK_N, 1], offsets into partial
+    n,
+    n_mask,
+    co,
+    co_mask,
+    stores,
+    share,
+    split_stride,
+    CHANNEL: tl.constexpr,
+    K: tl.constexpr,
+    MEAN_STRIDE: tl.constexpr,
+    C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    POOL_ROW: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """s plus a point-wise weight times the mean of what it reads, which is stored if ``stores``."""
+    for k0 in range(0, K, BLOCK_C):
+        k = k0 + tl.arange(0, BLOCK_C)
+        k_mask = (k < K)[None, :]
+        mask = n_mask[:, None] & k_mask
+        channel = (CHANNEL + k)[None, :]
+        mean = _pooled_mean(partial_ptr, samples + channel, mask, share, SPLITS, split_stride, C, POOL_ROW, TAPS)
+        if stores:
+            tl.store(mean_ptr + n[:, None] * MEAN_STRIDE + channel, mean, mask=mask)
+        w = tl.load(weight_ptr + co[:, None] * K + k[None, :], mask=co_mask[:, None] & k_mask, other=0.0)
+        s = dot(mean, tl.trans(w.to(tl.float32)), s, "ieee")
+    return s
 
 
 @autotuned(GATE, GATE_KEY, prune_channels)
@@ -94,10 +134,11 @@ def gate_planes(
     BLOCK_CO: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (output-channel blocks of a group x groups x sample blocks,), output channels fastest.
+    """Grid: (output-channel blocks of a group x groups x (sample blocks + blocks of packed columns),), output channels
+    fastest, the packing programs last.
 
     The first output-channel block of a group also stores the means of the group's channels, and that of the first
-    group those of pool. The sample blocks share out the columns of the packed weight.
+    group those of pool.
     """
     CG: tl.constexpr = CR // G
     COG: tl.constexpr = CO // G
@@ -109,68 +150,58 @@ def gate_planes(
     in_group = co_block * BLOCK_CO + tl.arange(0, BLOCK_CO)
     co = group * COG + in_group
     co_mask = in_group < COG
-    n = pid // (CO_BLOCKS * G) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_mask = n < N
-    split_stride = N.to(tl.int64) * ROWS * C
-    samples = n.to(tl.int64)[:, None] * ROWS * C
-    c = tl.arange(0, BLOCK_C)
-
-    s1 = tl.zeros((BLOCK_N, BLOCK_CO), tl.float32)
-    for c0 in range(0, CRED, BLOCK_C):
-        c_mask = (c0 + c < CRED)[None, :]
-        mask = n_mask[:, None] & c_mask
-        offset = samples + (CR + c0 + c)[None, :]
-        mean = _pooled_mean(partial_ptr, offset, mask, P, SPLITS, split_stride, C, POOL_ROW, TAPS)
-        if (co_block == 0) & (group == 0):
-            tl.store(pool_mean_ptr + n[:, None] * C + (CR + c0 + c)[None, :], mean, mask=mask)
-        w = tl.load(redundant_ptr + co[:, None] * CRED + (c0 + c)[None, :], mask=co_mask[:, None] & c_mask, other=0.0)
-        s1 = dot(mean, tl.trans(w.to(tl.float32)), s1, "ieee")
-
-    s3 = tl.zeros((BLOCK_N, BLOCK_CO), tl.float32)
-    for c0 in range(0, CR, BLOCK_C):
-        c_mask = (c0 + c < CR)[None, :]
-        mask = n_mask[:, None] & c_mask
-        mean = _pooled_mean(partial_ptr, samples + (c0 + c)[None, :], mask, P, SPLITS, split_stride, C, POOL_ROW, TAPS)
-        if (co_block == 0) & (group == 0):
-            tl.store(pool_mean_ptr + n[:, None] * C + (c0 + c)[None, :], mean, mask=mask)
-        w = tl.load(pwc_ptr + co[:, None] * CR + (c0 + c)[None, :], mask=co_mask[:, None] & c_mask, other=0.0)
-        s3 = dot(mean, tl.trans(w.to(tl.float32)), s3, "ieee")
-    for tap in range(0, TAPS):
-        for c0 in range(0, CG, BLOCK_C):
-            c_mask = (c0 + c < CG)[None, :]
-            mask = n_mask[:, None] & c_mask
-            channel = (group * CG + c0 + c)[None, :]
-            mean = _mean(partial_ptr, samples + tap * C + channel, mask, P, SPLITS, split_stride)
+    block = pid // (CO_BLOCKS * G)
+    sample_blocks = tl.cdiv(N, BLOCK_N)
+    if block < sample_blocks:
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_mask = n < N
+        split_stride = N.to(tl.int64) * ROWS * C
+        samples = n.to(tl.int64)[:, None] * ROWS * C
+        stores = (co_block == 0) & (group == 0)
+        share = 1.0 / P.to(tl.float32)
+        s1 = _apply(
+            tl.zeros((BLOCK_N, BLOCK_CO), tl.float32), partial_ptr, redundant_ptr, pool_mean_ptr, samples, n, n_mask,
+            co, co_mask, stores, share, split_stride, CR, CRED, C, C, SPLITS, POOL_ROW, TAPS, BLOCK_C,
+        )  # fmt: skip
+        s3 = _apply(
+            tl.zeros((BLOCK_N, BLOCK_CO), tl.float32), partial_ptr, pwc_ptr, pool_mean_ptr, samples, n, n_mask,
+            co, co_mask, stores, share, split_stride, 0, CR, C, C, SPLITS, POOL_ROW, TAPS, BLOCK_C,
+        )  # fmt: skip
+        for k0 in range(0, TAPS * CG, BLOCK_C):
+            k = k0 + tl.arange(0, BLOCK_C)
+            k_mask = (k < TAPS * CG)[None, :]
+            mask = n_mask[:, None] & k_mask
+            tap = k // CG
+            channel = group * CG + k % CG
+            mean = _mean(partial_ptr, samples + (tap * C + channel)[None, :], mask, share, SPLITS, split_stride)
             if co_block == 0:
-                tl.store(tap_mean_ptr + (n[:, None] * TAPS + tap) * CR + channel, mean, mask=mask)
-            rows = gwc_ptr + co[:, None] * (TAPS * CG) + tap * CG
-            w = tl.load(rows + (c0 + c)[None, :], mask=co_mask[:, None] & c_mask, other=0.0)
+                tl.store(tap_mean_ptr + n[:, None] * (TAPS * CR) + (tap * CR + channel)[None, :], mean, mask=mask)
+            rows = gwc_ptr + co[:, None] * (TAPS * CG)
+            w = tl.load(rows + k[None, :], mask=co_mask[:, None] & k_mask, other=0.0)
             s3 = dot(mean, tl.trans(w.to(tl.float32)), s3, "ieee")
 
-    b3 = tl.zeros((BLOCK_CO,), tl.float32)
-    b1 = tl.zeros((BLOCK_CO,), tl.float32)
-    if BRANCH_BIAS:
-        b3 += tl.load(branch_bias_ptr + co, mask=co_mask, other=0.0).to(tl.float32)
-        b1 += tl.load(branch_bias_ptr + CO + co, mask=co_mask, other=0.0).to(tl.float32)
-    ratio = tl.exp(tl.minimum(s1 + b1[None, :] - s3 - b3[None, :], MAX_EXPONENT))
-    beta = 1.0 / (1.0 + ratio)
-    scale = beta
-    if NORM_SCALE:
-        scale *= tl.load(norm_scale_ptr + co, mask=co_mask, other=0.0).to(tl.float32)[None, :]
-    offset = scale * b3[None, :] + ratio * scale * b1[None, :]
-    if BIAS:
-        offset += tl.load(bias_ptr + co, mask=co_mask, other=0.0).to(tl.float32)[None, :]
-    plane = n[:, None] * CO + co[None, :]
-    mask = n_mask[:, None] & co_mask[None, :]
-    tl.store(ratio_ptr + plane, ratio, mask=mask)
-    tl.store(scale_ptr + plane, scale, mask=mask)
-    tl.store(offset_ptr + plane, offset, mask=mask)
-
-    if PACK:
+        b3 = tl.zeros((BLOCK_CO,), tl.float32)
+        b1 = tl.zeros((BLOCK_CO,), tl.float32)
+        if BRANCH_BIAS:
+            b3 += tl.load(branch_bias_ptr + co, mask=co_mask, other=0.0).to(tl.float32)
+            b1 += tl.load(branch_bias_ptr + CO + co, mask=co_mask, other=0.0).to(tl.float32)
+        ratio = tl.exp(tl.minimum(s1 + b1[None, :] - s3 - b3[None, :], MAX_EXPONENT))
+        beta = 1.0 / (1.0 + ratio)
+        scale = beta
+        if NORM_SCALE:
+            scale *= tl.load(norm_scale_ptr + co, mask=co_mask, other=0.0).to(tl.float32)[None, :]
+        offset = scale * b3[None, :] + ratio * scale * b1[None, :]
+        if BIAS:
+            offset += tl.load(bias_ptr + co, mask=co_mask, other=0.0).to(tl.float32)[None, :]
+        plane = n[:, None] * CO + co[None, :]
+        mask = n_mask[:, None] & co_mask[None, :]
+        tl.store(ratio_ptr + plane, ratio, mask=mask)
+        tl.store(scale_ptr + plane, scale, mask=mask)
+        tl.store(offset_ptr + plane, offset, mask=mask)
+    elif PACK:
         COLUMNS: tl.constexpr = C + (TAPS - 1) * MERGE * CG
-        for k0 in range(pid // (CO_BLOCKS * G) * BLOCK_C, COLUMNS, tl.cdiv(N, BLOCK_N) * BLOCK_C):
-            k = k0 + c
-            held = co_mask[:, None] & (k < COLUMNS)[None, :]
-            packed = packed_weight(gwc_ptr, pwc_ptr, redundant_ptr, co, k, held, group, C, CR, G, MERGE, STRIDE)
-            pointers = packed_ptr + co[:, None] * COLUMNS + k[None, :]
-            tl.store(pointers, packed.to(packed_ptr.dtype.element_ty), mask=held)
+        k = (block - sample_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+        held = co_mask[:, None] & (k < COLUMNS)[None, :]
+        packed = packed_weight(gwc_ptr, pwc_ptr, redundant_ptr, co, k, held, group, C, CR, G, MERGE, STRIDE)
+        pointers = packed_ptr + co[:, None] * COLUMNS + k[None, :]
+        tl.store(pointers, packed.to(packed_ptr.dtype.element_ty), mask=held)

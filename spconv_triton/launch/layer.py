@@ -79,7 +79,8 @@ def spconv2d(
 
     def gate_grid(meta: dict[str, Any]) -> tuple[int]:
         per_group = triton.cdiv(outputs // geometry.groups, meta["BLOCK_CO"])
-        return (per_group * geometry.groups * triton.cdiv(batch, meta["BLOCK_N"]),)
+        blocks = triton.cdiv(batch, meta["BLOCK_N"]) + triton.cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
+        return (per_group * geometry.groups * blocks,)
 
     wrap_triton(gate_planes)[gate_grid](
         partial,
