@@ -36,6 +36,10 @@ MULTIPLICATIONS = ("FMUL", "v_mul_f32", "v_pk_mul_f32")
 LOCAL = ("LDL", "STL", "scratch_")
 """How loads and stores of a thread's own memory begin, where registers are spilled to."""
 
+EVERY_STEP = ("onepass_rows",)
+"""Kernels whose hot loop branches over what all steps but the first do; elsewhere such a branch is the gate, or the end
+of a sum."""
+
 _devices = itertools.count()
 
 
@@ -158,7 +162,7 @@ def read(compiled: Any) -> MachineCode:
         number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         registers, spilled = number["REG"], number["STACK"] + number["LOCAL"]
         tensor_memory, listing = compiled.metadata.tmem_size, _read_machine_code(machine_code)
-    loop, looped = _hot_loop(listing)
+    loop, looped = _hot_loop(listing, leave_out=compiled.metadata.name not in EVERY_STEP)
     return MachineCode(registers, spilled, shared, tensor_memory, tuple(listing.instructions), loop, looped)
 
 
@@ -199,12 +203,12 @@ def _read_listing(text: str, label: re.Pattern, instruction: re.Pattern, branch:
     return _Listing(instructions, [(source, labels[name]) for source, name in branches])
 
 
-def _hot_loop(listing: _Listing) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _hot_loop(listing: _Listing, *, leave_out: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Instructions of one step of the hot loop, and of every innermost loop that multiplies.
 
     Products are the tensor cores', or multiply-adds where a kernel has none of those. The hot loop is the shortest with
-    the most of them, as all but one step runs it: a branch forward over multiplications, and no products, is the gate,
-    which is taken once, and left out.
+    the most of them, as most steps run it: what a branch forward skips if it has multiplications, and no products, is
+    done once, and left out if ``leave_out``.
     """
     instructions, jumps = listing
     products = PRODUCTS if any(map(is_product, instructions)) else VECTOR_PRODUCTS
@@ -218,7 +222,8 @@ def _hot_loop(listing: _Listing) -> tuple[tuple[str, ...], tuple[str, ...]]:
     once = {
         position
         for source, target in jumps
-        if start <= source < target <= stop
+        if leave_out
+        and start <= source < target <= stop
         and any(i.startswith(MULTIPLICATIONS) for i in instructions[source + 1 : target])
         and not any(i.startswith(products) for i in instructions[source + 1 : target])
         for position in range(source + 1, target)
