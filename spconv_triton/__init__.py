@@ -10,6 +10,7 @@ from .network_summary import summary
 
 if TYPE_CHECKING:
     from .explanation import explain
+    from .fusing import fuse
     from .tuning import load_tuning, save_tuning
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "fuse",
     "load_reference_checkpoint",
     "load_tuning",
     "reference",
@@ -31,6 +33,10 @@ def __getattr__(name: str) -> Any:
         from .explanation import explain
 
         return explain
+    if name == "fuse":  # tracing, likewise
+        from .fusing import fuse
+
+        return fuse
     if name in ("load_tuning", "save_tuning"):  # needs triton
         from . import tuning
 

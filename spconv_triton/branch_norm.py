@@ -60,19 +60,23 @@ def fold_branch_norms(layer: Branches) -> tuple[Tensor, Tensor, Tensor | None, T
         ValueError: a norm that is no affine map: in training mode, without running statistics, of another class than
             the two batch norms, or with hooks.
     """
-    scale3, shift3 = _affine_map("norm_representative", layer.norm_representative)
-    gwc, pwc = _scaled(layer.weight_gwc, scale3), _scaled(layer.weight_pwc, scale3)
+    scale3, shift3 = affine_map("norm_representative", layer.norm_representative)
+    gwc, pwc = scaled(layer.weight_gwc, scale3), scaled(layer.weight_pwc, scale3)
     if layer.weight_redundant is None:
         redundant, shift1 = None, torch.zeros_like(shift3)
     else:
-        scale1, shift1 = _affine_map("norm_redundant", layer.norm_redundant)
-        redundant = _scaled(layer.weight_redundant, scale1)
+        scale1, shift1 = affine_map("norm_redundant", layer.norm_redundant)
+        redundant = scaled(layer.weight_redundant, scale1)
     branch_bias = torch.stack((shift3, shift1))
     return gwc, pwc, redundant, branch_bias if layer.weight_gwc.dtype == torch.float64 else branch_bias.float()
 
 
-def _affine_map(name: str, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """s and t, [M], in float32 or better."""
+def affine_map(name: str, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """s and t, [M], in float32 or better, of a norm that :func:`is_affine`.
+
+    Raises:
+        ValueError: one that is not; the message calls it ``name``.
+    """
     if not is_affine(norm):
         state = "None" if norm is None else f"{norm} in {'training' if norm.training else 'eval'} mode"
         raise ValueError(
@@ -89,7 +93,7 @@ def _affine_map(name: str, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     return scale, -mean * scale if norm.bias is None else torch.addcmul(_precise(norm.bias), mean, scale, value=-1)
 
 
-def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     """The rows of [M, ...] times ``scale``, [M]."""
     return (_precise(weight) * scale[:, None, None, None]).to(weight.dtype)
 

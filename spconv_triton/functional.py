@@ -319,15 +319,26 @@ def _or_none(weight_redundant: Tensor | None) -> Tensor | None:
     return None if weight_redundant is None or weight_redundant.shape[1] == 0 else weight_redundant
 
 
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the result for an input ``x``: that of an enclosing ``torch.autocast``, else its own."""
+    return _autocast_dtype(x) or x.dtype
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """All arguments in the dtype of an enclosing ``torch.autocast``, as for ``torch.nn.functional.conv2d``.
 
     float64 stays, and what is not a floating-point tensor is left for the checks to name.
     """
-    device = x.device.type
-    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    dtype = _autocast_dtype(x)
+    if dtype is None:
         return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, *others))
 
 

@@ -30,6 +30,7 @@ HELPERS = ("branch_norm", "checks", "dispatch", "geometry", "layout", "registrat
 LATE_IMPORTS: dict[tuple[str, str], str] = {
     ("", "tuning"): "needs triton, which may be missing",
     ("", "explanation"): "tracing and profiling would double the time of importing the package",
+    ("", "fusing"): "tracing, which those who train do not need",
     ("training.cli", "training.demo"): "--help and a mistyped option answer at once",
     ("training.cli", "training.loop"): "--help and a mistyped option answer at once",
 }
@@ -191,6 +192,13 @@ def test_conversion_is_built_on_the_layer(internal: list[Import]) -> None:
     above = {"conversion", "dense", "eligibility", "network_summary"}
     assert {i.imported for i in internal if i.importer in above} <= {*above, *HELPERS, "models", "modules"}
     assert {top(i.importer) for i in internal if i.imported in above} <= {*above, "", "fusing", "training"}
+
+
+def test_fusing_is_built_on_the_layer(internal: list[Import]) -> None:
+    above = {"chains", "fused", "fusing"}
+    below = {"conversion", "functional", "modules", *HELPERS}
+    assert {i.imported for i in internal if i.importer in above and not is_aten(i.imported)} <= {*above, *below}
+    assert {top(i.importer) for i in internal if i.imported in above} <= {*above, ""}
 
 
 def test_nobody_imports_training(internal: list[Import]) -> None:

@@ -1,0 +1,157 @@
+"""``python -m benchmarks.resnet50``: torchvision's ResNet-50, converted and fused, against itself, as a Markdown table.
+
+Inference on a CPU in float32. The vanilla network runs in the faster of its two memory formats, the others in
+channels_last. They take turns within each round, as in :mod:`benchmarks.ratios`, and a speed is the median of the
+rounds' ratios with their 20 % and 80 % quantiles. *norms folded* stands for ``fuse_conv_bn_eval`` of
+``torch.nn.utils.fusion`` on every plain convolution that a batch norm follows, which anybody would do before deploying
+either network.
+
+No network is timed before its logits are within the error budget of float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from cases import assert_within_budget, kept_bytes
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from benchmarks.ratios import machine, quantiles
+from spconv_triton import convert, fuse
+
+VANILLA = "vanilla"
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resnet50", description="SPConv in ResNet-50, on a CPU")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="their height and width (default: %(default)s)")
+    parser.add_argument("--alpha", type=float, default=0.5, help="share of representative channels (default: 0.5)")
+    parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="time the compiled networks too (minutes)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    images = torch.randn(options.batch, 3, options.size, options.size)
+    vanilla = calibrated(torchvision.models.resnet50(weights=None), images)
+    split = convert(copy.deepcopy(vanilla), options.alpha).to(memory_format=torch.channels_last)
+    split = calibrated(split, images)
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    print(f"{machine()}; batch {options.batch}, {options.size} x {options.size}, alpha {options.alpha:g}, "
+          f"{options.rounds} rounds; {today}\n")  # fmt: skip
+    for line in speeds(vanilla, split, images, options.rounds, compiled=options.compile):
+        print(line, flush=True)
+    dense, sparse = (training_bytes(model, images) for model in (vanilla, split))
+    print("\nkept for the backward of a training step: "
+          f"{dense / 1e6:.0f} MB vanilla, {sparse / 1e6:.0f} MB SPConv, {sparse / dense:.3f} x")  # fmt: skip
+
+
+def speeds(vanilla: nn.Module, split: nn.Module, images: Tensor, rounds: int, *, compiled: bool) -> list[str]:
+    """The rows of the table."""
+    fused = fuse(split)
+    networks = {
+        VANILLA: vanilla,
+        "vanilla, norms folded": folded(vanilla),
+        "SPConv": split,
+        "SPConv, fused": fused,
+        "SPConv, fused, norms folded": folded(fused),
+    }
+    check({name: networks[name] for name in networks if name.startswith(VANILLA)}, vanilla, images)
+    check({name: networks[name] for name in networks if not name.startswith(VANILLA)}, split, images)
+    if compiled:
+        networks |= {f"{name}, compiled": torch.compile(model) for name, model in networks.items()}
+    with torch.inference_mode():
+        layout = faster_layout(vanilla, images)
+        formats = {name: LAYOUTS[layout if name.startswith(VANILLA) else "channels_last"] for name in networks}
+        runners = {}
+        for name, model in networks.items():
+            runners[name] = (model.to(memory_format=formats[name]), images.contiguous(memory_format=formats[name]))
+            for _ in range(2):  # the first call builds what oneDNN keeps, or compiles
+                seconds(*runners[name])
+        taken: dict[str, list[float]] = {name: [] for name in runners}
+        for turn in range(rounds):
+            names = list(runners)
+            first = turn % len(names)  # nobody always runs in the wake of the same neighbour
+            for name in names[first:] + names[:first]:
+                taken[name].append(seconds(*runners[name]))
+    rows = ["| network | ms | speed, vanilla = 1 |", "|---|---:|---:|"]
+    for name, own in taken.items():
+        p20, p50, p80 = quantiles([v / s for v, s in zip(taken[VANILLA], own, strict=True)])
+        label = f"{name} ({layout})" if name == VANILLA else name
+        rows.append(f"| {label} | {1e3 * statistics.median(own):.0f} | {p50:.2f} ({p20:.2f} to {p80:.2f}) |")
+    return rows
+
+
+def seconds(model: nn.Module, images: Tensor) -> float:
+    start = time.perf_counter()
+    model(images)
+    return time.perf_counter() - start
+
+
+def faster_layout(model: nn.Module, images: Tensor) -> str:
+    """By the fastest of a few calls, taken in turns; leaves the model in the last layout tried."""
+    fastest = dict.fromkeys(LAYOUTS, float("inf"))
+    twins = {name: copy.deepcopy(model).to(memory_format=layout) for name, layout in LAYOUTS.items()}
+    for _ in range(4):
+        for name, layout in LAYOUTS.items():
+            fastest[name] = min(fastest[name], seconds(twins[name], images.contiguous(memory_format=layout)))
+    return min(fastest, key=lambda name: fastest[name])
+
+
+def calibrated(model: nn.Module, images: Tensor) -> nn.Module:
+    """``model`` in eval mode, its norms' statistics those of ``images``: as in a trained network, no map explodes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy in which plain convolutions have the norms that follow them folded in, found by torchvision's names."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        children = dict(parent.named_children())
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
+            if isinstance(children.get(conv), nn.Conv2d) and isinstance(children.get(norm), nn.BatchNorm2d):
+                setattr(parent, conv, fuse_conv_bn_eval(children[conv], children[norm]))
+                setattr(parent, norm, nn.Identity())
+    return model
+
+
+def check(networks: dict[str, nn.Module], judge: nn.Module, images: Tensor) -> None:
+    """Their logits agree with those of ``judge`` in float64, for two of the images.
+
+    Raises:
+        AssertionError: one is outside the error budget.
+    """
+    images = images[:2].contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        exact = copy.deepcopy(judge).double()(images.double())
+        same_dtype = judge(images)
+        for name, model in networks.items():
+            assert_within_budget(name, model(images), same_dtype, exact, condition=8)
+
+
+def training_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd keeps in a training step, each storage once, parameters included; of the whole batch."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
+    return kept_bytes(lambda: model(images))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""An SPConv layer in inference with what follows it, as one module."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional, native
+from .branch_norm import affine_map, fold_branch_norms, scaled
+from .checks import ACTIVATIONS, check_input
+from .geometry import Geometry
+from .layout import memory_format
+from .modules import SPConv2d
+
+
+class FusedSPConv2d(nn.Module):
+    """Y = activation(norm(layer(x)) + residual): what :func:`spconv_triton.fuse` puts in the place of a layer.
+
+    Everything is a buffer: there is nothing to train. Norms in the branches are folded into the weights, and so is the
+    norm that follows where there is no gate (alpha = 1); else its scale is kept apart.
+
+    Args:
+        layer: in eval mode; copied.
+        norm: the batch norm that follows, in eval mode with running statistics; None without.
+        activation: ``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"``.
+        residual: whether the layer is called with one; for ``repr``.
+
+    Shape:
+        x [N, L, H, W] and maybe a residual [N, M, H_out, W_out] -> [N, M, H_out, W_out]. A residual of another shape or
+        dtype is added as PyTorch would, after the layer.
+
+    Attributes:
+        weight_gwc, weight_pwc, weight_redundant: as of the layer.
+        bias, norm_scale: [M] or None, in float32 or better; branch_bias: [2, M] or None. See
+            :func:`spconv_triton.functional.spconv2d_inference`.
+
+    Raises:
+        TypeError: ``layer`` is not an SPConv2d.
+        ValueError: a layer in training mode, norms that are no affine maps, or an unknown activation.
+    """
+
+    weight_gwc: Tensor
+    weight_pwc: Tensor
+    weight_redundant: Tensor | None
+    bias: Tensor | None
+    branch_bias: Tensor | None
+    norm_scale: Tensor | None
+
+    def __init__(
+        self, layer: SPConv2d, norm: nn.Module | None = None, activation: str = "none", *, residual: bool = False
+    ) -> None:
+        super().__init__()
+        if not isinstance(layer, SPConv2d):
+            raise TypeError(f"layer must be an SPConv2d, got {type(layer).__name__}")
+        if layer.training:
+            raise ValueError("layer must be in eval mode, got one in training mode: call .eval() on the model first")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "alpha"):
+            setattr(self, name, getattr(layer, name))
+        self.padding_mode, self.backend = layer.padding_mode, layer.backend
+        self.geometry: Geometry = layer.geometry
+        self.activation = activation
+        self.has_residual = residual
+        self.has_norm = norm is not None
+        with torch.no_grad():
+            for name, tensor in _folded(layer, norm).items():
+                self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        super().train(False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(norm_scale (beta U3 + gamma U1) + bias + residual): [N, L, H, W] -> [N, M, H_out, W_out]."""
+        fits = residual is None or self._fits(x, residual)
+        padding = self.geometry.padding
+        if self.padding_mode != "zeros":
+            check_input("x", x)
+            layout = memory_format(x)
+            edges = (padding[1], padding[1], padding[0], padding[0])
+            x = F.pad(x, edges, mode=self.padding_mode).contiguous(memory_format=layout)
+            padding = (0, 0)
+        y = functional.spconv2d_inference(
+            x,
+            self.weight_gwc,
+            self.weight_pwc,
+            self.weight_redundant,
+            self.bias,
+            stride=self.geometry.stride,
+            padding=padding,
+            dilation=self.geometry.dilation,
+            groups=self.geometry.groups,
+            branch_bias=self.branch_bias,
+            norm_scale=self.norm_scale,
+            residual=residual if fits else None,
+            activation=self.activation if fits else "none",
+            backend=self.backend,
+        )
+        if fits or residual is None:
+            return y
+        return native.activate(y + residual, self.activation)
+
+    def _fits(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether the residual is a map of the output's shape and dtype."""
+        if x.dim() != 4 or residual.dtype != functional.computed_dtype(x) or residual.device != x.device:
+            return False
+        return residual.shape == (x.shape[0], self.weight_gwc.shape[0], *self.geometry.output_size(*x.shape[2:]))
+
+    def train(self, mode: bool = True) -> FusedSPConv2d:
+        """Raises ValueError unless ``mode`` is False: the norms are folded away, and there is nothing to train."""
+        if mode:
+            raise ValueError(
+                "mode must be False for a fused layer, which cannot be trained, got True: train the model that was "
+                "given to spconv_triton.fuse, which is as it was, and fuse it again"
+            )
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        if self.padding not in ((0, 0), "valid"):
+            parts.append(f"padding={self.padding!r}")
+        if self.dilation != (1, 1):
+            parts.append(f"dilation={self.dilation}")
+        parts.append(f"groups={self.groups}, alpha={self.alpha}")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode!r}")
+        if self.branch_bias is not None:
+            parts.append("branch_norm=True")
+        if self.has_norm:
+            parts.append("norm=True")
+        if self.has_residual:
+            parts.append("residual=True")
+        if self.activation != "none":
+            parts.append(f"activation={self.activation!r}")
+        if self.backend != "auto":
+            parts.append(f"backend={self.backend!r}")
+        return ", ".join(parts)
+
+
+def _folded(layer: SPConv2d, norm: nn.Module | None) -> dict[str, Tensor | None]:
+    """The buffers."""
+    gwc, pwc, redundant, bias = layer.weight_gwc, layer.weight_pwc, layer.weight_redundant, layer.bias
+    branch_bias = norm_scale = None
+    if layer.branch_norm:
+        gwc, pwc, redundant, branch_bias = fold_branch_norms(layer)
+    if branch_bias is not None and redundant is None:  # no gate: one bias is as good as two
+        bias = branch_bias[0] if bias is None else branch_bias[0] + bias
+        branch_bias = None
+    if norm is not None:
+        norm_scale, shift = affine_map("norm", norm)
+        bias = shift if bias is None else torch.addcmul(shift, norm_scale, bias.to(shift.dtype))
+    if norm_scale is not None and redundant is None:
+        gwc, pwc, norm_scale = scaled(gwc, norm_scale), scaled(pwc, norm_scale), None
+    return {
+        "weight_gwc": gwc,
+        "weight_pwc": pwc,
+        "weight_redundant": redundant,
+        "bias": bias,
+        "branch_bias": branch_bias,
+        "norm_scale": norm_scale,
+    }

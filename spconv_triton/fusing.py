@@ -1,0 +1,345 @@
+"""Folding what follows SPConv layers into them, for inference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .branch_norm import folds
+from .chains import Chain, Region, Tracer, find_regions, follow, has_hooks, trace, unchanged
+from .conversion import is_compiled
+from .fused import FusedSPConv2d
+from .modules import SPConv2d
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What becomes of one SPConv layer.
+
+    Attributes:
+        names: where it stands in the network; several where it is shared.
+        folded: what is folded into it, in order.
+        reason: why nothing more is; empty where an activation ends it.
+    """
+
+    names: tuple[str, ...]
+    folded: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        name = ", ".join(self.names) or "the model"
+        return "; ".join(filter(None, (f"{name}: {', '.join(self.folded) or 'nothing'}", self.reason)))
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What :func:`fuse` does to a network; printed, it is a readable report.
+
+    Attributes:
+        fused, kept: its SPConv layers, each in the network's order.
+    """
+
+    fused: tuple[Fold, ...]
+    kept: tuple[Fold, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} of {len(self.fused) + len(self.kept)} SPConv layers are fused"]
+        lines += [f"  {fold}" for fold in self.fused]
+        lines += ["the others stay:"] if self.kept else []
+        lines += [f"  {fold}" for fold in self.kept]
+        return "\n".join(lines)
+
+
+def fuse(model: nn.Module, *, report: Callable[[Fusion], object] | None = None) -> nn.Module:
+    """A copy of ``model`` for inference, whose SPConv layers compute what follows them before writing their output.
+
+    Into a layer fold, in this order: the norms in its branches; an ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``; the
+    addition of a residual (``+``, ``+=``, ``torch.add``, ``add_``); ReLU, ReLU6 or SiLU (module or function). The
+    layer is then a :class:`spconv_triton.fused.FusedSPConv2d`, and has no parameters. Results are the model's to within
+    rounding. Anything else is as it was: plain convolutions keep their norms, for which there is
+    ``torch.nn.utils.fusion.fuse_conv_bn_eval``.
+
+    The graph is read by ``torch.fx``. Modules that cannot be traced, because of control flow say, are left as they are,
+    and their parts are fused each on its own. Where a norm and an activation are modules of their own, nothing else
+    calls them and no residual is added, ``nn.Identity`` takes their places. Else the module in whose forward they are
+    called becomes a ``torch.fx.GraphModule``, which has its parts under their names but is of no class of its own.
+
+    A layer stays, with the reason in the report, where its result is used more than once or is a result of the network;
+    where an activation stands before the norm; where a norm is in training mode, has no running statistics, another
+    dtype or hooks; where calls of it are followed by different things; where a forward has optional arguments, which
+    may change what follows; and where the layer, or what would have to be rewritten, has hooks.
+
+    Args:
+        model: in eval mode. Compile it and export it afterwards.
+        report: called with the :class:`Fusion`; ``print`` will do.
+
+    Returns:
+        The copy; ``model`` stays as it was, to be trained further. Fusing the copy again changes nothing. The copy
+        has no gradients: call it under ``torch.inference_mode()`` or ``torch.no_grad()``, and to train, go back to
+        ``model``.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a model of which an SPConv layer or a module around it is in training mode, or that is scripted,
+            compiled or wrapped in DDP.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if report is not None and not callable(report):
+        raise TypeError(f"report must be callable or None, got {report!r}")
+    _check_state(model)
+    model = copy.deepcopy(model)
+    plan = _Plan(model)
+    if report is not None:
+        report(plan.report())
+    return plan.carry_out()
+
+
+def _check_state(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"its {name}" if name else "it"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"model must not be scripted yet, but {where} is; fuse first")
+        if is_compiled(module):
+            raise ValueError(f"model must not be compiled yet, but {where} is; use torch.compile(fuse(model))")
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(f"model must not be wrapped in DistributedDataParallel, but {where} is; fuse its .module")
+        if module.training and any(isinstance(part, SPConv2d) for part in module.modules()):
+            raise ValueError(f"model must be in eval mode, but {where} is in training mode; call model.eval() first")
+
+
+@dataclass
+class _Decision:
+    """What becomes of one layer: with ``chain`` it is fused, by modules alone unless a ``scope`` is rewritten."""
+
+    names: tuple[str, ...]
+    chain: Chain | None = None
+    region: Region | None = None
+    scope: nn.Module | None = None
+    reason: str = ""
+
+
+@dataclass
+class _Rewriting:
+    """The graph of a module's forward, and the chains in it that fold."""
+
+    graph: fx.Graph
+    chains: list[Chain] = field(default_factory=list)
+
+
+class _Plan:
+    """What folds into the layers of ``model``, which carrying it out changes.
+
+    Args:
+        model: a network in eval mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.decisions: dict[SPConv2d, _Decision] = {}
+        self.rewritings: dict[nn.Module, _Rewriting] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, SPConv2d):
+                decision = self.decisions.setdefault(module, _Decision((), reason=_obstacle(module)))
+                decision.names = (*decision.names, name)
+        regions = find_regions(model)
+        sites = self._follow_calls(regions)
+        owners = _owners(regions)
+        for layer, decision in self.decisions.items():
+            if not decision.reason:
+                self._decide(layer, decision, sites.get(layer, []), owners)
+        for scope in dict.fromkeys(d.scope for d in self.decisions.values() if d.scope is not None):
+            self._rewrite(scope)
+
+    def _follow_calls(self, regions: list[Region]) -> dict[SPConv2d, list[tuple[Chain, Region]]]:
+        sites: dict[SPConv2d, list[tuple[Chain, Region]]] = {}
+        for region in regions:
+            for layer, chain in self._chains(region):
+                sites.setdefault(layer, []).append((chain, region))
+        return sites
+
+    def _chains(self, region: Region) -> list[tuple[SPConv2d, Chain]]:
+        """The calls of layers that may be fused, in order, each with what follows; the first that adds two results."""
+        found = []
+        taken: set[fx.Node] = set()
+        for node in region.graph.nodes:
+            layer = region.module_of(node) if node.op == "call_module" else None
+            if isinstance(layer, SPConv2d) and layer in self.decisions and not _obstacle(layer):
+                chain = follow(node, region, taken)
+                taken.update(chain.nodes)
+                found.append((layer, chain))
+        return found
+
+    def _decide(
+        self,
+        layer: SPConv2d,
+        decision: _Decision,
+        sites: list[tuple[Chain, Region]],
+        owners: dict[nn.Module, int],
+    ) -> None:
+        if not sites:
+            decision.reason = "is not called in any forward that can be traced"
+            return
+        chain, region = sites[0]
+        scope = chain.frames[-1].module
+        decision.reason = chain.stopped
+        if owners[layer] > 1:
+            decision.reason = "is shared by parts that are traced separately"
+        elif any(c.signature != chain.signature or c.frames[-1].module is not scope for c, _ in sites):
+            decision.reason = f"is called {len(sites)} times, and different things follow"
+        elif len(chain.nodes) == 1:
+            return
+        elif any(frame.is_open for c, _ in sites for frame in c.inner_frames):
+            frame = next(frame for c, _ in sites for frame in c.inner_frames if frame.is_open)
+            decision.reason = (
+                f"is called by {type(frame.module).__name__}.forward, whose optional arguments may change what follows"
+            )
+        elif not _is_made_of_modules([c for c, _ in sites], region, owners):
+            if has_hooks(scope):
+                decision.reason = f"is called by {type(scope).__name__}.forward, which has hooks"
+                return
+            decision.chain, decision.region, decision.scope = chain, region, scope
+        else:
+            decision.chain, decision.region = chain, region
+
+    def _rewrite(self, scope: nn.Module) -> None:
+        """Trace the forward of ``scope`` alone, down to the modules that its chains are made of."""
+        planned = {layer: d for layer, d in self.decisions.items() if d.scope is scope}
+        parts = set()
+        for decision in planned.values():
+            assert decision.chain is not None
+            assert decision.region is not None
+            nodes = (node for node in decision.chain.nodes if node.op == "call_module")
+            parts |= {decision.region.module_of(node) for node in nodes}
+        containers = {m for m in scope.modules() if m not in parts and parts & set(m.modules())}
+        tracer = Tracer(inlined=containers)
+        try:
+            with unchanged(scope):
+                graph = trace(scope, tracer)
+        except Exception as error:  # a forward may raise anything at a symbol
+            for decision in planned.values():
+                decision.chain, decision.reason = (
+                    None,
+                    f"{type(scope).__name__}.forward cannot be traced alone: {error}",
+                )
+            return
+        rewriting = _Rewriting(graph)
+        found: dict[SPConv2d, list[Chain]] = {}
+        for layer, chain in self._chains(Region(scope, graph, tracer.found_leaves, self._name_of(scope))):
+            found.setdefault(layer, []).append(chain)
+        for layer, decision in planned.items():
+            chains = found.get(layer, [])
+            assert decision.chain is not None
+            if chains and all(chain.signature == decision.chain.signature for chain in chains):
+                rewriting.chains += chains
+            else:
+                decision.chain = None
+                decision.reason = chains[0].stopped if chains else f"is not called by {type(scope).__name__} itself"
+        self.rewritings[scope] = rewriting
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, other in self.model.named_modules() if other is module)
+
+    def report(self) -> Fusion:
+        fused: list[Fold] = []
+        kept: list[Fold] = []
+        for layer, decision in self.decisions.items():
+            parts = ["branch norms"] if layer.branch_norm and not _obstacle(layer) else []
+            chain = decision.chain
+            if chain is not None and decision.region is not None:
+                parts += [decision.region.name_of(chain.nodes[1])] if chain.norm is not None else []
+                parts += ["residual"] if chain.residual is not None else []
+                parts += [chain.activation] if chain.activation != "none" else []
+            fold = Fold(decision.names, tuple(parts), decision.reason)
+            (fused if parts else kept).append(fold)
+        return Fusion(tuple(fused), tuple(kept))
+
+    def carry_out(self) -> nn.Module:
+        """The network that comes out, made of the modules of ``model``."""
+        replaced: dict[nn.Module, nn.Module] = {}
+        for layer, decision in self.decisions.items():
+            chain, region = decision.chain, decision.region
+            if chain is None or region is None:
+                if layer.branch_norm and not _obstacle(layer):
+                    replaced[layer] = FusedSPConv2d(layer)
+                continue
+            has_residual = chain.residual is not None
+            replaced[layer] = FusedSPConv2d(layer, chain.norm, chain.activation, residual=has_residual)
+            if decision.scope is None:
+                replaced.update({region.module_of(node): nn.Identity().eval() for node in chain.nodes[1:]})
+        model = _replace(self.model, replaced)
+        for scope in sorted(self.rewritings, key=lambda module: len(list(module.modules()))):  # inner ones first
+            rewriting = self.rewritings[scope]
+            if rewriting.chains:
+                model = _replace(model, {scope: _rewritten(scope, rewriting)})
+        return model
+
+
+def _obstacle(layer: SPConv2d) -> str:
+    """Why nothing can be folded into a layer; empty if something may."""
+    if type(layer) is not SPConv2d:
+        return f"is a {type(layer).__name__}, a subclass of SPConv2d that may compute something else"
+    if has_hooks(layer):
+        return "has hooks"
+    if layer.branch_norm and not folds(layer):
+        return (
+            "has norms in its branches that are no affine maps: in training mode, untracked, hooked or of another kind"
+        )
+    return ""
+
+
+def _owners(regions: list[Region]) -> dict[nn.Module, int]:
+    """In how many regions a module stands, not counting those whose graphs have a module around it as a node."""
+    count: dict[nn.Module, int] = {}
+    for region in regions:
+        held = {region.root}
+        pending = [region.root]
+        while pending:
+            module = pending.pop()
+            new = [child for child in module.children() if child not in held]
+            held.update(new)
+            pending += [child for child in new if child not in region.leaves]
+        for module in held:
+            count[module] = count.get(module, 0) + 1
+    return count
+
+
+def _is_made_of_modules(chains: list[Chain], region: Region, owners: dict[nn.Module, int]) -> bool:
+    """Whether all that is folded are modules that nothing else calls: then nothing but modules need change."""
+    folded = {node for chain in chains for node in chain.nodes[1:]}
+    if any(chain.residual is not None for chain in chains) or any(node.op != "call_module" for node in folded):
+        return False
+    modules = {region.module_of(node) for node in folded}
+    calls = {node for node in region.graph.nodes if node.op == "call_module" and region.module_of(node) in modules}
+    return calls == folded and all(owners[module] == 1 for module in modules)
+
+
+def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
+    """``model`` with other modules in the places of some."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[key] = replaced[child]
+    return replaced.get(model, model)
+
+
+def _rewritten(scope: nn.Module, rewriting: _Rewriting) -> fx.GraphModule:
+    """``scope`` as a graph in which fused layers, which are in their places already, compute what followed them."""
+    graph = rewriting.graph
+    for chain in rewriting.chains:
+        call, last = chain.nodes[0], chain.nodes[-1]
+        position = (
+            call if chain.residual is None else next(n for n in chain.nodes if chain.residual in n.all_input_nodes)
+        )
+        with graph.inserting_before(position):
+            arguments = call.args if chain.residual is None else (*call.args, chain.residual)
+            fused = graph.call_module(str(call.target), arguments)
+        last.replace_all_uses_with(fused)
+        for node in reversed(chain.nodes):
+            graph.erase_node(node)
+    return fx.GraphModule(scope, graph, class_name=type(scope).__name__)
