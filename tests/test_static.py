@@ -185,6 +185,14 @@ def test_changes_of_a_row(change: dict[str, object], text: str, worse: bool) -> 
     assert static.changes([before], [before._replace(fingerprint="f")]) == []
 
 
+def test_a_program_less_of_many_is_not_worse() -> None:
+    before = ROW._replace(registers=64, shared_bytes=0)
+    (found,) = static.changes([before], [before._replace(registers=72)])
+    assert found == static.Change(str(ROW), "registers 64 -> 72, programs 8 -> 7", False)
+    (found,) = static.changes([before], [before._replace(registers=88)])
+    assert found == static.Change(str(ROW), "registers 64 -> 88, programs 8 -> 5", True)
+
+
 def test_a_repaired_row_is_not_worse() -> None:
     broken = ROW._replace(error="CompilationError: no")
     assert static.changes([broken], [ROW]) == [static.Change(str(ROW), "compiles", False)]
