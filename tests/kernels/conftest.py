@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -17,6 +19,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "kernels" in item.path.parts:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def float32_as_such() -> Iterator[None]:
+    """A GPU's convolutions multiply float32 as TF32 by default, ours too, but cuDNN not all of them: no yardstick."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    if not INTERPRETED:
+        conv.fp32_precision = "ieee"
+    yield
+    conv.fp32_precision = before
 
 
 @pytest.fixture

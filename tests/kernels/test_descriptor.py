@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 
 from spconv_triton import functional, launch, reference
+from spconv_triton.dispatch import INTERPRETED
 from spconv_triton.geometry import Geometry
 from spconv_triton.launch import descriptor
 from spconv_triton.launch.descriptor import Tile
@@ -77,11 +78,11 @@ def layer(inputs: Inputs, case: Case, path: str = "descriptor", **options: Any) 
         return launch.spconv2d(*tensors, geometry(case), path=path, **options)
 
 
-def check(inputs: Inputs, case: Case) -> Tensor:
+def check(inputs: Inputs, case: Case, *, condition: float = 1.0) -> Tensor:
     y = layer(inputs, case)[0]
     same_dtype = run(reference.spconv2d, inputs)["y"]
     exact = run(reference.spconv2d, inputs.to(torch.float64))["y"]
-    assert_within_budget("y", y, same_dtype, exact)
+    assert_within_budget("y", y, same_dtype, exact, condition=condition)
     assert y.is_contiguous(memory_format=torch.channels_last)
     return y
 
@@ -221,7 +222,8 @@ def test_float32_is_declined_unless_tf32_is_allowed(device: str, monkeypatch: py
     inputs = make_inputs(PLAIN, device=device)
     assert not descriptor.supports(inputs.x, inputs.weight_gwc, inputs.weight_pwc, geometry(PLAIN))
     monkeypatch.setattr(descriptor, "dot_precision", lambda dtype: "tf32")
-    check(inputs, PLAIN)
+    # TF32 has 13 bits fewer; the interpreter multiplies as float32.
+    check(inputs, PLAIN, condition=1.0 if INTERPRETED else 2.0**13)
 
 
 def test_unknown_path_is_named(device: str) -> None:
