@@ -25,12 +25,13 @@ if not HAS_TRITON or INTERPRETED:
 from cases import RESNET50, Case
 
 from benchmarks import matrix, static
-from benchmarks.launches import Launch
+from benchmarks.launches import Launch, backward_launches
 from benchmarks.machine_code import compiling_for
 from benchmarks.machine_code_gate import EXEMPT, Exempt, complaints, unused
 from benchmarks.matrix import Compilation
 from benchmarks.measurements import Row, load, measure
 from spconv_triton import launch
+from spconv_triton.kernels.backward import weight_grad
 from spconv_triton.kernels.tuning import weight_grad_channels
 from spconv_triton.launch import descriptor, gradients_descriptor
 from spconv_triton.launch.gradients_descriptor import InputTile
@@ -182,6 +183,16 @@ def test_a_wrong_row_is_noticed(wanted: list[Compilation], rows: dict[str, Row])
     assert_true(one, rows)
     with pytest.raises(AssertionError, match="is wrong"):
         assert_true(one, {one.fingerprint: row._replace(registers=row.registers + 1)})
+
+
+def test_what_is_pruned_would_spill() -> None:
+    """The block that cost most: float32 weight gradients without tensor cores, 64 pixels a step, on sm_80."""
+    with matrix.multiplying("float32") as dtype:
+        found = next(one for one in backward_launches(RESNET50[3], dtype, (8, 0)) if one.name == "weight_grad")
+        (pruned,) = (config for config in weight_grad.configs if config.kwargs["BLOCK_PIX"] == 64)
+        assert key(pruned) not in set(map(key, found.configs))
+        row = measure(matrix.of_launch(found, pruned, "sm_80", "float32", "pruned"))
+    assert row.looped_local > 100, "it no longer spills: prune_weight_grad may let it in"
 
 
 # The matrix leaves nothing out.
