@@ -158,7 +158,6 @@ class Trial:
             assert_within_budget(label, result, self.worst[i], self.exact[i], condition=condition)
         return contestant
 
-
     def _condition(self, name: str) -> float:
         """How many roundings more than the yardstick's own error a result may be off by."""
         # cuDNN may multiply some layers as float32 all the same, and would be too good a yardstick.
