@@ -9,7 +9,8 @@ import torch
 from cases import SMALL, Case, make_inputs, run
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import SPConv2d, functional, ops
+from spconv_triton import SPConv2d, functional
+from spconv_triton.registration import NAMESPACE
 
 BY_NAME = {case.name: case for case in SMALL}
 BRANCH = torch.ops.spconv_triton.representative_branch.default
@@ -95,7 +96,8 @@ def test_every_operator_is_registered() -> None:
         "onepass_descriptor",
         "weight_grad_descriptor",
         "input_grad_descriptor",
+        "spconv2d_inference",
     }
     registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "spconv_triton" in n}
     assert registered == names
-    assert ops.NAMESPACE == "spconv_triton"
+    assert NAMESPACE == "spconv_triton"
