@@ -122,7 +122,8 @@ def test_large_means_fold(mean: float, in_parts: list[str]) -> None:
         )
         layer.norm_redundant.running_mean.copy_(nn.functional.conv2d(x1, layer.weight_redundant).mean((0, 2, 3)))
     with torch.no_grad():
-        assert_within_budget("y", layer(x), composed(layer, x), composed(copy.deepcopy(layer).double(), x.double()))
+        exact = composed(copy.deepcopy(layer).double(), x.double())
+        assert_within_budget("y", layer(x), composed(layer, x), exact, condition=mean / 4)
     assert_as_composed(layer, x, condition=mean)
     assert not in_parts
 
