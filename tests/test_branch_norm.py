@@ -124,7 +124,8 @@ def test_large_means_fold(mean: float, in_parts: list[str]) -> None:
     with torch.no_grad():
         exact = composed(copy.deepcopy(layer).double(), x.double())
         assert_within_budget("y", layer(x), composed(layer, x), exact, condition=mean / 4)
-    assert_as_composed(layer, x, condition=mean)
+    # The norms' own gradients are differences of sums with the means of U3 and U1, which are a few times that of x.
+    assert_as_composed(layer, x, condition=4 * mean)
     assert not in_parts
 
 
