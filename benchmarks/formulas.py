@@ -132,6 +132,45 @@ def _onepass_forward(a: SimpleNamespace, t: Tally) -> int:
     return _flat_forward(a, t, a.C - a.CR)
 
 
+def _branches_forward(a: SimpleNamespace, t: Tally) -> int:
+    t.load("redundant_ptr", cdiv(a.pixels, a.BLOCK_PIX) * a.CO * (a.C - a.CR))
+    t.store("u_ptr")
+    t.store("mean_ptr", _parts(a) * 2 * a.CO)
+    t.store("square_ptr", _parts(a) * 2 * a.CO)
+    return 2 * _flat_forward(a, t, a.C - a.CR)
+
+
+def _sample_moments(a: SimpleNamespace, t: Tally) -> int:
+    batch = a.sample_mean_ptr.shape[0]
+    starts = np.arange(batch) * a.P
+    slots = int(((starts + a.P - 1) // a.BLOCK_PIX - starts // a.BLOCK_PIX + 1).sum())
+    t.load("mean_ptr", a.C * (batch + 2 * slots), a.C * slots)
+    t.load("square_ptr", a.C * slots, a.C * slots)
+    t.store("sample_mean_ptr")
+    t.store("sample_square_ptr")
+    return batch * cdiv(a.C, a.BLOCK_C)
+
+
+def _norm_gate(a: SimpleNamespace, t: Tally) -> int:
+    t.load("sample_mean_ptr", 2 * a.C * (1 + 3 * a.N))
+    t.load("sample_square_ptr", 2 * a.C * a.N)
+    for name in ("weight3_ptr", "bias3_ptr", "weight1_ptr", "bias1_ptr"):
+        t.load(name, a.C)
+    t.load("bias_ptr", a.C if a.BIAS else 0)
+    for name in ("batch_ptr", "gate_ptr", "planes_ptr"):
+        t.store(name)
+    return cdiv(a.C, a.BLOCK_C)
+
+
+def _norm_blend(a: SimpleNamespace, t: Tally) -> int:
+    blocks = cdiv(a.P, a.BLOCK_PIX)
+    t.load("u_ptr", 2 * a.N * a.P * a.C)
+    t.load("batch_ptr", 2 * a.N * blocks * a.C, 2 * a.C)
+    t.load("planes_ptr", 3 * a.N * blocks * a.C)
+    t.store("y_ptr")
+    return a.N * blocks * cdiv(a.C, a.BLOCK_C)
+
+
 def _window_statistics(a: SimpleNamespace, t: Tally) -> int:
     splits = a.partial_ptr.shape[0]
     columns = a.N * cdiv(a.C, a.BLOCK_C)
@@ -248,6 +287,37 @@ def _fusion_blend_grad(a: SimpleNamespace, t: Tally) -> int:
     t.load("gate_ptr", blocks * a.N * a.C)
     t.store("du3_ptr")
     t.store("du1_ptr")
+    return a.N * blocks * cdiv(a.C, a.BLOCK_C)
+
+
+def _norm_sums(a: SimpleNamespace, t: Tally) -> int:
+    splits = a.partial_ptr.shape[0]
+    t.load("grad_ptr", a.N * a.P * a.C)
+    t.load("u_ptr", 2 * a.N * a.P * a.C)
+    t.load("batch_ptr", 2 * a.N * splits * a.C, 2 * a.C)
+    t.store("partial_ptr")
+    return a.N * cdiv(a.C, a.BLOCK_C) * splits
+
+
+def _norm_coefficients(a: SimpleNamespace, t: Tally) -> int:
+    t.load("partial_ptr", a.SPLITS * 8 * a.N * a.C)  # five sums for the totals, and three again for the planes
+    t.load("batch_ptr", 2 * a.C, 2 * a.C)
+    t.load("gate_ptr", 2 * a.N * a.C)
+    for name in ("weight3_ptr", "bias3_ptr", "weight1_ptr", "bias1_ptr"):
+        t.load(name, a.C)
+    for name in ("planes_ptr", "slope_ptr", "d_norm_ptr"):
+        t.store(name)
+    return cdiv(a.C, a.BLOCK_C)
+
+
+def _norm_blend_grad(a: SimpleNamespace, t: Tally) -> int:
+    blocks = cdiv(a.P, a.BLOCK_PIX)
+    t.load("grad_ptr", a.N * a.P * a.C)
+    t.load("u_ptr", 2 * a.N * a.P * a.C)
+    t.load("batch_ptr", 2 * a.N * blocks * a.C, 2 * a.C)
+    t.load("slope_ptr", 2 * a.N * blocks * a.C)
+    t.load("planes_ptr", 4 * a.N * blocks * a.C)
+    t.store("du_ptr")
     return a.N * blocks * cdiv(a.C, a.BLOCK_C)
 
 
@@ -427,6 +497,13 @@ FORMULAS: dict[str, Callable[[SimpleNamespace, Tally], int]] = {
         _gate_planes,
         _onepass_descriptor,
         _onepass_rows,
+        _branches_forward,
+        _sample_moments,
+        _norm_gate,
+        _norm_blend,
+        _norm_sums,
+        _norm_coefficients,
+        _norm_blend_grad,
         _fusion_statistics,
         _fusion_blend,
         _fusion_blend_grad,

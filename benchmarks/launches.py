@@ -193,3 +193,15 @@ def fusion_launches(case: Case, dtype: torch.dtype) -> list[Launch]:
         launch.gap_softmax_fusion(t.grad, t.grad)
         launch.gap_softmax_fusion_backward(t.grad, t.grad, t.grad, gate)
     return found
+
+
+def batch_norm_launches(case: Case, dtype: torch.dtype) -> list[Launch]:
+    """Of the layer with batch norms in its branches, in training: forward and gradients."""
+    t = layer_tensors(case, dtype)
+    assert t.weight_redundant is not None
+    weights = (t.weight_gwc, t.weight_pwc, t.weight_redundant)
+    norms = launch.Norms(*(torch.empty(case.out_channels, device="meta") for _ in range(4)))
+    with recording(None) as found:
+        _, kept = launch.spconv2d_batch_norm(t.x, *weights, t.bias, norms, (1e-5, 1e-5), t.geometry)
+        launch.spconv2d_batch_norm_backward(t.grad, t.x, *weights, norms, kept, t.geometry)
+    return found

@@ -20,7 +20,14 @@ import triton
 from cases import RESNET50, Case
 
 from benchmarks.fingerprint import fingerprint
-from benchmarks.launches import CAPABILITIES, Launch, backward_launches, forward_launches, fusion_launches
+from benchmarks.launches import (
+    CAPABILITIES,
+    Launch,
+    backward_launches,
+    batch_norm_launches,
+    forward_launches,
+    fusion_launches,
+)
 from benchmarks.machine_code import TARGETS, MachineCode, compile_kernel, compiling_for, read
 from spconv_triton.launch import descriptor, gradients_descriptor
 
@@ -54,6 +61,8 @@ class Layer(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
     only: tuple[str, ...] = ()
     """The kernels that it is compiled for; all if empty."""
+    batch_norm: bool = False
+    """Whether it is also compiled with batch norms in its branches."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +122,11 @@ def layers() -> tuple[Layer, ...]:
     odd = replace(wide, name="odd channels", in_channels=502, out_channels=494, alpha=0.502, size=(13, 15))
     flat_only = tuple((target, precision) for target, precision in EVERYWHERE if target in DESCRIPTOR_TARGETS)
     found = [
-        Layer(wide, EVERYWHERE),
+        Layer(wide, EVERYWHERE, batch_norm=True),
         Layer(strided(wide), EVERYWHERE, followed_by("silu", wide)),
         Layer(replace(wide, name="branch", alpha=1.0), EVERYWHERE),
         Layer(replace(strided(wide), name="branch stride 2", alpha=1.0), SOMEWHERE),
-        Layer(odd, (*SOMEWHERE, ("sm_90", "float32"), ("sm_100", "float16"), ("sm_120", "bfloat16"))),
+        Layer(odd, (*SOMEWHERE, ("sm_90", "float32"), ("sm_100", "float16"), ("sm_120", "bfloat16")), batch_norm=True),
         Layer(replace(wide, name="residual, silu"), SOMEWHERE, followed_by("silu", wide)),
         Layer(replace(wide, name="residual, relu"), SOMEWHERE, followed_by("relu", wide)),
         Layer(replace(wide, name="residual, relu6"), SOMEWHERE, followed_by("relu6", wide)),
@@ -127,7 +136,7 @@ def layers() -> tuple[Layer, ...]:
         Layer(replace(strided(wide), name="stride 3 x 2", stride=(3, 2), size=(14, 15)), SOMEWHERE),
         Layer(replace(wide, name="one group", groups=1, in_channels=128, out_channels=128), SOMEWHERE),
         Layer(Case("resnet20-16@32", 128, 16, 16, (32, 32)), SOMEWHERE),
-        Layer(strided(Case("resnet20-16-32@32", 128, 16, 32, (32, 32))), SOMEWHERE),
+        Layer(strided(Case("resnet20-16-32@32", 128, 16, 32, (32, 32))), SOMEWHERE, batch_norm=True),
     ]
     for case in RESNET50[:3]:
         found += [Layer(case, SOMEWHERE), Layer(strided(case), SOMEWHERE)]
@@ -233,6 +242,7 @@ def _launches(layer: Layer, dtype: torch.dtype, capability: tuple[int, int] | No
         *forward_launches(layer.case, dtype, capability, **layer.options),
         *backward_launches(layer.case, dtype, capability, branch_bias=branch_bias),
         *(fusion_launches(layer.case, dtype) if layer.case.alpha == 1 else ()),
+        *(batch_norm_launches(layer.case, dtype) if layer.batch_norm else ()),
     ]
 
 

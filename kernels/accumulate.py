@@ -48,7 +48,7 @@ def add_pointwise(
     H,
     W,
     x_stride,
-    CHANNELS: tl.constexpr,
+    CHANNELS,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     CENTRE_H: tl.constexpr,

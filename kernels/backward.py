@@ -22,7 +22,8 @@ redundant ones. So the weight-gradient kernel, accumulating sample by sample, yi
 
 is added afterwards from the forward's statistics. Checked against autograd in float64.
 
-The branch alone (GATED false) has beta = 1 and delta = 0: E3 = g.
+Not GATED, the branches' gradients are given: of the representative branch alone, E3 = g, or, where the layer has
+redundant channels, of both side by side: g is [N, HO, WO, 2 CO], E3 in the first CO channels and E1 in the rest.
 """
 
 import triton
@@ -71,10 +72,10 @@ def _branch_grad(
 @autotuned(INPUT_GRAD, LAYER_KEY, prune_input_grad)
 @triton.jit(do_not_specialize=["phase_pixels", "H", "W", "HO", "WO"])
 def input_grad(
-    grad_ptr,  # g [N, HO, WO, CO]
+    grad_ptr,  # g [N, HO, WO, CO], or E3 and E1 [N, HO, WO, 2 CO] if not GATED and C > CR
     gwc_ptr,  # [CO, KH, KW, CG]
     pwc_ptr,  # [CO, CR]
-    redundant_ptr,  # [CO, C - CR]; read only if GATED
+    redundant_ptr,  # [CO, C - CR]; read only if C > CR
     ratio_ptr,  # gamma / beta [N, CO] float32; read only if GATED
     shift_ptr,  # delta / P [N, CO] float32; read only if GATED
     dx_ptr,  # [N, H, W, C]
@@ -83,7 +84,7 @@ def input_grad(
     W,
     HO,
     WO,
-    C: tl.constexpr,  # CR if not GATED
+    C: tl.constexpr,  # CR for the representative branch alone
     CR: tl.constexpr,
     CO: tl.constexpr,
     G: tl.constexpr,
@@ -115,6 +116,7 @@ def input_grad(
     GROUP_BLOCKS: tl.constexpr = (CG + BLOCK_C - 1) // BLOCK_C
     C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (CRED + BLOCK_C - 1) // BLOCK_C
     CO_BLOCKS: tl.constexpr = (COG + BLOCK_CO - 1) // BLOCK_CO
+    GRAD_CO: tl.constexpr = CO if GATED or CRED == 0 else 2 * CO
     CENTRE_H: tl.constexpr = DILATION_H * (KH - 1) // 2 - PAD_H
     CENTRE_W: tl.constexpr = DILATION_W * (KW - 1) // 2 - PAD_W
 
@@ -142,6 +144,7 @@ def input_grad(
     co = tl.arange(0, BLOCK_CO)
     ratios = ratio_ptr + sample * CO
     shifts = shift_ptr + sample * CO
+    grads = grad_ptr + tl.where(redundant, GRAD_CO - CO, 0)
     acc = tl.zeros((BLOCK_PIX, BLOCK_C), tl.float32)
 
     # Point-wise: the window that holds the pixel, by a division that rounds down (its operand is kept positive).
@@ -150,8 +153,8 @@ def input_grad(
     out_row = (row - CENTRE_H + SHIFT_H * STRIDE_H) // STRIDE_H - SHIFT_H
     out_column = (column - CENTRE_W + SHIFT_W * STRIDE_W) // STRIDE_W - SHIFT_W
     valid = in_range & inside(out_row, out_column, HO, WO)
-    pointers = pixel_pointers(grad_ptr, sample, out_row, out_column, HO, WO, CO)
-    if GATED:
+    pointers = pixel_pointers(grads, sample, out_row, out_column, HO, WO, GRAD_CO)
+    if CRED > 0:
         weights = tl.where(redundant, redundant_ptr, pwc_ptr) + within
         weight_stride = tl.where(redundant, CRED, CR)
         weights += tl.where(redundant, 0, group * CG)
@@ -185,7 +188,7 @@ def input_grad(
         out_row = sub_row + (phase_h + PAD_H - tap_h * DILATION_H) // STRIDE_H
         out_column = sub_column + (phase_w + PAD_W - tap_w * DILATION_W) // STRIDE_W
         valid = in_range & inside(out_row, out_column, HO, WO)
-        pointers = pixel_pointers(grad_ptr, sample, out_row, out_column, HO, WO, CO) + first_co
+        pointers = pixel_pointers(grads, sample, out_row, out_column, HO, WO, GRAD_CO) + first_co
         co_mask = co0 + co < COG
         e = _branch_grad(
             grad_ptr, ratios + first_co, shifts + first_co, pointers, valid, co0 + co, co_mask, redundant, GATED
@@ -201,7 +204,7 @@ def input_grad(
 @autotuned(WEIGHT_GRAD, (*LAYER_KEY, "BLOCK_C"), prune_weight_grad)
 @triton.jit(do_not_specialize=["units", "units_per_split", "slice_pixels", "H", "W", "HO", "WO", "SLICES"])
 def weight_grad(
-    grad_ptr,  # g [N, HO, WO, CO]
+    grad_ptr,  # g [N, HO, WO, CO], or E3 and E1 [N, HO, WO, 2 CO] if not GATED and C > CR
     x_ptr,  # [N, H, W, C], pixels x_stride apart
     gwc_ptr,  # [CO, KH, KW, CG]; this and the next three are read only if GATED
     pwc_ptr,  # [CO, CR]
@@ -218,7 +221,7 @@ def weight_grad(
     WO,
     x_stride,
     SLICES,
-    C: tl.constexpr,  # CR if not GATED
+    C: tl.constexpr,  # CR for the representative branch alone
     CR: tl.constexpr,
     CO: tl.constexpr,
     G: tl.constexpr,
@@ -251,6 +254,7 @@ def weight_grad(
     POINTWISE_BLOCKS: tl.constexpr = (CR + BLOCK_C - 1) // BLOCK_C
     TAP_BLOCKS: tl.constexpr = (CG + BLOCK_C - 1) // BLOCK_C
     WEIGHTS: tl.constexpr = CO * (CRED + CR + TAPS * CG)
+    GRAD_CO: tl.constexpr = CO if GATED or CRED == 0 else 2 * CO
 
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -279,6 +283,7 @@ def weight_grad(
     if GATED:
         weight_ptr = tl.where(redundant, redundant_ptr, tl.where(pointwise, pwc_ptr, gwc_ptr))
 
+    grads = grad_ptr + tl.where(redundant, GRAD_CO - CO, 0)
     total = tl.zeros((BLOCK_CO, BLOCK_C), tl.float32)
     for unit in range(split * units_per_split, tl.minimum((split + 1) * units_per_split, units)):
         sample = unit // SLICES
@@ -299,7 +304,7 @@ def weight_grad(
                 x = load_pooled(pointers, row, column, in_range, channel, c_mask, H, W, x_stride, STRIDE_H, STRIDE_W)
             else:
                 x = load_pooled(pointers, row, column, in_range, channel, c_mask, H, W, x_stride, 1, 1)
-            outputs = pixel_pointers(grad_ptr, sample, out_row, out_column, HO, WO, CO)
+            outputs = pixel_pointers(grads, sample, out_row, out_column, HO, WO, GRAD_CO)
             g = tl.load(outputs[:, None] + co[None, :], mask=in_range[:, None] & co_mask[None, :], other=0.0)
             one = dot(tl.trans(g), x, one, PRECISION)
         if GATED:

@@ -18,7 +18,7 @@ from .tuning import FUSION, FUSION_KEY, autotuned, prune_channels
 
 
 @triton.jit
-def _sigmoid(d):
+def sigmoid(d):
     """Logistic function in float32, by the exponential that cannot overflow."""
     e = tl.exp(-tl.abs(d))
     return tl.where(d >= 0, 1.0, e) / (1.0 + e)
@@ -72,7 +72,7 @@ def fusion_statistics(
 
 
 @triton.jit
-def _decode_blend(P, C: tl.constexpr, BLOCK_PIX: tl.constexpr, BLOCK_C: tl.constexpr):
+def decode_blend(P, C: tl.constexpr, BLOCK_PIX: tl.constexpr, BLOCK_C: tl.constexpr):
     """Channels [BLOCK_C], sample and pixel block of a program. Grid: (channel blocks x pixel blocks x N,)."""
     C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -96,8 +96,8 @@ def fusion_blend(
     BLOCK_PIX: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: as :func:`_decode_blend`. The programs of pixel block 0 also store d."""
-    c, sample, pixel_block = _decode_blend(P, C, BLOCK_PIX, BLOCK_C)
+    """Grid: as :func:`decode_blend`. The programs of pixel block 0 also store d."""
+    c, sample, pixel_block = decode_blend(P, C, BLOCK_PIX, BLOCK_C)
     pixel = pixel_block * BLOCK_PIX + tl.arange(0, BLOCK_PIX)
     c_mask = c < C
     d = _sum_partials(partial_ptr, sample * C + c, c_mask, N, C, SPLITS) / P.to(tl.float32)
@@ -107,7 +107,7 @@ def fusion_blend(
     offset = (sample.to(tl.int64) * P + pixel)[:, None] * C + c[None, :]
     u3 = tl.load(u3_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     u1 = tl.load(u1_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    y = _sigmoid(d)[None, :] * u3 + _sigmoid(-d)[None, :] * u1
+    y = sigmoid(d)[None, :] * u3 + sigmoid(-d)[None, :] * u1
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -126,13 +126,13 @@ def fusion_blend_grad(
     BLOCK_PIX: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: as :func:`_decode_blend`."""
-    c, sample, pixel_block = _decode_blend(P, C, BLOCK_PIX, BLOCK_C)
+    """Grid: as :func:`decode_blend`."""
+    c, sample, pixel_block = decode_blend(P, C, BLOCK_PIX, BLOCK_C)
     pixel = pixel_block * BLOCK_PIX + tl.arange(0, BLOCK_PIX)
     c_mask = c < C
     d = tl.load(gate_ptr + sample * C + c, mask=c_mask, other=0.0)
-    beta = _sigmoid(d)
-    gamma = _sigmoid(-d)
+    beta = sigmoid(d)
+    gamma = sigmoid(-d)
     inner = _sum_partials(partial_ptr, sample * C + c, c_mask, N, C, SPLITS)
     constant = (beta * gamma * inner / P.to(tl.float32))[None, :]
     mask = (pixel < P)[:, None] & c_mask[None, :]

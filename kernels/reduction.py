@@ -335,7 +335,7 @@ def _finish_weights(
     out_ptr = tl.where(pointwise, d_pwc_ptr, d_gwc_ptr + tap // KW * gwc_stride_kh + tap % KW * gwc_stride_kw)
     stride_co = tl.where(pointwise, pwc_stride_co, gwc_stride_co)
     stride_c = tl.where(pointwise, pwc_stride_c, gwc_stride_c)
-    if GATED:
+    if CRED > 0:
         out_ptr = tl.where(redundant, d_redundant_ptr, out_ptr)
         stride_co = tl.where(redundant, redundant_stride_co, stride_co)
         stride_c = tl.where(redundant, redundant_stride_c, stride_c)
@@ -358,7 +358,7 @@ def finish_weights(
     terms_ptr,  # each sample's part of db3, db1 [2, N, CO] float32; read only if BRANCH_BIAS
     d_gwc_ptr,  # [CO, CG, KH, KW], of the strides below
     d_pwc_ptr,  # [CO, CR]
-    d_redundant_ptr,  # [CO, C - CR]; written only if GATED
+    d_redundant_ptr,  # [CO, C - CR]; written only if C > CR
     d_branch_bias_ptr,  # [2, CO]; written only if BRANCH_BIAS
     gwc_ptr,  # [CO, 3, 3, CG]; this and the next two are read, and the two after them written, only if PREPARE
     pwc_ptr,  # [CO, CR]
@@ -378,7 +378,7 @@ def finish_weights(
     redundant_stride_c,
     bias_stride_branch,
     bias_stride_co,
-    C: tl.constexpr,  # CR if not GATED
+    C: tl.constexpr,  # CR for the representative branch alone
     CR: tl.constexpr,
     CO: tl.constexpr,
     G: tl.constexpr,

@@ -125,6 +125,16 @@ FORWARD = (
     config(4, 3, BLOCK_PIX=64, BLOCK_CO=16, BLOCK_C=16),
 )
 
+MOMENT_PIXELS = 128
+"""BLOCK_PIX of the branches that leave moments. Not tuned: it decides the size of a buffer, allocated before."""
+
+# No wider: the moments of the columns take as many registers again as the accumulator.
+BRANCHES = (
+    config(8, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=64, BLOCK_C=32),
+    config(4, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=32, BLOCK_C=16),
+    config(4, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=16, BLOCK_C=16),
+)
+
 INPUT_GRAD = (
     config(8, 3, BLOCK_PIX=128, BLOCK_C=128, BLOCK_CO=32),
     config(4, 4, BLOCK_PIX=128, BLOCK_C=64, BLOCK_CO=32),
@@ -164,6 +174,7 @@ STATISTICS = (
 GATE_KEY = ("C", "CR", "CO", "G", "TAPS")
 
 GATE = (
+    config(8, 2, BLOCK_N=16, BLOCK_CO=16, BLOCK_C=64),
     config(4, 2, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=32),
     config(4, 2, BLOCK_N=16, BLOCK_CO=16, BLOCK_C=16),
 )
@@ -174,5 +185,13 @@ FUSION = (
     config(4, 2, BLOCK_PIX=32, BLOCK_C=128),
     config(4, 2, BLOCK_PIX=64, BLOCK_C=64),
     config(4, 2, BLOCK_PIX=128, BLOCK_C=32),
+    config(4, 2, BLOCK_PIX=64, BLOCK_C=16),
+)
+
+# Five accumulators.
+NORM_SUMS = (
+    config(4, 2, BLOCK_PIX=16, BLOCK_C=128),
+    config(4, 2, BLOCK_PIX=32, BLOCK_C=64),
+    config(4, 2, BLOCK_PIX=64, BLOCK_C=32),
     config(4, 2, BLOCK_PIX=64, BLOCK_C=16),
 )

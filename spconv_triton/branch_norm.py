@@ -4,7 +4,9 @@ A batch norm on its running statistics is an affine map per channel, s u + t wit
 
     s = weight / sqrt(running_var + eps),    t = bias - s running_mean
 
-and U3 and U1 are linear in their weights, so it folds: the weights' rows times s, and t as a branch bias.
+and U3 and U1 are linear in their weights, so it folds: the weights' rows times s, and t as a branch bias. A batch norm
+on the statistics of the batch needs U3 and U1 themselves; where it :func:`normalises_batch`, the arithmetic can be the
+kernels', while the state stays the module's. Any other norm is called as the module that it is.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 class Branches(Protocol):
@@ -36,6 +38,37 @@ def is_affine(norm: nn.Module | None) -> bool:
     if norm is None or norm.training or not is_batch_norm(norm):
         return False
     return norm.running_mean is not None and norm.running_var is not None
+
+
+def normalises_batch(norm: nn.Module | None) -> bool:
+    """Whether ``norm`` is a batch norm that now uses the statistics of the batch, and of this process's alone."""
+    if norm is None or not is_batch_norm(norm) or is_affine(norm):
+        return False
+    if isinstance(norm, nn.SyncBatchNorm) and norm.training and distributed.is_available():
+        return not distributed.is_initialized()
+    return True
+
+
+def track(norm: nn.Module, mean: Tensor, variance: Tensor, values: int) -> None:
+    """Update the running statistics of a batch norm as its own forward would.
+
+    Args:
+        norm: one that :func:`normalises_batch`.
+        mean, variance: of the batch, [M], the variance by ``values``.
+        values: per channel.
+    """
+    assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    if not (norm.training and norm.track_running_stats):
+        return
+    share: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+    with torch.no_grad():
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:  # the average over all batches
+                share = norm.num_batches_tracked.to(mean.dtype).reciprocal()
+        for running, value in ((norm.running_mean, mean), (norm.running_var, variance * (values / (values - 1)))):
+            if running is not None:
+                running.lerp_(value.to(running.dtype), share.to(running.dtype) if isinstance(share, Tensor) else share)
 
 
 def folds(layer: Branches) -> bool:

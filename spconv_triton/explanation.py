@@ -137,6 +137,7 @@ def _explain_traced(module: SPConv2d, x: Tensor) -> Explanation:
 
 SAVED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     f"{registration.NAMESPACE}::spconv2d": ((0,), (1, 2, 3)),
+    f"{registration.NAMESPACE}::spconv2d_batch_norm": ((0,), (1, 2, 3)),
     f"{registration.NAMESPACE}::representative_branch": ((0,), ()),
     f"{registration.NAMESPACE}::gap_softmax_fusion": ((0, 1), (1,)),
     "aten::convolution": ((0,), ()),
@@ -149,7 +150,7 @@ def _kept_by_operators(graph: torch.fx.GraphModule) -> int:
     storages: dict[int, int] = {}
     for node in graph.graph.nodes:
         name = _operator_name(node)
-        arguments, results = ((0,), ()) if "batch_norm" in name else SAVED.get(name, ((), ()))
+        arguments, results = SAVED.get(name, ((0,), ()) if "batch_norm" in name else ((), ()))
         outputs = node.meta.get("val")
         for tensor in (*(_values(node)[i] for i in arguments), *(outputs[i] for i in results)):
             storage = tensor.untyped_storage()

@@ -20,6 +20,7 @@ from .checks import (
     check_redundant,
     check_representative,
     check_window,
+    shape,
 )
 from .dispatch import HAS_TRITON, choose
 from .geometry import Geometry, IntPair, resolve
@@ -29,7 +30,14 @@ from .native import Epilogue
 if HAS_TRITON:
     from . import ops
 
-__all__ = ["gap_softmax_fusion", "redundant_branch", "representative_branch", "spconv2d", "spconv2d_inference"]
+__all__ = [
+    "gap_softmax_fusion",
+    "redundant_branch",
+    "representative_branch",
+    "spconv2d",
+    "spconv2d_batch_norm",
+    "spconv2d_inference",
+]
 
 
 def representative_branch(
@@ -295,6 +303,64 @@ def spconv2d_inference(
         )
         y = after(y, bias)
     return y.contiguous(memory_format=memory_format(x))
+
+
+def spconv2d_batch_norm(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_representative: tuple[Tensor | None, Tensor | None] = (None, None),
+    norm_redundant: tuple[Tensor | None, Tensor | None] = (None, None),
+    eps: tuple[float, float] = (1e-5, 1e-5),
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 2,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The SPConv layer with a batch norm on U3 and on U1 before the gate, both normalising by the batch.
+
+    Args:
+        x, weight_gwc, weight_pwc, weight_redundant, bias, stride, padding, dilation, groups, backend: as of
+            :func:`spconv2d`; there must be redundant channels.
+        norm_representative, norm_redundant: weight and bias of either norm, [M], dtype of ``x`` or float32; None for 1
+            and 0.
+        eps: of either norm, added to its variance.
+
+    Returns:
+        Y, [N, M, H_out, W_out], dtype and memory format of ``x``; and, without gradients and in float32 or better, mean
+        and variance of the branches over samples and pixels, [2, M] each, the variance by N H_out W_out.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it, what came and what is legal.
+
+    Source: Zhang et al., IJCAI 2020, section 3.4; batch norm: Ioffe and Szegedy, ICML 2015, algorithm 1.
+    """
+    check_input("x", x)
+    x, weight_gwc, weight_pwc, weight_redundant, bias = _autocast(x, weight_gwc, weight_pwc, weight_redundant, bias)
+    geometry = _check_layer(x, weight_gwc, weight_pwc, weight_redundant, None, (stride, padding, dilation, groups))
+    if _or_none(weight_redundant) is None:
+        raise ValueError("weight_redundant must have at least one input channel, got none, so there is no gate")
+    outputs = weight_gwc.shape[0]
+    check_bias("bias", bias, (outputs,), x, or_float32=False)
+    for name, norm in (("norm_representative", norm_representative), ("norm_redundant", norm_redundant)):
+        for tensor in norm:
+            check_bias(name, tensor, (outputs,), x, or_float32=True)
+    height, width = geometry.output_size(x.shape[2], x.shape[3])
+    if x.shape[0] * height * width < 2:
+        raise ValueError(f"x must give more than 1 value per channel to normalise, got {shape(x)}")
+    weights = (weight_gwc, weight_pwc, weight_redundant)
+    chosen = choose(x, backend)
+    if chosen == "triton":
+        norms = (*norm_representative, *norm_redundant)
+        y, *_, statistics = ops.spconv2d_batch_norm(x, *weights, bias, *norms, *eps, *geometry[1:])
+        mean, variance, _ = statistics.unbind()
+    else:
+        y, mean, variance = native.batch_norm(x, *weights, bias, norm_representative, norm_redundant, eps, geometry)
+    return y.contiguous(memory_format=memory_format(x)), mean, variance
 
 
 def _check_layer(

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .branch_norm import fold_branch_norms, folds
+from .branch_norm import fold_branch_norms, folds, normalises_batch, track
 from .checks import FLOATING, check_input, shape
-from .dispatch import BACKENDS
+from .dispatch import BACKENDS, choose
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
 
@@ -251,10 +251,17 @@ class SPConv2d(nn.Module):
         )
 
     def _forward_branch_norm(self, x: Tensor, window: dict[str, Any]) -> Tensor:
-        """The layer part by part, with whatever module stands in a branch."""
+        """The layer with norms that do not fold: by the kernels where they compute the norms, else part by part.
+
+        The kernels take what :func:`.branch_norm.normalises_batch` describes, in both branches, and a batch that is not
+        empty; whatever module else stands in a branch is called.
+        """
         check_input("x", x)
         if x.shape[1] != self.in_channels:
             raise ValueError(f"x must have {self.in_channels} channels, got {x.shape[1]}: {shape(x)}")
+        norms = (self.norm_representative, self.norm_redundant)
+        if all(map(normalises_batch, norms)) and choose(x, self.backend) == "triton" and x.shape[0] > 0:
+            return self._forward_batch_norm(x, window)
         x3, x1 = x.split((self.representative_channels, self.redundant_channels), dim=1)
         y = functional.representative_branch(
             x3, self.weight_gwc, self.weight_pwc, groups=self.groups, backend=self.backend, **window
@@ -267,6 +274,29 @@ class SPConv2d(nn.Module):
                 u1 = self.norm_redundant(u1)
             y = functional.gap_softmax_fusion(y, u1, backend=self.backend)
         return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+
+    def _forward_batch_norm(self, x: Tensor, window: dict[str, Any]) -> Tensor:
+        norm3, norm1 = self.norm_representative, self.norm_redundant
+        assert isinstance(norm3, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        assert isinstance(norm1, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        assert self.weight_redundant is not None
+        y, mean, variance = functional.spconv2d_batch_norm(
+            x,
+            self.weight_gwc,
+            self.weight_pwc,
+            self.weight_redundant,
+            self.bias,
+            norm_representative=(norm3.weight, norm3.bias),
+            norm_redundant=(norm1.weight, norm1.bias),
+            eps=(norm3.eps, norm1.eps),
+            groups=self.groups,
+            backend=self.backend,
+            **window,
+        )
+        values = y.shape[0] * y.shape[2] * y.shape[3]
+        track(norm3, mean[0], variance[0], values)
+        track(norm1, mean[1], variance[1], values)
+        return y
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]

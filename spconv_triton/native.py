@@ -104,6 +104,36 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
     return reference.gap_softmax_fusion(u3, u1)
 
 
+def batch_norm(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None,
+    norm_representative: tuple[Tensor | None, Tensor | None],
+    norm_redundant: tuple[Tensor | None, Tensor | None],
+    eps: tuple[float, float],
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, mean and variance, arguments as of :func:`spconv_triton.functional.spconv2d_batch_norm`."""
+    representative = weight_pwc.shape[1]
+    branches = (
+        representative_branch(x[:, :representative], weight_gwc, weight_pwc, geometry),
+        pointwise(x[:, representative:], weight_redundant, geometry),
+    )
+    precise = torch.promote_types(x.dtype, torch.float32)
+    with torch.no_grad():
+        pairs = [torch.var_mean(u.to(precise), (0, 2, 3), correction=0) for u in branches]
+    variance, mean = (torch.stack(values) for values in zip(*pairs, strict=True))
+    norms = (norm_representative, norm_redundant)
+    normed = [
+        F.batch_norm(u, None, None, *norm, training=True, eps=e)
+        for u, norm, e in zip(branches, norms, eps, strict=True)
+    ]
+    y = gap_softmax_fusion(*normed)
+    return y if bias is None else y + bias[:, None, None], mean, variance
+
+
 def compose(
     x: Tensor,
     weight_gwc: Tensor,

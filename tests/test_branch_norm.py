@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from cases import RESNET50, assert_within_budget
 from fresh import run_python
 from lowering import inductor_sources
-from test_lowering import launches
+from test_lowering import calls, launches
 from torch import Tensor, nn
 
 from spconv_triton import SPConv2d, dispatch, explain, functional, reference
@@ -420,3 +421,23 @@ except ValueError as error:
 distributed.destroy_process_group()
 """
     assert run_python(code, tmp_path) == "True\nTrue\n"
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+def test_lowered_training_is_four_launches_and_six() -> None:
+    """At any size. Beside them the forward has the counters and the running statistics, in one generated pass each."""
+    layer = SPConv2d(32, 32, 3, padding=1, branch_norm=True, backend="triton").to(memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 8, 10).contiguous(memory_format=torch.channels_last).requires_grad_()
+    for axis in (0, 2, 3):
+        torch._dynamo.mark_dynamic(x, axis)
+    forward, backward = inductor_sources(layer, x, dynamic=True)
+    assert launches(forward) == ["branches_forward", "sample_moments", "norm_gate", "norm_blend"]
+    assert launches(backward) == [
+        *("norm_sums", "norm_coefficients", "norm_blend_grad"),
+        *("weight_grad", "finish_weights", "input_grad"),
+    ]
+    generated = re.findall(r"^\s*cpp_fused_(\w+)\(", forward + backward, re.M)
+    assert [name for name in generated if not name.startswith("empty")] == [*generated[:1], *generated[-1:]]
+    assert "lerp" in generated[-1]
+    assert [call.name for call in calls(forward) if not call.symbolic] == ["norm_gate"]  # one program a few channels

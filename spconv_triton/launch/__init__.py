@@ -4,8 +4,9 @@ Every function takes and returns plain tensors; differentiation and registration
 Activations are channels_last, and so is the group-wise weight; what comes in another layout is copied.
 """
 
-from . import branch, fusion, gradients, layer
+from . import branch, branch_norm, fusion, gradients, layer
 from .branch import representative_branch, representative_branch_backward
+from .branch_norm import Kept, Norms, empty_kept, spconv2d_batch_norm, spconv2d_batch_norm_backward
 from .common import empty_channels_last, empty_output
 from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
 from .gradients import spconv2d_backward
@@ -19,6 +20,8 @@ TUNED_KERNELS = tuple(
             *fusion.BACKWARD_KERNELS,
             *layer.FORWARD_KERNELS,
             *gradients.KERNELS,
+            *branch_norm.FORWARD_KERNELS,
+            *branch_norm.BACKWARD_KERNELS,
         )
     )
 )
@@ -26,8 +29,12 @@ TUNED_KERNELS = tuple(
 
 __all__ = [
     "TUNED_KERNELS",
+    "Kept",
+    "Norms",
     "branch",
+    "branch_norm",
     "empty_channels_last",
+    "empty_kept",
     "empty_output",
     "fusion",
     "gap_softmax_fusion",
@@ -38,4 +45,6 @@ __all__ = [
     "representative_branch_backward",
     "spconv2d",
     "spconv2d_backward",
+    "spconv2d_batch_norm",
+    "spconv2d_batch_norm_backward",
 ]

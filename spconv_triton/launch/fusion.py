@@ -25,7 +25,7 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
         return y, gate
     partial = _fusion_statistics(u3, u1, None)
     batch, channels, height, width = u3.shape
-    wrap_triton(fusion_blend)[_blend_grid(u3)](
+    wrap_triton(fusion_blend)[blend_grid(u3)](
         u3, u1, partial, y, gate, batch, height * width, C=channels, SPLITS=partial.shape[0]
     )
     return y, gate
@@ -45,7 +45,7 @@ def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tens
         return du3, du1
     partial = _fusion_statistics(u3, u1, grad)
     batch, channels, height, width = u3.shape
-    wrap_triton(fusion_blend_grad)[_blend_grid(u3)](
+    wrap_triton(fusion_blend_grad)[blend_grid(u3)](
         grad, partial, gate, du3, du1, batch, height * width, C=channels, SPLITS=partial.shape[0]
     )
     return du3, du1
@@ -76,7 +76,8 @@ def _fusion_statistics(u3: Tensor, u1: Tensor, grad: Tensor | None) -> Tensor:
     return partial
 
 
-def _blend_grid(u3: Tensor) -> Grid:
+def blend_grid(u3: Tensor) -> Grid:
+    """Channel blocks x pixel blocks of a sample x samples, of [N, C, H, W]."""
     batch, channels, height, width = u3.shape
 
     def grid(meta: dict[str, Any]) -> tuple[int]:

@@ -5,6 +5,7 @@ registered here, and :func:`spconv_triton.dispatch.choose` never leads here.
 """
 
 from .branch import representative_branch, representative_branch_backward
+from .branch_norm import spconv2d_batch_norm, spconv2d_batch_norm_backward
 from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
 from .inference import spconv2d_inference
 from .layer import spconv2d, spconv2d_backward
@@ -16,5 +17,7 @@ __all__ = [
     "representative_branch_backward",
     "spconv2d",
     "spconv2d_backward",
+    "spconv2d_batch_norm",
+    "spconv2d_batch_norm_backward",
     "spconv2d_inference",
 ]

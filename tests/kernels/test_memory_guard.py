@@ -26,7 +26,7 @@ from spconv_triton import SPConv2d, launch
 from spconv_triton.dispatch import INTERPRETED
 from spconv_triton.geometry import Geometry
 from spconv_triton.kernels import tuning
-from spconv_triton.launch import descriptor, gradients_descriptor
+from spconv_triton.launch import branch_norm, descriptor, gradients_descriptor
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the guard watches Triton's interpreter: TRITON_INTERPRET=1")
 
@@ -34,6 +34,11 @@ STATISTICS_AND_GATE = {"window_statistics", "gate_planes"}
 KERNELS = {
     "fusion": {"fusion_statistics", "fusion_blend", "fusion_blend_grad"},
     "branch": {"branch_forward", "input_grad", "weight_grad", "finish_weights"},
+    "batch norm": {"branches_forward", "sample_moments", "norm_gate", "norm_blend"},
+    "batch norm backward": {
+        *("norm_sums", "norm_coefficients", "norm_blend_grad"),
+        *("weight_grad", "finish_weights", "input_grad"),
+    },
     "flat": {*STATISTICS_AND_GATE, "onepass_forward"},
     "flat backward": {"weight_grad", "gate_grad", "finish_weights", "input_grad"},
     "descriptor": {*STATISTICS_AND_GATE, "onepass_descriptor"},
@@ -127,6 +132,19 @@ def check_branch(case: Case) -> list[Launch]:
     return report.launches
 
 
+def check_batch_norm(case: Case, dtype: torch.dtype = torch.float32) -> list[Launch]:
+    (x, gwc, pwc, redundant, bias, _), grad, geometry = layer_inputs(case, dtype)
+    norms = launch.Norms(*(torch.randn(case.out_channels) for _ in range(4)))
+    weights = (gwc, pwc, redundant)
+    with guarded() as report, set_wrap_triton_enabled(False):
+        _, kept = launch.spconv2d_batch_norm(sliced(x, 1, 2), *weights, bias, norms, (1e-5, 1e-5), geometry)
+    assert report.kernels == KERNELS["batch norm"]
+    with guarded() as of_backward, set_wrap_triton_enabled(False):
+        launch.spconv2d_batch_norm_backward(grad, x, *weights, norms, kept, geometry)
+    assert of_backward.kernels == KERNELS["batch norm backward"]
+    return report.launches + of_backward.launches
+
+
 def check_fusion(shape: tuple[int, ...]) -> list[Launch]:
     u3, u1, grad = (torch.randn(shape).half().contiguous(memory_format=torch.channels_last) for _ in range(3))
     with guarded() as report, set_wrap_triton_enabled(False):
@@ -146,6 +164,12 @@ def test_branch(case: Case) -> None:
     check_branch(case)
 
 
+@pytest.mark.parametrize("name", ["one-channel-groups", "one-pixel", "slices", "stride-2-odd"])
+def test_batch_norm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(branch_norm.COEFFICIENT_BLOCKS, "BLOCK_N", 16)  # and one-pixel has 17 samples
+    check_batch_norm(BY_NAME[name])
+
+
 @pytest.mark.parametrize("shape", [(3, 18, 7, 5), (1, 1, 1, 1), (2, 40, 9, 1), (1, 3, 17, 19)], ids=str)
 def test_fusion(shape: tuple[int, ...]) -> None:
     check_fusion(shape)
@@ -161,7 +185,7 @@ def test_every_row_of_the_tables(row: int, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(kernel, "configs", [config])
         blocks[kernel.base_fn.__name__] = config.kwargs
     case = BY_NAME["no-block-divides"]
-    launches = check_flat(case) + check_branch(case) + check_fusion((2, 19, 5, 3))
+    launches = check_flat(case) + check_branch(case) + check_batch_norm(case) + check_fusion((2, 19, 5, 3))
     assert {launched.kernel for launched in launches} >= set(blocks)
     for launched in launches:
         assert launched.scalars.items() >= blocks.get(launched.kernel, {}).items()
@@ -210,7 +234,8 @@ def test_descriptor_layer(case: Case) -> None:
 
 def test_packing_in_blocks_that_do_not_divide_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """176 columns in blocks of 32, where the interpreter's own choice is 16."""
-    monkeypatch.setattr(launch.layer.gate_planes, "configs", [tuning.GATE[0]])
+    (config,) = (row for row in tuning.GATE if row.kwargs["BLOCK_C"] == 32)
+    monkeypatch.setattr(launch.layer.gate_planes, "configs", [config])
     case = Case("columns", 1, 48, 64, (2, 1), groups=1, alpha=1 / 3)
     tensors, _, geometry = layer_inputs(case, torch.float16)
     (gate,) = forward(tensors, geometry, "descriptor")[1].of("gate_planes")

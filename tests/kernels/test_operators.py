@@ -91,7 +91,7 @@ def test_flops_are_counted(device: str) -> None:
 
 
 def test_every_operator_is_registered() -> None:
-    names = {"representative_branch", "gap_softmax_fusion", "spconv2d"}
+    names = {"representative_branch", "gap_softmax_fusion", "spconv2d", "spconv2d_batch_norm"}
     names |= {f"{name}_backward" for name in names} | {
         "onepass_descriptor",
         "weight_grad_descriptor",

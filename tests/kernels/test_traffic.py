@@ -63,6 +63,9 @@ DESCRIPTOR_BACKWARD = (
     (InputTile(False, 16, 1, 1, 32, 64, 4, 3), Case("one-pixel", 2, 64, 64, (1, 1))),
 )
 
+SLOTS = ("branches_forward.mean_ptr", "branches_forward.square_ptr")
+"""Slots for as many parts as a sample may have in blocks of pixels; most have one less."""
+
 TABLES = {
     "branch_forward": tuning.FORWARD,
     "onepass_forward": tuning.FORWARD,
@@ -73,6 +76,10 @@ TABLES = {
     "fusion_statistics": tuning.FUSION,
     "fusion_blend": tuning.FUSION,
     "fusion_blend_grad": tuning.FUSION,
+    "branches_forward": tuning.BRANCHES,
+    "norm_blend": tuning.FUSION,
+    "norm_sums": tuning.NORM_SUMS,
+    "norm_blend_grad": tuning.FUSION,
 }
 
 
@@ -109,7 +116,7 @@ def check(call: Callable[[], object], *kernels: str) -> None:
         torch.no_grad(),
         set_wrap_triton_enabled(False),
         counting_products() as counted,
-        guarded() as report,
+        guarded(partly_stored=SLOTS) as report,
     ):
         call()
     assert [one.kernel for one in counted] == [seen.kernel for seen in report.launches] == list(kernels)
@@ -225,6 +232,22 @@ def test_fusion(sides: tuple[int, ...], device: str) -> None:
     check(lambda: launch.gap_softmax_fusion(u3, u1), "fusion_statistics", "fusion_blend")
     kernels = ("fusion_statistics", "fusion_blend_grad")
     check(lambda: launch.gap_softmax_fusion_backward(grad, u3, u1, gate), *kernels)
+
+
+@pytest.mark.parametrize("case", [BLOCKS, replace(CASES[3], padding=(0, 0)), replace(SAMPLES, batch=5)], ids=str)
+def test_batch_norms(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(launch.branch_norm.COEFFICIENT_BLOCKS, "BLOCK_N", 4)
+    i = make_inputs(case, torch.float16, device=device)
+    weights, eps = (i.weight_gwc, i.weight_pwc, i.weight_redundant), (1e-5, 1e-5)
+    norms = launch.Norms(*(torch.rand(case.out_channels, device=device) for _ in range(4)))
+    grad = torch.randn(case.batch, case.out_channels, *case.output_size(), device=device).half()
+    kept: list[launch.Kept] = []
+    kernels = ("branches_forward", "sample_moments", "norm_gate", "norm_blend")
+    check(
+        lambda: kept.append(launch.spconv2d_batch_norm(i.x, *weights, i.bias, norms, eps, geometry(case))[1]), *kernels
+    )
+    kernels = ("norm_sums", "norm_coefficients", "norm_blend_grad", "weight_grad", "finish_weights", "input_grad")
+    check(lambda: launch.spconv2d_batch_norm_backward(grad, i.x, *weights, norms, kept[0], geometry(case)), *kernels)
 
 
 def test_a_kernel_that_has_changed_is_noticed(device: str) -> None:

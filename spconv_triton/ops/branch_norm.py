@@ -1,0 +1,156 @@
+"""The layer with batch norms in its branches, normalising by the batch, as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import launch
+from ..launch import Kept, Norms
+from ..registration import NAMESPACE, traceable_op
+from .common import geometry_of, layer_flops
+
+
+@traceable_op("spconv2d_batch_norm", launch.branch_norm.FORWARD_KERNELS)
+def spconv2d_batch_norm(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None,
+    norm_weight3: Tensor | None,
+    norm_bias3: Tensor | None,
+    norm_weight1: Tensor | None,
+    norm_bias1: Tensor | None,
+    eps3: float,
+    eps1: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Y [N, M, H_out, W_out], channels_last, and what the backward keeps: :class:`spconv_triton.launch.Kept`."""
+    geometry = geometry_of(weight_gwc, stride, padding, dilation, groups)
+    norms = Norms(norm_weight3, norm_bias3, norm_weight1, norm_bias1)
+    y, kept = launch.spconv2d_batch_norm(
+        x, weight_gwc, weight_pwc, weight_redundant, bias, norms, (eps3, eps1), geometry
+    )
+    return y, *kept
+
+
+@spconv2d_batch_norm.register_fake
+def _(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None,
+    norm_weight3: Tensor | None,
+    norm_bias3: Tensor | None,
+    norm_weight1: Tensor | None,
+    norm_bias1: Tensor | None,
+    eps3: float,
+    eps1: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    geometry = geometry_of(weight_gwc, stride, padding, dilation, groups)
+    kept = launch.empty_kept(x, weight_gwc, geometry)
+    return launch.empty_output(x, weight_gwc, geometry), *kept
+
+
+@traceable_op("spconv2d_batch_norm_backward", launch.branch_norm.BACKWARD_KERNELS)
+def spconv2d_batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    norm_weight3: Tensor | None,
+    norm_bias3: Tensor | None,
+    norm_weight1: Tensor | None,
+    norm_bias1: Tensor | None,
+    branches: Tensor,
+    gate: Tensor,
+    batch: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (channels_last), the three weights, and the norms' parameters and the bias, [5, M] float32."""
+    geometry = geometry_of(weight_gwc, stride, padding, dilation, groups)
+    return launch.spconv2d_batch_norm_backward(
+        grad,
+        x,
+        weight_gwc,
+        weight_pwc,
+        weight_redundant,
+        Norms(norm_weight3, norm_bias3, norm_weight1, norm_bias1),
+        Kept(branches, gate, batch),
+        geometry,
+    )
+
+
+@spconv2d_batch_norm_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    norm_weight3: Tensor | None,
+    norm_bias3: Tensor | None,
+    norm_weight1: Tensor | None,
+    norm_bias1: Tensor | None,
+    branches: Tensor,
+    gate: Tensor,
+    batch: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx = launch.empty_channels_last(x, x.shape[1], x.shape[2], x.shape[3])
+    d_gwc, d_pwc, d_redundant = (torch.empty_like(w) for w in (weight_gwc, weight_pwc, weight_redundant))
+    return dx, d_gwc, d_pwc, d_redundant, gate.new_empty((5, gate.shape[1]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight_gwc, weight_pwc, weight_redundant, bias, *norms, _, _ = inputs[:11]
+    kept = output[1:]
+    ctx.save_for_backward(x, weight_gwc, weight_pwc, weight_redundant, *norms, *kept)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.window = inputs[11:]
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (*norms, bias)]
+
+
+def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 15
+    *d_tensors, d_norms = spconv2d_batch_norm_backward(grad, *ctx.saved_tensors, *ctx.window)
+    rows = (None if dtype is None else row.to(dtype) for row, dtype in zip(d_norms, ctx.dtypes, strict=True))
+    *d_norm_tensors, d_bias = rows
+    return *d_tensors, d_bias, *d_norm_tensors, *(None,) * 6
+
+
+spconv2d_batch_norm.register_autograd(_autograd, setup_context=_save)
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm)
+def _(x_shape: Any, gwc_shape: Any, pwc_shape: Any, redundant_shape: Any, *rest: Any, **kwargs: Any) -> int:
+    return layer_flops(x_shape, gwc_shape, redundant_shape, rest[-4:])
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm_backward)
+def _(
+    grad_shape: Any, x_shape: Any, gwc_shape: Any, pwc_shape: Any, redundant_shape: Any, *rest: Any, **kwargs: Any
+) -> int:
+    return 2 * layer_flops(x_shape, gwc_shape, redundant_shape, rest[-4:])

@@ -1,0 +1,394 @@
+"""Batch norms in the branches by the kernels: against float64, and against the modules whose state they move."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import GATE_CLAMP, SMALL, Case, assert_within_budget, kept_bytes, make_inputs
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spconv_triton import SPConv2d, functional
+from spconv_triton.dispatch import INTERPRETED
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+# The moments are taken by blocks of 128 pixels: there are several samples to a block or several blocks to a sample,
+# neither dividing the other; "aligned" has samples that begin with a block.
+ROW: dict[str, Any] = {"kernel_size": (1, 3), "padding": (0, 1), "groups": 1}  # few taps: the interpreter is slow
+CASES = (
+    *(case for case in SMALL if case.name in ("odd-channels", "stride-2-odd", "stride-3-shifted", "one-pixel")),
+    Case("tiny", 3, 4, 6, (4, 3), **ROW),
+    Case("aligned", 3, 8, 8, (8, 8), **ROW),
+    Case("many-samples", 5, 8, 12, (7, 5), **ROW),
+    Case("many-blocks", 2, 8, 8, (13, 11), **ROW),
+)
+BY_NAME = {case.name: case for case in CASES}
+NORMS = ("weight3", "bias3", "weight1", "bias1")
+
+Leaves = dict[str, Tensor | None]
+
+
+def make_leaves(
+    case: Case,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    mean: float = 0.0,
+    gate: float = 0.0,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Leaves:
+    """Inputs of the layer and parameters of its norms, which shift S3 - S1 by ``gate``."""
+    inputs = make_inputs(case, dtype, device=device, mean=mean, memory_format=memory_format)
+    norms = {name: torch.randn(case.out_channels, device=device).requires_grad_() for name in NORMS}
+    with torch.no_grad():
+        norms["bias3"] += gate
+    return {**inputs.tensors(), **norms}
+
+
+def cast(leaves: Leaves, dtype: torch.dtype) -> Leaves:
+    return {name: None if leaf is None else leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
+
+
+def layer(leaves: Leaves, case: Case, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return functional.spconv2d_batch_norm(
+        *(leaves[name] for name in ("x", "weight_gwc", "weight_pwc", "weight_redundant", "bias")),
+        norm_representative=(leaves["weight3"], leaves["bias3"]),
+        norm_redundant=(leaves["weight1"], leaves["bias1"]),
+        eps=(1e-5, 1e-3),
+        backend=backend,
+        **case.window,
+    )
+
+
+def run(leaves: Leaves, case: Case, backend: str, grad: Tensor | None = None) -> dict[str, Tensor]:
+    """Output, statistics and gradients by name."""
+    y, mean, variance = layer(leaves, case, backend)
+    present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    found = {"y": y.detach(), "mean": mean, "variance": variance}
+    if grad is not None:
+        found |= dict(zip(present, torch.autograd.grad(y, list(present.values()), grad.to(y.dtype)), strict=True))
+    return found
+
+
+def judged(leaves: Leaves, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """By the kernels, by ATen in the same dtype, and by ATen in float64."""
+    device = leaves["x"].device
+    grad = torch.randn((case.batch, case.out_channels, *case.output_size()), device=device).to(leaves["x"].dtype)
+    kernels, same_dtype = (run(leaves, case, backend, grad) for backend in ("triton", "native"))
+    exact = run(cast(leaves, torch.float64), case, "native", grad)
+    if INTERPRETED and leaves["x"].dtype == torch.bfloat16:
+        # The interpreter truncates to bfloat16 where a GPU rounds, which shows in the mean of many values.
+        del exact["mean"], exact["variance"]
+    return kernels, same_dtype, exact
+
+
+def check(leaves: Leaves, case: Case, *, condition: float = 1.0) -> None:
+    """Two roundings instead of one: what comes through a norm is rounded there, and once more as a result."""
+    got, same_dtype, exact = judged(leaves, case)
+    for name, value in exact.items():
+        assert_within_budget(name, got[name], same_dtype[name], value, condition=2 * condition)
+
+
+def check_over_draws(draw: Callable[[], Leaves], case: Case, draws: int) -> None:
+    """Without any allowance, for the geometric mean over the draws: the yardstick is lucky in some."""
+    logarithms: dict[str, list[float]] = {}
+    for _ in range(draws):
+        got, same_dtype, exact = judged(draw(), case)
+        for name, value in exact.items():
+            error, yardstick = ((r[name].double() - value).abs().max().item() for r in (got, same_dtype))
+            rounding = torch.finfo(got[name].dtype).eps * value.abs().max().item()
+            ratio = error / (2 * (yardstick + rounding) + GATE_CLAMP)
+            logarithms.setdefault(name, []).append(math.log(max(ratio, 1e-3)))
+    for name, values in logarithms.items():
+        ratio = math.exp(sum(values) / draws)
+        assert ratio <= 1, f"{name}: {ratio:.2f} x the allowed error, as the geometric mean of {draws} draws"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_float64(case: Case, device: str) -> None:
+    check(make_leaves(case, device), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["many-samples", "one-pixel"])
+def test_half_precision(name: str, dtype: torch.dtype, device: str) -> None:
+    check(make_leaves(BY_NAME[name], device, dtype), BY_NAME[name])
+
+
+@pytest.mark.parametrize("missing", [("bias",), ("weight3", "bias3"), ("bias3", "weight1"), NORMS], ids=str)
+def test_without_some_parameters(missing: tuple[str, ...], device: str) -> None:
+    case = BY_NAME["many-samples"]
+    check({**make_leaves(case, device), **dict.fromkeys(missing)}, case)
+
+
+@pytest.mark.parametrize("gate", [-60.0, 60.0])
+def test_saturated_gate(gate: float, device: str) -> None:
+    case = BY_NAME["many-samples"]
+    check(make_leaves(case, device, gate=gate), case, condition=abs(gate))
+
+
+@pytest.mark.parametrize("mean", [30.0, 1000.0])
+def test_large_means_over_many_draws(mean: float, device: str) -> None:
+    case = replace(BY_NAME["tiny"], batch=4)
+    check_over_draws(lambda: make_leaves(case, device, mean=mean), case, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_large_means_in_half_precision(dtype: torch.dtype, device: str) -> None:
+    case = BY_NAME["tiny"]
+    check_over_draws(lambda: make_leaves(case, device, dtype, mean=30.0), case, 4)
+
+
+def test_variance_does_not_cancel(device: str) -> None:
+    """A mean of 10,000 standard deviations: a sum of squares in float32 would have no correct digit of the variance.
+
+    What remains is the rounding of the blocks' means.
+    """
+    case = BY_NAME["many-blocks"]
+    leaves = make_leaves(case, device)
+    with torch.no_grad():
+        for name in ("weight_gwc", "weight_pwc", "weight_redundant"):
+            leaves[name].zero_()
+        leaves["weight_pwc"][:, :, 0, 0].copy_(torch.eye(8, device=device)[:, :4])
+        leaves["weight_redundant"][:, :, 0, 0].copy_(torch.eye(8, device=device)[:, :4])
+        leaves["x"] += 1e4
+    got = run(leaves, case, "triton")
+    used = leaves["x"].double().transpose(0, 1).flatten(1)
+    for branch, channels in enumerate((used[:4], used[4:])):
+        torch.testing.assert_close(got["mean"][branch, :4].double(), channels.mean(1), rtol=2**-23, atol=0)
+        torch.testing.assert_close(
+            got["variance"][branch, :4].double(), channels.var(1, correction=0), rtol=1e-3, atol=0
+        )
+    assert not got["mean"][:, 4:].any()
+    assert not got["variance"][:, 4:].any()
+
+
+def test_same_input_same_bits(device: str) -> None:
+    case = BY_NAME["many-blocks"]
+    leaves = make_leaves(case, device, torch.float16)
+    grad = torch.randn((case.batch, case.out_channels, *case.output_size()), device=device)
+    first, second = (run(leaves, case, "triton", grad) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_memory_format_is_kept(memory_format: torch.memory_format, device: str) -> None:
+    case = BY_NAME["aligned"]
+    leaves = make_leaves(case, device, memory_format=memory_format)
+    assert run(leaves, case, "triton")["y"].is_contiguous(memory_format=memory_format)
+    check(leaves, case)
+
+
+def test_what_is_kept_for_the_backward(device: str) -> None:
+    """x, the branches, the parameters, and O(N M) numbers; the composition of modules keeps the branches twice."""
+    case = Case("memory", 2, 32, 32, (16, 16))
+    leaves = make_leaves(case, device)
+    kept = kept_bytes(lambda: layer(leaves, case, "triton")[0])
+    maps = leaves["x"].numel() * leaves["x"].itemsize
+    small = sum(leaf.numel() * leaf.itemsize for name, leaf in leaves.items() if name != "x")
+    assert 3 * maps < kept <= 3.1 * maps + small
+
+
+def test_passes_opcheck(device: str) -> None:
+    case = BY_NAME["tiny"]
+    leaves = make_leaves(case, device)
+    window = (*map(list, (case.stride, case.padding, case.dilation)), case.groups)
+    arguments = [leaves[name] for name in ("x", "weight_gwc", "weight_pwc", "weight_redundant", "bias")]
+    norms = [leaves[name] for name in NORMS]
+    operator = torch.ops.spconv_triton.spconv2d_batch_norm.default
+    torch.library.opcheck(operator, (*arguments, *norms, 1e-5, 1e-3, *window))
+    torch.library.opcheck(operator, (*arguments[:4], None, None, norms[1], norms[2], None, 1e-5, 1e-3, *window))
+    arguments, norms = ([tensor.detach() for tensor in tensors] for tensors in (arguments, norms))
+    y, *kept = operator(*arguments, *norms, 1e-5, 1e-3, *window)
+    backward = torch.ops.spconv_triton.spconv2d_batch_norm_backward.default
+    torch.library.opcheck(backward, (torch.randn_like(y), *arguments[:4], *norms, *kept, *window))
+
+
+def test_flops_are_counted(device: str) -> None:
+    case = BY_NAME["aligned"]
+    leaves = make_leaves(case, device)
+    weights = sum(leaves[name].numel() for name in ("weight_gwc", "weight_pwc", "weight_redundant"))
+    forward = 2 * weights * case.batch * case.output_size()[0] * case.output_size()[1]
+    with FlopCounterMode(display=False) as counter:
+        y = layer(leaves, case, "triton")[0]
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * forward
+
+
+MODULES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fast": {"momentum": 0.5, "eps": 0.1},
+    "cumulative": {"momentum": None},
+    "untracked": {"track_running_stats": False},
+    "bare": {"affine": False},
+    "no-bias": {"bias": False},
+}
+
+
+def make_pair(device: str, **options: Any) -> tuple[SPConv2d, SPConv2d]:
+    """A layer on the kernels and its twin on ATen."""
+    ours = SPConv2d(8, 12, (1, 3), padding=(0, 1), groups=1, branch_norm=True)
+    for name in ("norm_representative", "norm_redundant"):
+        norm = nn.BatchNorm2d(12, **options)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+        setattr(ours, name, norm)
+    ours.to(device)
+    twin = copy.deepcopy(ours)
+    ours.backend, twin.backend = "triton", "native"
+    return ours, twin
+
+
+def assert_step_agrees(ours: SPConv2d, twin: SPConv2d, x: Tensor) -> None:
+    """One call of each in the mode they are in: output, gradients and state."""
+    results = []
+    for module in (ours, twin, copy.deepcopy(twin).double()):
+        leaf = x.detach().to(module.weight_gwc.dtype).requires_grad_()
+        y = module(leaf)
+        wanted = {"x": leaf, **dict(module.named_parameters())}
+        grads = torch.autograd.grad(
+            (y * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum(), wanted.values()
+        )
+        state = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+        results.append({"y": y.detach(), **dict(zip(wanted, grads, strict=True)), **state})
+    got, same_dtype, exact = results
+    for name, value in exact.items():
+        assert_within_budget(name, got[name], same_dtype[name], value, condition=2)
+    for name in ("norm_representative", "norm_redundant"):
+        ours_tracked, twins_tracked = (getattr(getattr(m, name), "num_batches_tracked", None) for m in (ours, twin))
+        assert ours_tracked is twins_tracked is None or torch.equal(ours_tracked, twins_tracked)
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends of the calls that normalise by the batch in one operator."""
+    calls: list[str] = []
+    original = functional.spconv2d_batch_norm
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["backend"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "spconv2d_batch_norm", counted)
+    return calls
+
+
+@pytest.mark.parametrize("options", list(MODULES.values()), ids=list(MODULES))
+def test_several_steps_are_the_modules(options: dict[str, Any], device: str, by_kernels: list[str]) -> None:
+    ours, twin = make_pair(device, **options)
+    for step in range(2):
+        assert_step_agrees(ours, twin, torch.randn(3, 8, 5, 6, device=device) * (1 + step) + step)
+    assert by_kernels == ["triton"] * 2
+    ours.eval()
+    twin.eval()
+    assert_step_agrees(ours, twin, torch.randn(3, 8, 5, 6, device=device))
+    untracked = options.get("track_running_stats") is False
+    assert by_kernels == ["triton"] * (2 + untracked), "without running statistics eval normalises by the batch too"
+
+
+def test_frozen_norms_and_parameters(device: str, by_kernels: list[str]) -> None:
+    """A norm on its running statistics is not the batch's affair; a parameter without gradient is."""
+    ours, twin = make_pair(device)
+    x = torch.randn(3, 8, 5, 6, device=device)
+    for module in (ours, twin):
+        module.norm_redundant.eval()
+    assert_step_agrees(ours, twin, x)
+    assert not by_kernels
+    for module in (ours, twin):
+        module.norm_redundant.train().requires_grad_(False)
+        module(x).sum().backward()
+        assert module.norm_redundant.weight.grad is None
+        assert module.norm_representative.weight.grad is not None
+    assert by_kernels == ["triton"]
+
+
+@pytest.mark.parametrize("other", [nn.GroupNorm(3, 12), nn.InstanceNorm2d(12, affine=True)], ids=repr)
+def test_other_norms_are_called_as_they_are(other: nn.Module, device: str, by_kernels: list[str]) -> None:
+    ours, twin = make_pair(device)
+    for module in (ours, twin):
+        module.norm_redundant = copy.deepcopy(other).to(device)
+    assert_step_agrees(ours, twin, torch.randn(3, 8, 5, 6, device=device))
+    assert not by_kernels
+
+
+def test_sync_batch_norm_without_a_process_group(device: str, by_kernels: list[str]) -> None:
+    ours, twin = make_pair(device)
+    assert_step_agrees(nn.SyncBatchNorm.convert_sync_batchnorm(ours), twin, torch.randn(3, 8, 5, 6, device=device))
+    assert by_kernels == ["triton"]
+
+
+def test_sync_batch_norm_in_a_process_group_is_called(
+    device: str, by_kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It alone knows how to ask the others."""
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(make_pair(device)[0])
+    called = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, u: called.append(self) or u)
+    ours(torch.randn(3, 8, 5, 6, device=device))
+    assert called == [ours.norm_representative, ours.norm_redundant]
+    assert not by_kernels
+
+
+def test_autocast_normalises_in_float32(device: str) -> None:
+    ours, twin = make_pair(device)
+    x = torch.randn(3, 8, 5, 6, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = ours(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
+    expected = twin(x)
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.05 * expected.detach().abs().max().item())
+    assert ours.norm_representative.running_mean.dtype == torch.float32
+
+
+def test_one_graph_serves_every_size(device: str) -> None:
+    torch._dynamo.reset()
+    ours, _ = make_pair(device)
+    twin = copy.deepcopy(ours)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 8, 6, 7), (3, 8, 5, 3), (4, 8, 8, 16)):  # the last: a sample is a block
+        x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+        with torch._dynamo.config.patch(error_on_recompile=shape[0] > 2):
+            y = compiled(x)
+        expected = twin(x)
+        torch.testing.assert_close(y, expected)
+        grads = (torch.autograd.grad(z.square().sum(), m.parameters()) for z, m in ((y, ours), (expected, twin)))
+        for grad, expected_grad in zip(*grads, strict=True):
+            torch.testing.assert_close(grad, expected_grad)
+        for name, value in ours.state_dict().items():
+            torch.testing.assert_close(value, twin.state_dict()[name], msg=name)
+
+
+def test_empty_batch_is_left_to_the_modules(device: str, by_kernels: list[str]) -> None:
+    ours, twin = make_pair(device)
+    x = torch.empty(0, 8, 5, 6, device=device)
+    assert ours(x).shape == twin(x).shape == (0, 12, 5, 6)
+    assert not by_kernels
+
+
+def test_what_it_refuses(device: str) -> None:
+    case = BY_NAME["aligned"]
+    leaves = make_leaves(case, device)
+    for backend in ("triton", "native"):
+        with pytest.raises(
+            ValueError, match=r"x must give more than 1 value per channel to normalise, got \[1, 8, 1, 1"
+        ):
+            layer({**leaves, "x": leaves["x"][:1, :, :1, :1]}, case, backend)
+        with pytest.raises(ValueError, match=r"norm_redundant must be \[8\], got \[7\]"):
+            layer({**leaves, "weight1": leaves["weight1"][1:]}, case, backend)
+        with pytest.raises(TypeError, match="norm_representative must have the dtype of x"):
+            layer({**leaves, "bias3": leaves["bias3"].half()}, case, backend)
+        with pytest.raises(ValueError, match="weight_redundant must have at least one input channel"):
+            layer({**leaves, "x": leaves["x"][:, :4], "weight_redundant": None}, case, backend)
