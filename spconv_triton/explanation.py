@@ -23,7 +23,7 @@ from .branch_norm import folds
 from .checks import check_input, shape
 from .layout import memory_format
 from .modules import SPConv2d
-from .native_onepass import gate_comes_first
+from .native_gate import gate_comes_first
 
 
 @dataclass(frozen=True)

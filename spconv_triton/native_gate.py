@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .geometry import Geometry
+from .native_convolution import is_matrix_product
+
 
 def gate_difference(gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant: Tensor) -> Tensor:
     """S3 - S1 without biases, [N, M, 1, 1].
@@ -31,3 +34,15 @@ def pixel_sums(x: Tensor) -> Tensor:
     Where x has a mean, S3 and S1 are large and their difference is not; from rows on float64 costs next to nothing.
     """
     return x.permute(0, 2, 3, 1).sum(2).sum(1, dtype=torch.float64)  # so reduced, channels_last is read in order
+
+
+def bias_difference(branch_bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """b3 - b1, [M, 1, 1], subtracted in ``dtype``."""
+    shift3, shift1 = branch_bias.to(dtype).unbind()
+    return (shift3 - shift1)[:, None, None]
+
+
+def gate_comes_first(x: Tensor, geometry: Geometry) -> bool:
+    """Whether the weights of every sample, scaled by its gate, are a smaller thing than one more map."""
+    height, width = geometry.output_size(x.shape[2], x.shape[3])
+    return height * width > x.shape[1] and is_matrix_product(x)

@@ -23,7 +23,7 @@ from cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import native_onepass, reference
+from spconv_triton import native_backward, native_onepass, reference
 from spconv_triton.functional import spconv2d
 
 BY_NAME = {case.name: case for case in SMALL}
@@ -84,11 +84,10 @@ def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float) -> No
 
 @pytest.mark.parametrize("gate_first", [False, True])
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
-def test_agrees_where_maps_are_large(case: Case, gate_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either path forward, and a backward that takes one sample at a time; here on small maps."""
-    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda x, geometry: gate_first)
-    monkeypatch.setattr(native_onepass, "LARGE", 0)
-    monkeypatch.setattr(native_onepass, "PART", 0)
+def test_agrees_in_either_order(case: Case, gate_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates before point-wise convolutions, and products of single samples in the backward, or neither; any map."""
+    for module in (native_onepass, native_backward):
+        monkeypatch.setattr(module, "gate_comes_first", lambda x, geometry: gate_first)
     for dtype in (torch.float32, torch.float64):
         assert_agrees(native, make_inputs(case, dtype, bias=False))
         assert_agrees(native, make_inputs(case, dtype, branch_bias=True))

@@ -1,0 +1,85 @@
+"""Convolutions of the native path: in channels_last, in float32 or better, the 1 x 1 ones as matrix products.
+
+The layouts and forms here are those that take the least time on a CPU; GPUs take any.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACCUMULATES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
+
+
+def is_precise(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` in the layout whose convolutions are the fast ones on a CPU; GPUs take either."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *window: Any) -> Tensor:
+    """A convolution as a new tensor, in float32 or better."""
+    y = F.conv2d(x, weight, bias, *window)
+    return channels_last(y.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1 x 1 convolution as a new tensor, likewise."""
+    if not is_matrix_product(x):
+        return convolve(x, weight, bias)
+    rows, columns = pixels(x).flatten(0, 1), weight.flatten(1).t()
+    y = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
+    return y.view(x.shape[0], *x.shape[2:], weight.shape[0]).permute(0, 3, 1, 2)
+
+
+def add_convolution(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """``y``, in channels_last on a CPU, plus a convolution, in place."""
+    pointwise = weight.shape[1:] == (x.shape[1], 1, 1) and (*stride, *padding) == (1, 1, 0, 0)
+    if pointwise and is_matrix_product(x) and y.dtype == x.dtype:
+        pixels(y).flatten(0, 1).addmm_(pixels(x).flatten(0, 1), weight.flatten(1).t())
+        return y
+    if _can_accumulate(y, x):
+        # oneDNN adds in the convolution's epilogue: the operator that Inductor uses for a convolution and a sum.
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            y, x, weight, None, padding, stride, dilation, groups, "add", 1.0, None, [], None
+        )
+    return y.add_(F.conv2d(x, weight, None, stride, padding, dilation, groups))
+
+
+def is_matrix_product(x: Tensor) -> bool:
+    """Whether a 1 x 1 convolution of ``x`` is a matrix product over pixels: on a CPU it takes less time than oneDNN's,
+    by half where channels are few or a slice.
+
+    Not under a dispatch mode: FLOP counters know convolutions, not products in place.
+    """
+    return x.device.type == "cpu" and is_precise(x.dtype) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def pixels(x: Tensor) -> Tensor:
+    """[N, C, H, W] in channels_last as [N, H W, C], a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _can_accumulate(y: Tensor, x: Tensor) -> bool:
+    """Whether oneDNN convolves into ``y``; not under a dispatch mode (a FLOP counter, fakes): it would not know how."""
+    return (
+        ACCUMULATES
+        and y.dtype == x.dtype == torch.float32
+        and y.device.type == "cpu"
+        and y.numel() > 0
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
