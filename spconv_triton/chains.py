@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .branch_norm import is_affine
 from .fused import FusedSPConv2d
@@ -286,7 +286,7 @@ def _fold(chain: Chain, user: fx.Node, region: Region, layer: SPConv2d) -> str:
     if user.op == "call_module":
         module = region.module_of(user)
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            reason = _misfit(module, layer)
+            reason = norm_misfit(module, layer.weight_gwc, layer.out_channels)
             if len(chain.nodes) > 1:
                 reason = "does not follow the convolution at once"
             if reason or user.args != (current,) or user.kwargs:
@@ -309,20 +309,20 @@ def _fold(chain: Chain, user: fx.Node, region: Region, layer: SPConv2d) -> str:
     return f"is followed by {name}"
 
 
-def _misfit(norm: nn.BatchNorm2d | nn.SyncBatchNorm, layer: SPConv2d) -> str:
-    """Why a norm does not fold; empty if it does."""
+def norm_misfit(norm: nn.BatchNorm2d | nn.SyncBatchNorm, weight: Tensor, channels: int) -> str:
+    """Why a norm does not fold into a convolution with such a weight and so many outputs; empty if it does."""
     if norm.training:
         return "is in training mode"
     if norm.running_mean is None:
         return "has no running statistics"
     if not is_affine(norm):
         return "has hooks" if has_hooks(norm) else f"is a {type(norm).__name__}, a subclass of a batch norm"
-    if norm.running_mean.dtype != layer.weight_gwc.dtype:
-        return f"is in {norm.running_mean.dtype}, the convolution in {layer.weight_gwc.dtype}"
-    if norm.running_mean.device != layer.weight_gwc.device:
-        return f"is on {norm.running_mean.device}, the convolution on {layer.weight_gwc.device}"
-    if norm.num_features != layer.out_channels:
-        return f"has {norm.num_features} channels, not {layer.out_channels}"
+    if norm.running_mean.dtype != weight.dtype:
+        return f"is in {norm.running_mean.dtype}, the convolution in {weight.dtype}"
+    if norm.running_mean.device != weight.device:
+        return f"is on {norm.running_mean.device}, the convolution on {weight.device}"
+    if norm.num_features != channels:
+        return f"has {norm.num_features} channels, not {channels}"
     return ""
 
 

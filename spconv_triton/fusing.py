@@ -15,6 +15,7 @@ from .chains import Chain, Region, Tracer, find_regions, follow, has_hooks, trac
 from .conversion import is_compiled
 from .fused import FusedSPConv2d
 from .modules import SPConv2d
+from .plain_norms import FoldedNorm, find_folded_norms
 
 
 @dataclass(frozen=True)
@@ -42,27 +43,30 @@ class Fusion:
 
     Attributes:
         fused, kept: its SPConv layers, each in the network's order.
+        norms: the plain convolutions and the norms folded into them.
     """
 
     fused: tuple[Fold, ...]
     kept: tuple[Fold, ...]
+    norms: tuple[FoldedNorm, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} of {len(self.fused) + len(self.kept)} SPConv layers are fused"]
         lines += [f"  {fold}" for fold in self.fused]
         lines += ["the others stay:"] if self.kept else []
         lines += [f"  {fold}" for fold in self.kept]
+        lines += ["norms fold into plain convolutions:"] if self.norms else []
+        lines += [f"  {norm}" for norm in self.norms]
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module, *, report: Callable[[Fusion], object] | None = None) -> nn.Module:
+def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusion], object] | None = None) -> nn.Module:
     """A copy of ``model`` for inference, whose SPConv layers compute what follows them before writing their output.
 
     Into a layer fold, in this order: the norms in its branches; an ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``; the
     addition of a residual (``+``, ``+=``, ``torch.add``, ``add_``); ReLU, ReLU6 or SiLU (module or function). The
     layer is then a :class:`spconv_triton.fused.FusedSPConv2d`, and has no parameters. Results are the model's to within
-    rounding. Anything else is as it was: plain convolutions keep their norms, for which there is
-    ``torch.nn.utils.fusion.fuse_conv_bn_eval``.
+    rounding. Anything else is as it was, unless ``plain_norms`` asks for the norms behind plain convolutions too.
 
     The graph is read by ``torch.fx``. Modules that cannot be traced, because of control flow say, are left as they are,
     and their parts are fused each on its own. Where a norm and an activation are modules of their own, nothing else
@@ -76,6 +80,8 @@ def fuse(model: nn.Module, *, report: Callable[[Fusion], object] | None = None) 
 
     Args:
         model: in eval mode. Compile it and export it afterwards.
+        plain_norms: whether to fold batch norms into ``nn.Conv2d`` as well, each where it alone reads the convolution's
+            result, by ``torch.nn.utils.fusion.fuse_conv_bn_eval``.
         report: called with the :class:`Fusion`; ``print`` will do.
 
     Returns:
@@ -90,11 +96,13 @@ def fuse(model: nn.Module, *, report: Callable[[Fusion], object] | None = None) 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(plain_norms, bool):
+        raise TypeError(f"plain_norms must be True or False, got {plain_norms!r}")
     if report is not None and not callable(report):
         raise TypeError(f"report must be callable or None, got {report!r}")
     _check_state(model)
     model = copy.deepcopy(model)
-    plan = _Plan(model)
+    plan = _Plan(model, plain_norms)
     if report is not None:
         report(plan.report())
     return plan.carry_out()
@@ -137,9 +145,10 @@ class _Plan:
 
     Args:
         model: a network in eval mode.
+        plain_norms: whether norms fold into plain convolutions too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, plain_norms: bool) -> None:
         self.model = model
         self.decisions: dict[SPConv2d, _Decision] = {}
         self.rewritings: dict[nn.Module, _Rewriting] = {}
@@ -150,6 +159,7 @@ class _Plan:
         regions = find_regions(model)
         sites = self._follow_calls(regions)
         owners = _owners(regions)
+        self.norms = find_folded_norms(regions, owners) if plain_norms else []
         for layer, decision in self.decisions.items():
             if not decision.reason:
                 self._decide(layer, decision, sites.get(layer, []), owners)
@@ -257,7 +267,7 @@ class _Plan:
                 parts += [chain.activation] if chain.activation != "none" else []
             fold = Fold(decision.names, tuple(parts), decision.reason)
             (fused if parts else kept).append(fold)
-        return Fusion(tuple(fused), tuple(kept))
+        return Fusion(tuple(fused), tuple(kept), tuple(self.norms))
 
     def carry_out(self) -> nn.Module:
         """The network that comes out, made of the modules of ``model``."""
@@ -272,6 +282,8 @@ class _Plan:
             replaced[layer] = FusedSPConv2d(layer, chain.norm, chain.activation, residual=has_residual)
             if decision.scope is None:
                 replaced.update({region.module_of(node): nn.Identity().eval() for node in chain.nodes[1:]})
+        for norm in self.norms:
+            replaced.update(norm.replacements())
         model = _replace(self.model, replaced)
         for scope in sorted(self.rewritings, key=lambda module: len(list(module.modules()))):  # inner ones first
             rewriting = self.rewritings[scope]
