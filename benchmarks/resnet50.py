@@ -2,9 +2,8 @@
 
 Inference on a CPU in float32. The vanilla network runs in the faster of its two memory formats, the others in
 channels_last. They take turns within each round, as in :mod:`benchmarks.ratios`, and a speed is the median of the
-rounds' ratios with their 20 % and 80 % quantiles. *norms folded* stands for ``fuse_conv_bn_eval`` of
-``torch.nn.utils.fusion`` on every plain convolution that a batch norm follows, which anybody would do before deploying
-either network.
+rounds' ratios with their 20 % and 80 % quantiles. *plain norms* stands for ``fuse(model, plain_norms=True)``, which
+folds the norms behind plain convolutions too: into the vanilla network's as well, which has no others.
 
 No network is timed before its logits are within the error budget of float64.
 """
@@ -22,7 +21,6 @@ import torch
 import torchvision
 from cases import assert_within_budget, kept_bytes
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks.ratios import machine, quantiles
 from spconv_triton import convert, fuse
@@ -58,13 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def speeds(vanilla: nn.Module, split: nn.Module, images: Tensor, rounds: int, *, compiled: bool) -> list[str]:
     """The rows of the table."""
-    fused = fuse(split)
     networks = {
         VANILLA: vanilla,
-        "vanilla, norms folded": folded(vanilla),
+        "vanilla, plain norms": fuse(vanilla, plain_norms=True),
         "SPConv": split,
-        "SPConv, fused": fused,
-        "SPConv, fused, norms folded": folded(fused),
+        "SPConv, fused": fuse(split),
+        "SPConv, fused, plain norms": fuse(split, plain_norms=True),
     }
     check({name: networks[name] for name in networks if name.startswith(VANILLA)}, vanilla, images)
     check({name: networks[name] for name in networks if not name.startswith(VANILLA)}, split, images)
@@ -118,18 +115,6 @@ def calibrated(model: nn.Module, images: Tensor) -> nn.Module:
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A copy in which plain convolutions have the norms that follow them folded in, found by torchvision's names."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        children = dict(parent.named_children())
-        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
-            if isinstance(children.get(conv), nn.Conv2d) and isinstance(children.get(norm), nn.BatchNorm2d):
-                setattr(parent, conv, fuse_conv_bn_eval(children[conv], children[norm]))
-                setattr(parent, norm, nn.Identity())
-    return model
 
 
 def check(networks: dict[str, nn.Module], judge: nn.Module, images: Tensor) -> None:

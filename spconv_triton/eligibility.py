@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from .checks import FLOATING
+from .fused import FusedSPConv2d
 from .modules import SPConv2d
 
 MIN_CHANNELS = 8
@@ -21,7 +22,7 @@ STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
-Convolution = _ConvNd | SPConv2d
+Convolution = _ConvNd | SPConv2d | FusedSPConv2d
 
 Owners = Mapping[int, list[str]]
 """The names under which a network holds each parameter, by the parameter's id."""
@@ -31,7 +32,7 @@ def find_convolutions(model: nn.Module) -> dict[Convolution, tuple[str, ...]]:
     """Convolutions of every kind, each with all its names; in the network's order."""
     found: dict[Convolution, tuple[str, ...]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (_ConvNd, SPConv2d)):
+        if isinstance(module, (_ConvNd, SPConv2d, FusedSPConv2d)):
             found[module] = (*found.get(module, ()), name)
     return found
 
@@ -50,6 +51,8 @@ def obstacle(module: Convolution, owners: Owners) -> str:
     """Why no SPConv2d, whatever its options, can stand where ``module`` stands; empty if one can."""
     if isinstance(module, SPConv2d):
         return "is an SPConv2d already"
+    if isinstance(module, FusedSPConv2d):
+        return "is an SPConv layer that is fused for inference"
     if isinstance(module, _ConvTransposeNd):
         return "is a transposed convolution"
     if not isinstance(module, nn.Conv2d):

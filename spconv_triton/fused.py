@@ -40,6 +40,9 @@ class FusedSPConv2d(nn.Module):
         ValueError: a layer in training mode, norms that are no affine maps, or an unknown activation.
     """
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
     weight_gwc: Tensor
     weight_pwc: Tensor
     weight_redundant: Tensor | None

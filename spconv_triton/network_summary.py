@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .conversion import is_compiled
 from .eligibility import MIN_CHANNELS, Convolution, find_convolutions, find_owners, misfit, obstacle
+from .fused import FusedSPConv2d
 from .modules import SPConv2d
 
 
@@ -23,7 +24,8 @@ class Costs:
     """Before: with an ``nn.Conv2d`` where an SPConv2d stands. After: as it is.
 
     Attributes:
-        parameters_before, parameters_after: learnable numbers, each once.
+        parameters_before, parameters_after: learnable numbers, each once; of a fused layer, which has none, those of
+            its weights and its bias, not of the norms that went into it.
         macs_before, macs_after: multiply-accumulates of one forward pass.
     """
 
@@ -50,7 +52,7 @@ class Row:
         names: where it stands in the network; several where it is shared.
         layer: how it prints.
         costs: over all calls in a pass.
-        is_spconv: whether it is an SPConv2d.
+        is_spconv: whether it is an SPConv2d, or was one before :func:`spconv_triton.fuse`.
         reason: why it is none; empty if it is, or if ``convert`` with its defaults would make it one.
     """
 
@@ -119,12 +121,13 @@ def summarize(model: nn.Module, input_size: Any) -> Summary:
     owners = find_owners(model)
     rows = []
     for module, names in convolutions.items():
-        is_spconv = isinstance(module, SPConv2d)
+        is_spconv = isinstance(module, (SPConv2d, FusedSPConv2d))
         reason = "" if is_spconv else obstacle(module, owners) or misfit(module, 0.5, 2, MIN_CHANNELS)
-        now = sum(p.numel() for p in module.parameters())
-        dense = _dense_parameters(module) if isinstance(module, SPConv2d) else now
+        now = _parameters(module)
+        dense = _dense_parameters(module) if isinstance(module, (SPConv2d, FusedSPConv2d)) else now
         rows.append(Row(names, repr(module), Costs(dense, now, *macs[module]), is_spconv, reason))
     now = sum(p.numel() for p in model.parameters())
+    now += sum(_parameters(module) for module in convolutions if isinstance(module, FusedSPConv2d))
     saved = sum(row.costs.parameters_before - row.costs.parameters_after for row in rows)
     before, after = (sum(column) + other_macs for column in zip((0, 0), *macs.values(), strict=True))
     return Summary(tuple(rows), Costs(now + saved, now, before, after))
@@ -161,21 +164,29 @@ def _count(
 
 def _macs(module: Convolution, x: Tensor, y: Tensor) -> tuple[int, int]:
     """MACs of one call, with a dense convolution and as it is."""
-    if isinstance(module, SPConv2d):
-        channels = module.taps * module.representative_channels // module.groups + module.in_channels
-        return y.numel() * module.taps * module.in_channels, y.numel() * channels
+    if isinstance(module, (SPConv2d, FusedSPConv2d)):
+        taps = prod(module.kernel_size)
+        return y.numel() * taps * module.in_channels, y.numel() * (module.weight_gwc[0].numel() + module.in_channels)
     pixels, channels = (x, module.out_channels) if module.transposed else (y, module.in_channels)
     macs = pixels.numel() * prod(module.kernel_size) * channels // module.groups
     return macs, macs
 
 
-def _dense_parameters(layer: SPConv2d) -> int:
+def _parameters(module: Convolution) -> int:
+    tensors: Iterable[Tensor] = module.parameters()
+    if isinstance(module, FusedSPConv2d):
+        weights = module.weight_gwc, module.weight_pwc, module.weight_redundant, module.bias
+        tensors = [tensor for tensor in weights if tensor is not None]
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _dense_parameters(layer: SPConv2d | FusedSPConv2d) -> int:
     """Those of the ``nn.Conv2d`` in whose place the layer stands."""
-    return layer.out_channels * (layer.in_channels * layer.taps + (layer.bias is not None))
+    return layer.out_channels * (layer.in_channels * prod(layer.kernel_size) + (layer.bias is not None))
 
 
 def _remark(row: Row) -> str:
-    return row.reason or ("SPConv2d" if row.is_spconv else "could be an SPConv2d")
+    return row.reason or (row.layer.partition("(")[0] if row.is_spconv else "could be an SPConv2d")
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from fresh import run_python
 from torch import nn
 
-from spconv_triton import SPConv2d, convert, models, summary
+from spconv_triton import SPConv2d, convert, fuse, models, summary
 from spconv_triton.network_summary import Costs, Summary, summarize
 
 
@@ -261,3 +261,15 @@ def test_a_meta_model() -> None:
     assert sum(isinstance(m, SPConv2d) for m in model.modules()) == 16
     # 3.25 L M instead of 9 L M at each pixel of the 16 layers, which cost 115,605,504 each.
     assert before.macs_after - after.macs_after == 16 * 115_605_504 * 23 // 36
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"alpha": 1.0}, {"branch_norm": True}], ids=str)
+def test_a_fused_layer_costs_what_it_did(options: dict[str, Any]) -> None:
+    """Apart from the norms, whose numbers went into its weights and a bias that it may not have had."""
+    model = nn.Sequential(SPConv2d(8, 12, 3, padding=1, **options), nn.ReLU(), nn.Conv2d(12, 4, 1)).eval()
+    before, after = summarize(model, (2, 8, 7, 5)), summarize(fuse(model), (2, 8, 7, 5))
+    assert [row.is_spconv for row in after.rows] == [True, False]
+    assert (after.total.macs_before, after.total.macs_after) == (before.total.macs_before, before.total.macs_after)
+    norms = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    assert after.total.parameters_after == before.total.parameters_after - norms
+    assert after.rows[0].costs.parameters_before == 12 * (8 * 9 + options.get("bias", True))
