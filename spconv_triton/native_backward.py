@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import native
 from .geometry import Geometry
-from .native_convolution import add_convolution, channels_last, convolve, is_matrix_product, pixels
+from .native_convolution import add_convolution, channels_last, convolve, is_matrix_product, pixels, readable
 from .native_gate import bias_difference, gate_comes_first
 
 
@@ -53,7 +53,7 @@ def gradients(
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = inputs
     representative, window = weight_pwc.shape[1], geometry[1:]
     x, grad = channels_last(x), channels_last(grad)
-    z = native.pointwise_input(x, geometry)
+    z = channels_last(native.pointwise_input(x, geometry))  # one padded pixel of x comes out in NCHW
     x3, z3, z1 = x[:, :representative], z[:, :representative], z[:, representative:]
     g = grad.to(d.dtype)
     beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
@@ -151,6 +151,7 @@ def _convolution_backward(
     groups: int = 1,
 ) -> tuple[Any, Any]:
     """Gradients of ``F.conv2d(x, weight, None, stride, ...)`` by ``x`` and ``weight``, where ``needed``."""
+    x, weight = readable(x, weight, stride, padding, dilation)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*needed, False)
     )[:2]

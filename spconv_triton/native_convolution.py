@@ -5,6 +5,7 @@ The layouts and forms here are those that take the least time on a CPU; GPUs tak
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *window: Any) -> Tensor:
     """A convolution as a new tensor, in float32 or better."""
-    y = F.conv2d(x, weight, bias, *window)
+    y = F.conv2d(*readable(x, weight, *window), bias, *window)
     return channels_last(y.to(torch.promote_types(x.dtype, torch.float32)))
 
 
@@ -52,12 +53,48 @@ def add_convolution(
     if pointwise and is_matrix_product(x) and y.dtype == x.dtype:
         pixels(y).flatten(0, 1).addmm_(pixels(x).flatten(0, 1), weight.flatten(1).t())
         return y
-    if _can_accumulate(y, x):
+    channels_first = readable(x, weight, stride, padding, dilation)
+    if channels_first[0] is x and _can_accumulate(y, x):
         # oneDNN adds in the convolution's epilogue: the operator that Inductor uses for a convolution and a sum.
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             y, x, weight, None, padding, stride, dilation, groups, "add", 1.0, None, [], None
         )
-    return y.add_(F.conv2d(x, weight, None, stride, padding, dilation, groups))
+    return y.add_(F.conv2d(*channels_first, None, stride, padding, dilation, groups))
+
+
+def readable(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    """``x`` and ``weight`` such that oneDNN reads nothing but them: as they are, or else as copies in NCHW.
+
+    Of PyTorch 2.14.1's, the convolutions in channels_last (``nn.Conv2d``'s too) crash where a window lies in the
+    padding as a whole, and read what was never written where a group has one channel and columns have a stride, and,
+    for gradients of bfloat16 weights, where the stride is longer than a row.
+    """
+    if x.device.type != "cpu":
+        return x, weight
+    sound = weight.shape[1] > 1 or stride == (1, 1)
+    for size, kernel, step, pad, spread in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
+        sound = sound and size >= step
+        # Else every centre tap is inside.
+        if sound and pad > spread * (kernel - 1) // 2:
+            sound = _every_window_reads(size, kernel, step, pad, spread)
+    if sound:
+        return x, weight
+    # Not contiguous(), which leaves what is NCHW and channels_last at once as it is, to be read as the latter.
+    return x.clone(memory_format=torch.contiguous_format), weight.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=256)
+def _every_window_reads(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether along one axis every output position has a tap inside the input."""
+    starts = range(-padding, size + padding - dilation * (kernel - 1), stride)
+    return all(any(0 <= start + dilation * tap < size for tap in range(kernel)) for start in starts)
 
 
 def is_matrix_product(x: Tensor) -> bool:

@@ -1,7 +1,11 @@
-"""Fresh random inputs for every test, from a seed that the header prints and ``--seed`` repeats."""
+"""Fresh random inputs for every test, from a seed that the header prints and ``--seed`` repeats.
+
+Hypothesis draws from that seed too. ``SPCONV_EXAMPLES`` is how often it does so per test, 40 by default.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import zlib
 
@@ -9,6 +13,21 @@ import pytest
 import torch
 
 from spconv_triton.dispatch import INTERPRETED
+
+try:
+    import hypothesis
+except ModuleNotFoundError:  # machines that are lent with a GPU: the kernels' tests run there with pytest alone
+    pass
+else:
+    hypothesis.settings.register_profile(
+        "spconv",
+        max_examples=int(os.environ.get("SPCONV_EXAMPLES", "40")),
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+    )
+    hypothesis.settings.load_profile("spconv")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     seed = config.getoption("--seed")
     config.stash[SEED] = random.randrange(2**31) if seed is None else seed
+    if getattr(config.option, "hypothesis_seed", 0) is None:  # Hypothesis is there, and nobody gave it another
+        config.option.hypothesis_seed = config.stash[SEED]
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -1,0 +1,50 @@
+"""Layers that oneDNN's convolutions in channels_last get wrong, as PyTorch 2.14.1 ships it: the native path must not.
+
+In a process whose fresh memory is filled with a pattern, so that what is read before it was written shows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from cases import Case
+from fresh import run_python
+
+TESTS = Path(__file__).parent
+
+WRONG = (
+    # Windows that lie in the padding as a whole: a crash.
+    Case("column-of-padding", 1, 11, 1, (2, 1), (5, 1), (2, 2), (2, 1), (1, 2), groups=1, alpha=0.3),
+    Case("frame-of-padding", 1, 7, 2, (4, 1), (1, 1), (3, 2), (3, 1), groups=1, alpha=0.6),
+    Case("dilated-around-the-image", 2, 8, 4, (1, 1), (3, 3), (1, 1), (3, 3), (2, 2)),
+    # One channel in a group, and a stride along the row.
+    Case("one-channel-groups", 2, 8, 12, (4, 5), (3, 3), (1, 3), (1, 0), groups=4),
+    Case("one-channel", 3, 4, 2, (8, 3), (5, 5), (1, 3), (3, 2), groups=1, alpha=0.25),
+    # Rows shorter than the stride: gradients of bfloat16 weights.
+    Case("one-column", 3, 32, 8, (6, 1), (3, 3), (2, 2), (0, 1), groups=4),
+    Case("two-columns", 3, 16, 8, (4, 2), (5, 3), (1, 3), (2, 2)),
+)
+
+CODE = """\
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+from cases import Case, assert_agrees, make_inputs
+from spconv_triton.functional import spconv2d
+torch.manual_seed(int(sys.argv[3]))
+for case in eval(sys.argv[4]):
+    print(case, "in", flush=True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        print("  ", dtype, flush=True)
+        for _ in range(5):
+            assert_agrees(spconv2d, make_inputs(case, dtype, branch_bias=True), perturbations=4, backend="native")
+print("all agree")
+"""
+
+
+def test_agrees(tmp_path: Path) -> None:
+    seed = int(torch.randint(2**31, ()))
+    cases = f"[Case(**fields) for fields in {[vars(case) for case in WRONG]}]"
+    printed = run_python(CODE, tmp_path, TESTS, TESTS.parent, str(seed), cases, MALLOC_PERTURB_="165")
+    assert printed.endswith("all agree\n")
