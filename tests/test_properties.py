@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
 from cases import Inputs, assert_agrees
 from hypothesis import given
-from hypothesis import strategies as st
 from strategies import calls
 from torch import Tensor
 
-from spconv_triton import native_onepass
 from spconv_triton.functional import spconv2d
 
 
