@@ -25,7 +25,7 @@ from .geometry import Geometry
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
 from .native_convolution import add_convolution, channels_last, convolve, is_precise, pixels, pointwise
-from .native_gate import bias_difference, gate_comes_first, gate_difference
+from .native_gate import bias_difference, gate_comes_first, gate_difference, gate_difference_of_windows, sums_windows
 
 
 def spconv2d(
@@ -132,8 +132,12 @@ def _forward(
         return _finish(y, _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
 
     if gate_comes_first(x, geometry):
+        d = None
+        if sums_windows(x, geometry):
+            d = gate_difference_of_windows(x, weight_gwc, weight_pwc, weight_redundant, geometry)
         y = convolve(x3, weight_gwc, None, *geometry[1:])
-        d = gate_difference(y, z, weight_pwc, weight_redundant)
+        if d is None:
+            d = gate_difference(y, z, weight_pwc, weight_redundant)
         if branch_bias is not None:
             d += bias_difference(branch_bias, d.dtype)
         beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)

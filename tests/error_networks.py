@@ -117,6 +117,7 @@ NETWORKS: Rows = [
     ("summary(torch.jit.trace(network, image), (1, 3, 9, 9))", ValueError, ("model must not be scripted",)),
     ("summary(network, (1, 3, -9, 9))", ValueError, ("input_size must be a shape such as", "got (1, 3, -9, 9)")),
     ("fuse(network.state_dict())", TypeError, ("model must be a torch.nn.Module, got OrderedDict",)),
+    ("fuse(slim.eval(), plain_norms=1)", TypeError, ("plain_norms must be True or False, got 1",)),
     ("fuse(slim.eval(), report=1)", TypeError, ("report must be callable or None, got 1",)),
     ("fuse(slim.train())", ValueError, ("model must be in eval mode, but it is in training mode",)),
     ("fuse(torch.jit.trace(network, image))", ValueError, ("model must not be scripted yet", "fuse first")),

@@ -23,8 +23,9 @@ from cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import native_backward, native_onepass, reference
+from spconv_triton import native_backward, native_gate, native_onepass, reference
 from spconv_triton.functional import spconv2d
+from spconv_triton.geometry import Geometry
 
 BY_NAME = {case.name: case for case in SMALL}
 GATED = [case for case in SMALL if case.alpha < 1]
@@ -307,3 +308,30 @@ def test_counts_the_operations_of_its_parts() -> None:
             spconv2d(*inputs.positional(), backend=backend, **inputs.window)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry((3, 3), (1, 1), (1, 1), (1, 1), 2),
+        Geometry((5, 1), (1, 1), (4, 0), (2, 1), 1),
+        Geometry((1, 7), (1, 1), (0, 3), (1, 1), 2),
+        Geometry((3, 5), (1, 1), (3, 4), (3, 2), 4),
+        Geometry((1, 1), (1, 1), (0, 0), (1, 1), 2),
+    ],
+    ids=lambda geometry: f"{geometry.kernel_size} dilated {geometry.dilation}",
+)
+def test_windows_give_the_gate_that_the_convolution_gives(geometry: Geometry) -> None:
+    x = torch.randn(2, 12, 7, 9, dtype=torch.float64) + 1
+    gwc = torch.randn(4, 8 // geometry.groups, *geometry.kernel_size, dtype=torch.float64)
+    pwc, redundant = torch.randn(4, 8, 1, 1, dtype=torch.float64), torch.randn(4, 4, 1, 1, dtype=torch.float64)
+    assert native_gate.sums_windows(x, geometry)
+    of_windows = native_gate.gate_difference_of_windows(x, gwc, pwc, redundant, geometry)
+    y = torch.nn.functional.conv2d(x[:, :8], gwc, None, *geometry[1:])
+    torch.testing.assert_close(of_windows, native_gate.gate_difference(y, x, pwc, redundant), rtol=0, atol=1e-13)
+
+
+def test_windows_wider_than_the_map_are_left_to_the_convolution() -> None:
+    geometry = Geometry((3, 3), (1, 1), (4, 4), (4, 4), 2)
+    assert not native_gate.sums_windows(torch.randn(2, 8, 4, 9), geometry)
+    assert native_gate.sums_windows(torch.randn(2, 8, 5, 9), geometry)
