@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu static wheel clean
+.PHONY: help demo test lint docs bench gpu static wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +24,11 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY) ## the documentation, in docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going --quiet docs docs/_build/html
+
 # Kernels are built either for a device or for Triton's interpreter, once per process, hence two runs.
-test: lint ## lint, the suite, and the kernel tests again in Triton's interpreter
+test: lint docs ## lint, the documentation, the suite, and the kernel tests again in Triton's interpreter
 	env -u TRITON_INTERPRET $(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
 
@@ -43,5 +46,5 @@ wheel: $(READY) ## build dist/*.whl and dist/*.tar.gz
 	$(BIN)/python -m build
 
 clean: ## remove build products and caches; keeps .venv
-	rm -rf build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build docs/_tables *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -30,7 +30,8 @@ from .modules import SPConv2d
 __all__ = ["IncompatibleKeys", "load_reference_checkpoint"]
 
 WRAPPERS = ("module.", "_orig_mod.", "1.")
-"""What is put before every name: by (Distributed)DataParallel, by torch.compile, by apex where it halves a network."""
+"""What stands before every name, put there by (Distributed)DataParallel, by torch.compile, or by apex where it halves a
+network."""
 
 RENAMED = {
     "gwc.weight": "weight_gwc",
@@ -70,7 +71,7 @@ def load_reference_checkpoint(
     Args:
         model: its SPConv layers have ``branch_norm=True`` and ``bias=False``, and the alpha of the checkpoint.
         checkpoint: a file, read with ``weights_only=True``, or what was read from one: a state dict, or a dict that
-            holds one as ``"state_dict"``. Its names may all have one of :data:`WRAPPERS` before them.
+            holds one as ``"state_dict"``. Its names may all have one of :data:`.checkpoints.WRAPPERS` before them.
         strict: False loads what fits, layer by layer and parameter by parameter.
 
     Returns:

@@ -71,7 +71,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert` does to a network; printed, it is a readable report.
+    """What :func:`spconv_triton.convert` does to a network; printed, it is a readable report.
 
     Attributes:
         swapped, kept: its convolutions, each in the network's order.
@@ -115,7 +115,7 @@ def convert(
     their own; fewer than ``min_channels`` input channels, or too few for ``groups``; and output channels that
     ``groups`` does not divide.
 
-    Patterns are those of :mod:`fnmatch` for the dotted names of ``model.named_modules()``; ``*`` matches dots too.
+    Patterns are those of ``fnmatch`` for the dotted names of ``model.named_modules()``; ``*`` matches dots too.
 
     Args:
         model: a network, or a convolution itself. Compile it and wrap it in DDP afterwards.
@@ -130,7 +130,7 @@ def convert(
             measured gain is with :data:`spconv_triton.dense.CORRELATION`.
         min_channels: what has fewer input channels stays. By default that is a network's first convolution, which
             reads an image and stays in the paper too.
-        report: called with the :class:`Conversion` once all layers are made and before any is put in place; ``print``
+        report: called with the :class:`.Conversion` once all layers are made and before any is put in place; ``print``
             will do. If it raises, the model stays as it is.
 
     Returns:

@@ -56,8 +56,9 @@ PATHS = (
     Path("native", "both branches", "any", "any", "any", ""),
     Path("reference", "reference", "any", "any", "any", ""),
 )
-"""The paths, first match first: :func:`choose` finds the backend, and within Triton's the launch of the layer asks
-``launch.descriptor.can_run`` and ``launch.gradients_descriptor.can_run``, which hold their rows' conditions."""
+"""The paths, of which the first that matches is taken. ``choose`` finds the backend, and within Triton's the launch of
+the layer asks ``launch.descriptor.can_run`` and ``launch.gradients_descriptor.can_run``, which hold their rows'
+conditions."""
 
 
 def _import_triton() -> str | None:

@@ -43,7 +43,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found; printed, it is a readable report.
+    """What :func:`spconv_triton.explain` found; printed, it is a readable report.
 
     Attributes:
         layer, input: what was asked about.
@@ -82,8 +82,11 @@ def explain(module: SPConv2d, x: Tensor, *, capability: tuple[int, int] | None =
 
     Args:
         module: the layer.
-        x: [N, L, H, W], an input of it.
+        x: [N, L, H, W], an input of it, in a dtype that its backend has.
         capability: (major, minor), such as (9, 0).
+
+    Returns:
+        What was printed, as data; bytes are those of tensors, not what caches save.
 
     Raises:
         TypeError: ``module`` is not an ``SPConv2d``, or ``x`` is not a floating-point tensor.

@@ -27,13 +27,14 @@ class FusedSPConv2d(nn.Module):
         residual: whether the layer is called with one; for ``repr``.
 
     Shape:
-        x [N, L, H, W] and maybe a residual [N, M, H_out, W_out] -> [N, M, H_out, W_out]. A residual of another shape or
-        dtype is added as PyTorch would, after the layer.
+        x [N, L, H, W] and maybe a residual [N, M, H_out, W_out] -> [N, M, H_out, W_out], in a dtype as of the layer. A
+        residual of another shape or dtype is added as PyTorch would, after the layer.
 
     Attributes:
         weight_gwc, weight_pwc, weight_redundant: as of the layer.
-        bias, norm_scale: [M] or None, in float32 or better; branch_bias: [2, M] or None. See
+        bias, norm_scale: [M] or None, in float32 or better; see
             :func:`spconv_triton.functional.spconv2d_inference`.
+        branch_bias: [2, M] or None, in float32 or better.
 
     Raises:
         TypeError: ``layer`` is not an SPConv2d.

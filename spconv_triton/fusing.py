@@ -39,7 +39,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What :func:`fuse` does to a network; printed, it is a readable report.
+    """What :func:`spconv_triton.fuse` does to a network; printed, it is a readable report.
 
     Attributes:
         fused, kept: its SPConv layers, each in the network's order.
@@ -82,7 +82,7 @@ def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusio
         model: in eval mode. Compile it and export it afterwards.
         plain_norms: whether to fold batch norms into ``nn.Conv2d`` as well, each where it alone reads the convolution's
             result, by ``torch.nn.utils.fusion.fuse_conv_bn_eval``.
-        report: called with the :class:`Fusion`; ``print`` will do.
+        report: called with the :class:`.Fusion`; ``print`` will do.
 
     Returns:
         The copy; ``model`` stays as it was, to be trained further. Fusing the copy again changes nothing. The copy

@@ -35,7 +35,7 @@ class Geometry(NamedTuple):
 
     @property
     def is_centred(self) -> bool:
-        """Padding is half the window ("same" at stride 1): the centre tap of output (0, 0) is input (0, 0)."""
+        """Whether padding is half the window, so that the centre tap of output (0, 0) is input (0, 0)."""
         return self.centre == (0, 0)
 
     @property

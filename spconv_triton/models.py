@@ -37,6 +37,9 @@ def legal_alpha(in_channels: int, alpha: float, groups: int = 2) -> float:
         alpha: ratio in (0, 1].
         groups: G.
 
+    Returns:
+        The ratio; ``alpha`` itself where it is legal.
+
     Raises:
         ValueError: alpha outside (0, 1], or fewer channels than groups.
     """

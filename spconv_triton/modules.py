@@ -27,8 +27,8 @@ class SPConv2d(nn.Module):
     parameters mixes the two: 3.25 L M weights against 9 L M at the defaults.
 
     Args:
-        in_channels: L.
-        out_channels: M; divisible by ``groups``.
+        in_channels: L, of the input.
+        out_channels: M, of the output; divisible by ``groups``.
         kernel_size: odd, an int or (vertical, horizontal).
         stride, padding, dilation: pixels; padding also ``"same"`` and ``"valid"``.
         groups: G of the group-wise convolution.
@@ -43,8 +43,9 @@ class SPConv2d(nn.Module):
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; see :mod:`spconv_triton.functional`.
 
     Shape:
-        [N, in_channels, H, W] -> [N, out_channels, H_out, W_out], H_out and W_out as of ``nn.Conv2d``. The output
-        keeps the memory format of the input; channels_last is the fast one.
+        [N, in_channels, H, W] -> [N, out_channels, H_out, W_out], H_out and W_out as of ``nn.Conv2d``; float32,
+        bfloat16, float16 or float64, that of the parameters unless ``torch.autocast`` says otherwise. The output keeps
+        the memory format of the input; channels_last is the fast one.
 
     Attributes:
         weight_gwc: [M, alpha L / G, k, k].
@@ -171,7 +172,7 @@ class SPConv2d(nn.Module):
 
     @property
     def taps(self) -> int:
-        """k^2."""
+        """k^2, the taps of the window."""
         return self.kernel_size[0] * self.kernel_size[1]
 
     @classmethod
@@ -188,6 +189,13 @@ class SPConv2d(nn.Module):
 
         The weights are new (no SPConv computes what a dense k x k does); the bias, which plays the same part in both,
         is copied.
+
+        Args:
+            conv: itself an ``nn.Conv2d``, of one group; it stays as it is.
+            alpha, groups, branch_norm, backend: as of the constructor.
+
+        Returns:
+            The layer, with what is settled above.
 
         Raises:
             TypeError: ``conv`` is not an ``nn.Conv2d``, or of a class derived from it.
@@ -223,7 +231,11 @@ class SPConv2d(nn.Module):
         return layer.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Y = beta U3 + gamma U1 + bias: [N, L, H, W] -> [N, M, H_out, W_out]."""
+        """Y = beta U3 + gamma U1 + bias: [N, L, H, W] -> [N, M, H_out, W_out].
+
+        Raises:
+            TypeError, ValueError: an ``x`` that does not fit, as of :func:`spconv_triton.functional.spconv2d`.
+        """
         padding = self._window_padding
         if self.padding_mode != "zeros":
             check_input("x", x)
@@ -318,6 +330,14 @@ class SPConv2d(nn.Module):
 
 def count_representative(in_channels: int, out_channels: int, groups: int, alpha: float) -> int:
     """alpha L = int(L alpha), the representative channels of a layer.
+
+    Args:
+        in_channels, out_channels: L and M.
+        groups: G, at least 1.
+        alpha: share of representative channels.
+
+    Returns:
+        alpha L, a positive multiple of G.
 
     Raises:
         TypeError: channel counts that are not ints, or an alpha that is not a number.

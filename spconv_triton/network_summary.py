@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summary` found; printed, it is a readable table.
+    """What :func:`spconv_triton.summary` found; printed, it is a readable table.
 
     Attributes:
         rows: the convolutions, in the network's order.
@@ -98,6 +98,9 @@ def summary(model: nn.Module, input_size: Any) -> Summary:
             in their dtype; or the model's input itself; or a tuple of its inputs, each a shape or an input. A detection
             model, which takes a list of images, has the inputs ``([image, image],)``.
 
+    Returns:
+        What was printed, as data: a row for every convolution, and the total.
+
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: ``model`` is scripted, or ``input_size`` is empty or has a negative size.
@@ -109,7 +112,7 @@ def summary(model: nn.Module, input_size: Any) -> Summary:
 
 
 def summarize(model: nn.Module, input_size: Any) -> Summary:
-    """As :func:`summary`, in silence."""
+    """As :func:`spconv_triton.summary`, in silence."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):

@@ -10,8 +10,8 @@
     Y  = beta * U3 + gamma * U1
 
 This file depends on nothing but torch, differentiates by autograd, and is clean in float64: it is the judge of every
-other path. Where the paper is silent (point-wise convolutions under a stride, odd sizes, biases) it holds the
-library's semantics.
+other path. It checks nothing: what does not fit is refused by PyTorch, in its words. Where the paper is silent
+(point-wise convolutions under a stride, odd sizes, biases) it holds the library's semantics.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def representative_branch(
     """U3 = GWC(x3) + PWC(x3): group-wise k x k and point-wise convolution of the same channels, summed.
 
     Args:
-        x3: representative channels, [N, alpha L, H, W].
+        x3: representative channels, [N, alpha L, H, W], floating point; all arguments have one dtype.
         weight_gwc: [M, alpha L / G, k, k], k odd.
         weight_pwc: [M, alpha L, 1, 1].
         stride, padding, dilation: of the group-wise convolution, in pixels.
@@ -61,7 +61,7 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
     """Y = beta U3 + gamma U1 with beta, gamma = softmax([GAP(U3), GAP(U1)]).
 
     Args:
-        u3, u1: the two branches, [N, M, H, W].
+        u3, u1: the two branches, [N, M, H, W], floating point.
 
     Returns:
         Y, [N, M, H, W], in the dtype of ``u3``. Statistics, gate and blend are computed in float32 or better.
@@ -86,10 +86,10 @@ def spconv2d(
     groups: int = 2,
     branch_bias: Tensor | None = None,
 ) -> Tensor:
-    """The whole layer.
+    """The whole layer: Y = beta U3 + gamma U1 + bias.
 
     Args:
-        x: [N, L, H, W].
+        x: [N, L, H, W], floating point; all arguments have its dtype, but ``branch_bias``, which may be more precise.
         weight_gwc: [M, alpha L / G, k, k], k odd.
         weight_pwc: [M, alpha L, 1, 1]; its second size says what alpha L is.
         weight_redundant: [M, L - alpha L, 1, 1]; None where alpha = 1, and then Y = U3.
@@ -141,10 +141,12 @@ def pointwise_input(
     averaged over those inside ``x``; a window wholly outside counts as zero. Columns likewise.
 
     Args:
-        x: [N, C, H, W].
+        x: [N, C, H, W], floating point.
+        kernel_size, output_size: k and (H_out, W_out), (vertical, horizontal) each.
+        stride, padding, dilation: in pixels, of the layer.
 
     Returns:
-        [N, C, H_out, W_out].
+        [N, C, H_out, W_out], in the dtype of ``x``.
     """
     pads: list[int] = []
     valid: list[Tensor] = []

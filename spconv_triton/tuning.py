@@ -22,9 +22,13 @@ FORMAT = 1
 
 
 def save_tuning(path: str | os.PathLike[str]) -> int:
-    """Write every choice that this process has made, and return how many.
+    """Write every choice that this process has made.
 
-    The file is written whole or not at all.
+    Args:
+        path: of the file, which is written whole or not at all.
+
+    Returns:
+        How many choices there are.
 
     Raises:
         OSError: it cannot be written.
@@ -56,10 +60,14 @@ def save_tuning(path: str | os.PathLike[str]) -> int:
 
 
 def load_tuning(path: str | os.PathLike[str]) -> int:
-    """Take the choices of a file, and return how many were taken.
+    """Take the choices of a file.
 
-    None are where the file is of another device or version of Triton; nor are those that the kernels' tables no longer
-    hold. What was tuned in this process stays.
+    Args:
+        path: a file of :func:`save_tuning`.
+
+    Returns:
+        How many choices were taken. None are where the file is of another device or version of Triton; nor are those
+        that the kernels' tables no longer hold. What was tuned in this process stays.
 
     Raises:
         OSError: the file cannot be read.

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for bad input or a machine that cannot do it, 130 for Ctrl-C.
     """
     try:
-        options = _parser().parse_args(arguments)
+        options = make_parser().parse_args(arguments)
     except SystemExit as end:
         return int(end.code or 0)
     try:
@@ -96,7 +96,8 @@ def _train(options: argparse.Namespace) -> None:
     loop.run(settings, surroundings, console.print)
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The options of both commands."""
     parser = Parser(prog=PROGRAM, description="SPConv: a demo, and training of the paper's networks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
