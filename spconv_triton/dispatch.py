@@ -114,7 +114,8 @@ def choose(x: Tensor, backend: str = "auto") -> str:
     """The backend that serves ``x``: ``"triton"``, ``"native"`` or ``"reference"``.
 
     ``auto`` takes the Triton kernels wherever they run at full speed: a GPU (CUDA or HIP), triton installed, and a
-    dtype that they have; otherwise ATen. The interpreter is for tests, so ``auto`` never takes it.
+    dtype that they have; otherwise ATen. The interpreter is for tests, so ``auto`` never takes it. Nor are the kernels
+    taken, asked for or not, where every operation :func:`is_transformed`: ATen's are, to any order.
 
     Raises:
         ValueError: an unknown backend, or ``"triton"`` where it cannot run, with the reason.
@@ -122,12 +123,17 @@ def choose(x: Tensor, backend: str = "auto") -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "auto":
-        return "triton" if x.is_cuda and _why_not_triton(x) is None else "native"
-    if backend == "triton":
+        backend = "triton" if x.is_cuda and _why_not_triton(x) is None else "native"
+    elif backend == "triton":
         reason = _why_not_triton(x)
         if reason is not None:
             raise ValueError(f"backend='triton' cannot run here: {reason}; legal: 'auto', 'native', 'reference'")
-    return backend
+    return "native" if backend == "triton" and is_transformed() else backend
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation looks into every operation, and needs plain ones."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _why_not_triton(x: Tensor) -> str | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from . import native, native_onepass, reference
+from .autocast import cast, promote
 from .checks import (
     check_alike,
     check_bias,
@@ -72,7 +70,7 @@ def representative_branch(
     Source: Zhang et al., IJCAI 2020, section 3.3.
     """
     check_input("x3", x3)
-    x3, weight_gwc, weight_pwc = _autocast(x3, weight_gwc, weight_pwc)
+    x3, weight_gwc, weight_pwc = cast(x3, weight_gwc, weight_pwc)
     check_kernel_weight(weight_gwc)
     geometry = resolve(tuple(weight_gwc.shape[2:]), stride, padding, dilation, groups)
     check_representative("x3", x3, weight_gwc, weight_pwc, geometry)
@@ -120,7 +118,7 @@ def redundant_branch(
     Source: Zhang et al., IJCAI 2020, section 3.3.
     """
     check_input("x1", x1)
-    x1, weight_redundant = _autocast(x1, weight_redundant)
+    x1, weight_redundant = cast(x1, weight_redundant)
     check_alike("weight_redundant", weight_redundant, "x1", x1)
     check_pointwise_weight("weight_redundant", weight_redundant, x1.shape[1], "x1")
     geometry = resolve(kernel_size, stride, padding, dilation, 1)
@@ -143,6 +141,9 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor, *, backend: str = "auto") -> Tens
 
     Source: Zhang et al., IJCAI 2020, section 3.4, equations of the parameter-free fusion.
     """
+    check_input("u3", u3)
+    check_input("u1", u1)
+    u3, u1 = promote(u3, u1)
     check_fusion(u3, u1)
     chosen = choose(u3, backend)
     if chosen == "triton":
@@ -194,7 +195,7 @@ def spconv2d(
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
     """
     check_input("x", x)
-    x, weight_gwc, weight_pwc, weight_redundant, bias = _autocast(x, weight_gwc, weight_pwc, weight_redundant, bias)
+    x, weight_gwc, weight_pwc, weight_redundant, bias = cast(x, weight_gwc, weight_pwc, weight_redundant, bias)
     window = (stride, padding, dilation, groups)
     geometry = _check_layer(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
     check_bias("bias", bias, (weight_gwc.shape[0],), x, or_float32=False)
@@ -261,9 +262,7 @@ def spconv2d_inference(
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4; batch norm: Ioffe and Szegedy, ICML 2015.
     """
     check_input("x", x)
-    x, weight_gwc, weight_pwc, weight_redundant, residual = _autocast(
-        x, weight_gwc, weight_pwc, weight_redundant, residual
-    )
+    x, weight_gwc, weight_pwc, weight_redundant, residual = cast(x, weight_gwc, weight_pwc, weight_redundant, residual)
     window = (stride, padding, dilation, groups)
     geometry = _check_layer(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
     outputs = weight_gwc.shape[0]
@@ -340,7 +339,7 @@ def spconv2d_batch_norm(
     Source: Zhang et al., IJCAI 2020, section 3.4; batch norm: Ioffe and Szegedy, ICML 2015, algorithm 1.
     """
     check_input("x", x)
-    x, weight_gwc, weight_pwc, weight_redundant, bias = _autocast(x, weight_gwc, weight_pwc, weight_redundant, bias)
+    x, weight_gwc, weight_pwc, weight_redundant, bias = cast(x, weight_gwc, weight_pwc, weight_redundant, bias)
     geometry = _check_layer(x, weight_gwc, weight_pwc, weight_redundant, None, (stride, padding, dilation, groups))
     if _or_none(weight_redundant) is None:
         raise ValueError("weight_redundant must have at least one input channel, got none, so there is no gate")
@@ -383,29 +382,6 @@ def _check_layer(
 def _or_none(weight_redundant: Tensor | None) -> Tensor | None:
     """None where there is no redundant channel: alpha = 1."""
     return None if weight_redundant is None or weight_redundant.shape[1] == 0 else weight_redundant
-
-
-def computed_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the result for an input ``x``: that of an enclosing ``torch.autocast``, else its own."""
-    return _autocast_dtype(x) or x.dtype
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def _autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
-    """All arguments in the dtype of an enclosing ``torch.autocast``, as for ``torch.nn.functional.conv2d``.
-
-    float64 stays, and what is not a floating-point tensor is left for the checks to name.
-    """
-    dtype = _autocast_dtype(x)
-    if dtype is None:
-        return (x, *others)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, *others))
 
 
 def _on_triton(

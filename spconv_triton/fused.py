@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional, native
+from .autocast import computed_dtype
 from .branch_norm import affine_map, fold_branch_norms, scaled
 from .checks import ACTIVATIONS, check_input
 from .geometry import Geometry
@@ -105,7 +106,7 @@ class FusedSPConv2d(nn.Module):
 
     def _fits(self, x: Tensor, residual: Tensor) -> bool:
         """Whether the residual is a map of the output's shape and dtype."""
-        if x.dim() != 4 or residual.dtype != functional.computed_dtype(x) or residual.device != x.device:
+        if x.dim() != 4 or residual.dtype != computed_dtype(x) or residual.device != x.device:
             return False
         return residual.shape == (x.shape[0], self.weight_gwc.shape[0], *self.geometry.output_size(*x.shape[2:]))
 

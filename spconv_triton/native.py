@@ -54,7 +54,9 @@ def activate(y: Tensor, activation: str, *, inplace: bool = False) -> Tensor:
 
 def pointwise_input(x: Tensor, geometry: Geometry) -> Tensor:
     """What the 1 x 1 convolutions read, [N, C, H_out, W_out]: the centre taps, pooled at a stride."""
-    if not geometry.is_centred:
+    if geometry.is_centred and geometry.stride == (1, 1):
+        return x
+    if not geometry.is_centred or _exports_symbols(x):
         return reference.pointwise_input(
             x,
             geometry.kernel_size,
@@ -63,10 +65,18 @@ def pointwise_input(x: Tensor, geometry: Geometry) -> Tensor:
             padding=geometry.padding,
             dilation=geometry.dilation,
         )
-    if geometry.stride == (1, 1):
-        return x
     # Half-window padding: output size is ceil(H / stride), which is average pooling in ceil mode.
     return F.avg_pool2d(x, geometry.stride, ceil_mode=True, count_include_pad=False)
+
+
+def _exports_symbols(x: Tensor) -> bool:
+    """Whether ``torch.export`` traces sizes that may vary; strictly, every size may.
+
+    Pooling in ceil mode asks whether 2 ((H - 1) // 2) < H, and ``torch.export`` cannot tell that it holds for any H.
+    """
+    if not torch.compiler.is_exporting():
+        return False
+    return torch.compiler.is_dynamo_compiling() or not all(type(size) is int for size in x.shape[2:])
 
 
 def pointwise_input_adjoint(grad: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import native
+from .dispatch import is_transformed
 from .geometry import Geometry
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
@@ -53,7 +54,7 @@ def spconv2d(
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
     """
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
-    if weight_redundant is None or _is_transformed():
+    if weight_redundant is None or is_transformed():
         return native.compose(*arguments)
     differentiates = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
     if torch.compiler.is_compiling():
@@ -83,15 +84,10 @@ def spconv2d_inference(
     Arguments and result as of :func:`spconv2d`; ``bias`` may also be float32.
     """
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, after)
-    if _is_transformed() or torch.compiler.is_compiling():
+    if is_transformed() or torch.compiler.is_compiling():
         return native.compose(*arguments)
     y, _ = _forward(*arguments)
     return y
-
-
-def _is_transformed() -> bool:
-    """Whether function transforms or forward-mode differentiation look into every operation; they get plain ones."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 class OnePass(torch.autograd.Function):

@@ -164,9 +164,10 @@ def pointwise_input(
     windows = F.pad(x, pads)
     if _pair(stride) == (1, 1):
         return windows
-    total = F.avg_pool2d(windows, _pair(stride), divisor_override=1)
-    rows, columns = (v.clamp(min=1).to(total.dtype) for v in valid)
-    return total / (rows[:, None] * columns)
+    averages = F.avg_pool2d(windows, _pair(stride))  # over all pixels of a window, those outside x as zeros
+    precise = torch.promote_types(x.dtype, torch.float32)
+    rows, columns = (s / v.clamp(min=1).to(precise) for s, v in zip(_pair(stride), valid, strict=True))
+    return (averages * (rows[:, None] * columns)).to(x.dtype)
 
 
 def _pair(value: IntPair | torch.Size) -> tuple[int, int]:

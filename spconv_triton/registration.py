@@ -60,6 +60,27 @@ def traceable_op(name: str, kernels: Sequence[object]) -> Callable[[Callable[...
     return register
 
 
+def register_autocast(operator: CustomOpDef, cast: Callable[..., tuple[Any, ...]]) -> None:
+    """Under ``torch.autocast`` on a CPU or a GPU, ``operator`` is called with what ``cast`` makes of its arguments.
+
+    ``CustomOpDef.register_autocast`` casts all of them, to a dtype that is fixed when it is called.
+    """
+    overload = operator._opoverload
+
+    def rule(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return overload(*cast(*args))
+
+    for key in _AUTOCAST_KEYS:
+        _library.impl(operator._name, rule, key)
+
+
+_AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_AUTOCAST = _AUTOCAST | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
 class OpaqueOp:
     """``spconv_triton::name``, an operator that is never traced, with ``body`` as its body; it writes to ``mutates``.
 
@@ -72,6 +93,7 @@ class OpaqueOp:
         self.body = body
         self.operator = custom_op(f"{NAMESPACE}::{name}", body, mutates_args=mutates, schema=schema)
         self.register_fake = self.operator.register_fake
+        self.packet = self.operator._opoverload.overloadpacket
 
     def register_description(self, describe: Callable[..., str]) -> None:
         """``describe``, called with the operator's arguments, says what it would launch: blocks and grid."""

@@ -24,7 +24,7 @@ import spconv_triton
 PACKAGE = Path(spconv_triton.__file__).parent
 
 CHAIN = ("modules", "functional", "ops", "launch", "kernels")
-HELPERS = ("branch_norm", "checks", "dispatch", "geometry", "layout", "registration")
+HELPERS = ("autocast", "branch_norm", "checks", "dispatch", "geometry", "layout", "registration")
 
 # Imports inside functions, (importer, imported): why. Each one costs its callers an import they did not see coming.
 LATE_IMPORTS: dict[tuple[str, str], str] = {

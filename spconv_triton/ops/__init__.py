@@ -4,6 +4,7 @@ They are the Triton kernels as PyTorch sees them; the ATen path needs no operato
 registered here, and :func:`spconv_triton.dispatch.choose` never leads here.
 """
 
+from . import opaque
 from .branch import representative_branch, representative_branch_backward
 from .branch_norm import spconv2d_batch_norm, spconv2d_batch_norm_backward
 from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
@@ -13,6 +14,7 @@ from .layer import spconv2d, spconv2d_backward
 __all__ = [
     "gap_softmax_fusion",
     "gap_softmax_fusion_backward",
+    "opaque",
     "representative_branch",
     "representative_branch_backward",
     "spconv2d",

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import launch
-from ..registration import NAMESPACE, traceable_op
+from .. import launch, native
+from ..autocast import cast
+from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import branch_flops, geometry_of
+from .second_order import differentiate_pullback, register_second_order
 
 
 @traceable_op("representative_branch", launch.branch.FORWARD_KERNELS)
@@ -86,6 +88,21 @@ def _branch_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 representative_branch.register_autograd(_branch_autograd, setup_context=_save_branch)
+register_autocast(representative_branch, lambda x3, gwc, pwc, *window: (*cast(x3, gwc, pwc), *window))
+
+
+def _second_order(
+    cotangents: tuple[Tensor | None, ...], grad: Tensor, x3: Tensor, gwc: Tensor, pwc: Tensor, *window: Any
+) -> tuple[Tensor | None, ...]:
+    geometry = geometry_of(gwc, *window)
+
+    def branch(x3: Tensor, gwc: Tensor, pwc: Tensor) -> Tensor:
+        return native.representative_branch(x3, gwc, pwc, geometry)
+
+    return *differentiate_pullback(branch, (x3, gwc, pwc), grad, cotangents), *(None,) * 4
+
+
+register_second_order(representative_branch_backward, _second_order)
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).representative_branch)

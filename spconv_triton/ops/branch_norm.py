@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import launch
+from .. import launch, native
+from ..autocast import cast
 from ..launch import Kept, Norms
-from ..registration import NAMESPACE, traceable_op
+from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import geometry_of, layer_flops
+from .second_order import differentiate_pullback, register_second_order
 
 
 @traceable_op("spconv2d_batch_norm", launch.branch_norm.FORWARD_KERNELS)
@@ -142,6 +144,64 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 
 spconv2d_batch_norm.register_autograd(_autograd, setup_context=_save)
+register_autocast(spconv2d_batch_norm, lambda *args: (*cast(*args[:5]), *args[5:]))
+
+
+def _second_order(
+    cotangents: tuple[Tensor | None, ...],
+    grad: Tensor,
+    x: Tensor,
+    gwc: Tensor,
+    pwc: Tensor,
+    redundant: Tensor,
+    norm_weight3: Tensor | None,
+    norm_bias3: Tensor | None,
+    norm_weight1: Tensor | None,
+    norm_bias1: Tensor | None,
+    branches: Tensor,
+    gate: Tensor,
+    batch: Tensor,
+    *window: Any,
+) -> tuple[Tensor | None, ...]:
+    geometry = geometry_of(gwc, *window)
+    _, variance, reciprocal = batch.unbind()
+    eps = reciprocal.square().reciprocal() - variance  # as exact as the sum variance + eps is
+
+    def layer(
+        x: Tensor,
+        gwc: Tensor,
+        pwc: Tensor,
+        redundant: Tensor,
+        weight3: Tensor,
+        bias3: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        representative = pwc.shape[1]
+        u3 = native.representative_branch(x[:, :representative], gwc, pwc, geometry)
+        u1 = native.pointwise(x[:, representative:], redundant, geometry)
+        normed = _normalise(u3, weight3, bias3, eps[0]), _normalise(u1, weight1, bias1, eps[1])
+        return native.gap_softmax_fusion(*normed) + bias[:, None, None].to(x.dtype)
+
+    norms = (norm_weight3, norm_bias3, norm_weight1, norm_bias1)
+    rows = (*Norms(*norms).tensors(gate), gate.new_zeros(gate.shape[1]))  # the bias has no part in any gradient
+    tensors = (x, gwc, pwc, redundant, *rows)
+    d_rows = (None,) * 5 if cotangents[4] is None else cotangents[4].unbind()
+    by_grad, *by_tensors = differentiate_pullback(layer, tensors, grad, (*cotangents[:4], *d_rows))
+    by_norms = (by if norm is not None else None for by, norm in zip(by_tensors[4:8], norms, strict=True))
+    return by_grad, *by_tensors[:4], *by_norms, *(None,) * 7
+
+
+def _normalise(u: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> Tensor:
+    """A batch norm of [N, M, H, W] by the batch, ``eps`` by channel, [M]."""
+    precise = u.to(eps.dtype)
+    variance, mean = torch.var_mean(precise, (0, 2, 3), correction=0, keepdim=True)
+    scale = weight.to(eps.dtype)[:, None, None] * torch.rsqrt(variance + eps[:, None, None])
+    return ((precise - mean) * scale + bias.to(eps.dtype)[:, None, None]).to(u.dtype)
+
+
+register_second_order(spconv2d_batch_norm_backward, _second_order)
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm)

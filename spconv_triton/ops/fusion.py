@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import launch
-from ..registration import traceable_op
+from .. import launch, native
+from ..autocast import promote
+from ..registration import register_autocast, traceable_op
+from .second_order import differentiate_pullback, register_second_order
 
 
 @traceable_op("gap_softmax_fusion", launch.fusion.FORWARD_KERNELS)
@@ -48,3 +50,13 @@ def _fusion_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | N
 
 
 gap_softmax_fusion.register_autograd(_fusion_autograd, setup_context=_save_fusion)
+register_autocast(gap_softmax_fusion, promote)
+
+
+def _second_order(
+    cotangents: tuple[Tensor | None, ...], grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor
+) -> tuple[Tensor | None, ...]:
+    return *differentiate_pullback(native.gap_softmax_fusion, (u3, u1), grad, cotangents), None
+
+
+register_second_order(gap_softmax_fusion_backward, _second_order)

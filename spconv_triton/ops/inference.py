@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import launch
-from ..registration import NAMESPACE, traceable_op
+from ..autocast import cast
+from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import geometry_of, layer_flops
 
 
@@ -66,6 +67,15 @@ def _(
     groups: int,
 ) -> Tensor:
     return launch.empty_output(x, weight_gwc, geometry_of(weight_gwc, stride, padding, dilation, groups))
+
+
+def _autocast(*args: Any) -> tuple[Any, ...]:
+    x, gwc, pwc, redundant, *others, residual = args[:8]
+    x, gwc, pwc, redundant, residual = cast(x, gwc, pwc, redundant, residual)
+    return x, gwc, pwc, redundant, *others, residual, *args[8:]
+
+
+register_autocast(spconv2d_inference, _autocast)
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_inference)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import launch
-from ..registration import NAMESPACE, traceable_op
+from .. import launch, native
+from ..autocast import cast
+from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import geometry_of, layer_flops
+from .second_order import differentiate_pullback, register_second_order
 
 
 @traceable_op("spconv2d", launch.layer.FORWARD_KERNELS)
@@ -119,6 +121,32 @@ def _layer_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 
 spconv2d.register_autograd(_layer_autograd, setup_context=_save_layer)
+register_autocast(spconv2d, lambda *args: (*cast(*args[:5]), *args[5:]))
+
+
+def _second_order(
+    cotangents: tuple[Tensor | None, ...],
+    grad: Tensor,
+    x: Tensor,
+    gwc: Tensor,
+    pwc: Tensor,
+    redundant: Tensor,
+    branch_bias: Tensor | None,
+    ratio: Tensor,
+    tap_mean: Tensor,
+    pool_mean: Tensor,
+    *window: Any,
+) -> tuple[Tensor | None, ...]:
+    geometry = geometry_of(gwc, *window)
+
+    def layer(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor, branch_bias: Tensor | None) -> Tensor:
+        return native.compose(x, gwc, pwc, redundant, None, branch_bias, geometry)
+
+    tensors = (x, gwc, pwc, redundant, branch_bias)
+    return *differentiate_pullback(layer, tensors, grad, cotangents), *(None,) * 7
+
+
+register_second_order(spconv2d_backward, _second_order)
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d)
