@@ -68,8 +68,9 @@ def register_autocast(operator: CustomOpDef, cast: Callable[..., tuple[Any, ...]
     overload = operator._opoverload
 
     def rule(*args: Any) -> Any:
+        args = cast(*args)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return overload(*cast(*args))
+            return overload(*args)
 
     for key in _AUTOCAST_KEYS:
         _library.impl(operator._name, rule, key)
