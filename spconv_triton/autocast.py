@@ -32,12 +32,13 @@ def cast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, *others))
 
 
-def promote(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def promote(x: Any, other: Any) -> tuple[Any, Any]:
     """Both in the wider of their dtypes under ``torch.autocast``, as for ``torch.addcmul``; unchanged without.
 
     Autocast leaves the results of one norm in float32 and of another in half precision.
     """
-    if autocast_dtype(x) is None or x.dtype == other.dtype:
+    both = all(isinstance(t, Tensor) and t.is_floating_point() for t in (x, other))
+    if not both or x.dtype == other.dtype or autocast_dtype(x) is None:
         return x, other
     wider = torch.promote_types(x.dtype, other.dtype)
     return x.to(wider), other.to(wider)

@@ -141,8 +141,6 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor, *, backend: str = "auto") -> Tens
 
     Source: Zhang et al., IJCAI 2020, section 3.4, equations of the parameter-free fusion.
     """
-    check_input("u3", u3)
-    check_input("u1", u1)
     u3, u1 = promote(u3, u1)
     check_fusion(u3, u1)
     chosen = choose(u3, backend)
