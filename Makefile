@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# As many processes as processors, of one thread each. JOBS=0 runs the tests in one process.
+JOBS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --maxprocesses 8
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs bench gpu static wheel clean
@@ -29,8 +32,8 @@ docs: $(READY) ## the documentation, in docs/_build/html; a warning is an error
 
 # Kernels are built either for a device or for Triton's interpreter, once per process, hence two runs.
 test: lint docs ## lint, the documentation, the suite, and the kernel tests again in Triton's interpreter
-	env -u TRITON_INTERPRET $(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+	env -u TRITON_INTERPRET $(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 bench: $(READY) ## time SPConv2d against nn.Conv2d on ResNet-50's shapes
 	$(BIN)/pytest benchmarks --benchmark-only

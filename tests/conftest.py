@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -35,24 +36,47 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    seed = config.getoption("--seed")
-    config.stash[SEED] = random.randrange(2**31) if seed is None else seed
+    if config.option.seed is None:
+        config.option.seed = random.randrange(2**31)  # the workers of pytest-xdist are started with these options
     if getattr(config.option, "hypothesis_seed", 0) is None:  # Hypothesis is there, and nobody gave it another
-        config.option.hypothesis_seed = config.stash[SEED]
+        config.option.hypothesis_seed = config.option.seed
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``-n``: tests go to whichever process is free, one at a time, but what shares a fixture goes together."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Dealing(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return hand(nodeid)
+
+    return Dealing(config, log)
+
+
+def hand(nodeid: str) -> str:
+    """What a test is dealt out with: itself, or the others that use what takes its module long to make."""
+    file, _, test = nodeid.partition("::")
+    name = file.rpartition("/")[2]
+    if name == "test_clients.py":  # a network each
+        return f"{file}[{test.partition('[')[2]}"
+    return file if name in TOGETHER else nodeid
+
+
+TOGETHER = {"test_distributed.py", "test_gpu_kit.py", "test_machine_code.py", "test_packaging.py"}
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     kernels = "Triton's interpreter" if INTERPRETED else "cuda" if torch.cuda.is_available() else "not run (no GPU)"
-    return f"torch {torch.__version__}, kernels: {kernels}, inputs: --seed {config.stash[SEED]}"
-
-
-SEED = pytest.StashKey[int]()
+    return f"torch {torch.__version__}, kernels: {kernels}, inputs: --seed {config.option.seed}"
 
 
 @pytest.fixture(autouse=True)
 def fresh_seed(request: pytest.FixtureRequest) -> None:
     """A test's inputs depend on the session's seed and its own name, not on which tests ran before."""
-    torch.manual_seed(request.config.stash[SEED] ^ zlib.crc32(request.node.nodeid.encode()))
+    torch.manual_seed(request.config.option.seed ^ zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture

@@ -160,7 +160,12 @@ def test_sync_batch_norm_is_a_batch_norm_in_eval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "make"), [(name, make) for name, makers in ACTIVATIONS.items() for make in makers], ids=str
+    ("name", "make"),
+    [
+        pytest.param(name, make, id=f"{name}-{index}")
+        for name, makers in ACTIVATIONS.items()
+        for index, make in enumerate(makers)
+    ],
 )
 def test_every_spelling_of_an_activation(name: str, make: Callable[[], Any]) -> None:
     made = make()
