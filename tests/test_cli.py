@@ -169,10 +169,20 @@ def test_resuming_what_is_not_a_checkpoint(tmp_path: Path, capsys: pytest.Captur
     assert "damaged or not a checkpoint" in refused(capsys, *arguments, damaged)
     torch.save(models.resnet20().state_dict(), foreign)
     assert "is not a checkpoint of spconv_triton" in refused(capsys, *arguments, foreign)
-    content = checkpoint.load(tmp_path / "last.pt")
-    del content["state"]["network"]["fc.bias"]
-    torch.save(content, foreign)
-    assert "does not fit --model resnet20" in refused(capsys, *arguments, foreign)
+    for damage in (
+        lambda state: state["network"].pop("fc.bias"),
+        lambda state: state["network"].update(more=torch.zeros(1)),
+        lambda state: state["network"].update({"bn1.running_mean": torch.zeros(3)}),
+        lambda state: state["optimizer"]["state"].pop("fc.bias"),
+        lambda state: state["optimizer"]["state"]["fc.bias"].update(momentum_buffer=torch.zeros(3)),
+        lambda state: state["optimizer"]["param_groups"].pop(),
+        lambda state: state["optimizer"]["param_groups"][0]["params"].pop(),
+        lambda state: state.pop("scheduler"),
+    ):
+        content = checkpoint.load(tmp_path / "last.pt")
+        damage(content["state"])
+        torch.save(content, foreign)
+        assert "does not fit --model resnet20" in refused(capsys, *arguments, foreign)
     assert "is not a checkpoint" not in refused(capsys, *arguments, tmp_path / "nowhere.pt")
 
 

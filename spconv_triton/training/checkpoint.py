@@ -13,7 +13,7 @@ import torch
 from .errors import UserError
 from .files import write_whole
 
-FORMAT = "spconv_triton checkpoint 1"
+FORMAT = "spconv_triton checkpoint 2"
 KEYS = {"format", "settings", "epoch", "best", "state"}
 
 

@@ -92,6 +92,7 @@ def _train(options: argparse.Namespace) -> None:
         workers=options.workers,
         compile=options.compile,
         save_every=options.save_every,
+        parallel=options.parallel,
     )
     loop.run(settings, surroundings, console.print)
 
@@ -152,6 +153,12 @@ def make_parser() -> Parser:
     add("--threads", type=_count, help="CPU threads of a process; PyTorch's default if not given")
     add("--workers", type=_count_or_zero, default=0, help="processes that load images")
     add("--compile", action="store_true", help="pass the network through torch.compile")
+    add(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        default="ddp",
+        help="under torchrun: a whole network per process (ddp), or weights and momentum in parts (fsdp)",
+    )
     return parser
 
 

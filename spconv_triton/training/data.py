@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from .errors import UserError
 from .processes import Processes
 
 Batch = tuple[Tensor, Tensor]
+
+IGNORED = -100
+"""A label that counts for nothing: what ``cross_entropy`` ignores by default."""
 
 WEIGHTS = -1
 """The "epoch" in which weights are drawn."""
@@ -63,26 +67,30 @@ class Data:
     shift: int = 0
     flip: bool = False
 
-    def prepare(self, images: Tensor, device: torch.device, *, augment: bool) -> Tensor:
+    def prepare(self, images: Tensor, device: torch.device, *, augment: bool, rank: int = 0, world: int = 1) -> Tensor:
         """Raw images [N, C, H, W] as input: on ``device``, augmented, normalised, float32, channels_last.
 
-        Augmentation draws from PyTorch's global generator of the CPU.
+        Augmentation draws from PyTorch's global generator of the CPU, for all N ``world`` images of a batch that the
+        processes share: numbers ``rank``, ``rank`` + ``world``, ... are for these.
         """
         images = images.to(device, non_blocking=True)
         images = images.float().div_(255) if images.dtype == torch.uint8 else images
         if augment and self.shift:
-            images = random_shift(images, self.shift)
+            images = random_shift(images, self.shift, rank, world)
         if augment and self.flip:
-            mirrored = (torch.rand(len(images)) < 0.5).to(device)[:, None, None, None]
+            mirrored = (torch.rand(len(images) * world)[rank::world] < 0.5).to(device)[:, None, None, None]
             images = torch.where(mirrored, images.flip(3), images)
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (self.mean, self.std))
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def random_shift(images: Tensor, reach: int) -> Tensor:
-    """Each image of [N, C, H, W] moved by -reach to reach pixels in both directions, zeros moving in."""
+def random_shift(images: Tensor, reach: int, rank: int = 0, world: int = 1) -> Tensor:
+    """Each image of [N, C, H, W] moved by -reach to reach pixels in both directions, zeros moving in.
+
+    Offsets are drawn as in :meth:`Data.prepare`.
+    """
     count, _, height, width = images.shape
-    offsets = torch.randint(0, 2 * reach + 1, (2, count, 1)).to(images.device)
+    offsets = torch.randint(0, 2 * reach + 1, (2, count * world, 1))[:, rank::world].to(images.device)
     rows = offsets[0] + torch.arange(height, device=images.device)  # [N, H]
     columns = offsets[1] + torch.arange(width, device=images.device)  # [N, W]
     padded = F.pad(images, (reach, reach, reach, reach))
@@ -106,24 +114,37 @@ def training_batches(
 ) -> Iterator[Batch]:
     """One epoch of shuffled, augmented training batches of this process, (input, labels) on its device.
 
+    A batch holds the same images however many processes share it, and what :meth:`Data.prepare` draws for them is the
+    same too. What a data set draws for each image (a folder's crops) depends on the number of processes.
+
     Args:
         batch_size: samples of a batch over all processes together. The rest that does not fill one is left out.
         workers: processes that load images.
     """
-    seed_epoch(seed, epoch, processes.rank)
+    seed_epoch(seed, epoch, 0 if data.shift or data.flip else processes.rank)
     sampler: DistributedSampler[Batch] = DistributedSampler(
         data.train, processes.world, processes.rank, shuffle=True, seed=seed, drop_last=True
     )
     sampler.set_epoch(epoch)
     loader = _loader(data.train, batch_size // processes.world, processes, workers, sampler=sampler, drop_last=True)
     for images, labels in loader:
-        yield data.prepare(images, processes.device, augment=True), labels.to(processes.device)
+        inputs = data.prepare(images, processes.device, augment=True, rank=processes.rank, world=processes.world)
+        yield inputs, labels.to(processes.device)
 
 
 def evaluation_batches(data: Data, batch_size: int, processes: Processes, workers: int = 0) -> Iterator[Batch]:
-    """This process's share of the test set, in order, (input, labels) on its device; shares differ by one at most."""
-    share = Subset(data.test, range(processes.rank, length(data.test), processes.world))
-    for images, labels in _loader(share, batch_size, processes, workers):
+    """This process's share of the test set, in order, (input, labels) on its device.
+
+    Every process gets as many batches of the same sizes, since a sharded network is gathered for each: a share that is
+    one short is filled up with an image whose label is ``IGNORED``.
+    """
+    count = length(data.test)
+    share = range(processes.rank, count, processes.world)
+    filled = Subset(data.test, [*share, *range(math.ceil(count / processes.world) - len(share))])
+    left = len(share)
+    for images, labels in _loader(filled, batch_size, processes, workers):
+        labels[left:] = IGNORED
+        left = max(left - len(labels), 0)
         yield data.prepare(images, processes.device, augment=False), labels.to(processes.device)
 
 

@@ -74,6 +74,7 @@ class Surroundings:
         workers: processes that load images.
         compile: pass the network through ``torch.compile``.
         save_every: epochs between checkpoints; the last epoch is always kept.
+        parallel: ``"ddp"`` or ``"fsdp"``; see :class:`Recipe`.
     """
 
     out: Path
@@ -83,6 +84,7 @@ class Surroundings:
     workers: int
     compile: bool
     save_every: int
+    parallel: str
 
 
 Report = Callable[[str], None]
@@ -113,7 +115,14 @@ def _run(settings: Settings, surroundings: Surroundings, data: Data, report: Rep
     with processes(surroundings.device) as here:
         steps = steps_per_epoch(data, settings.batch_size, here.world) * settings.epochs
         network = build(settings, data)
-        recipe = Recipe(settings.lr, settings.weight_decay, steps, amp=settings.amp, compile=surroundings.compile)
+        recipe = Recipe(
+            settings.lr,
+            settings.weight_decay,
+            steps,
+            amp=settings.amp,
+            compile=surroundings.compile,
+            parallel=surroundings.parallel,
+        )
         start, best = 0, -math.inf
         if here.is_main:
             make_folder(surroundings.out)
@@ -131,8 +140,8 @@ def _run(settings: Settings, surroundings: Surroundings, data: Data, report: Rep
         for epoch in range(start, settings.epochs):
             record = _epoch(learner, data, settings, surroundings, epoch, here)
             improved, best = record["test_accuracy"] > best, max(best, record["test_accuracy"])
+            _keep(learner, settings, surroundings, epoch + 1, best, improved)
             if here.is_main:
-                _keep(learner, settings, surroundings, epoch + 1, best, improved)
                 append_line(surroundings.out / LOG, json.dumps(record))
                 report(
                     f"epoch {epoch + 1}/{settings.epochs}: training loss {record['train_loss']:.4f}, test loss "
@@ -196,15 +205,17 @@ def _epoch(
 def _keep(
     learner: Learner, settings: Settings, surroundings: Surroundings, epoch: int, best: float, improved: bool
 ) -> None:
-    """Write the checkpoints that are due.
+    """Write the checkpoints that are due; all processes give what they hold, and rank 0 writes.
 
     The best goes first: should the run end between the two, the epoch is repeated from the older ``last.pt``.
     """
     due = {BEST: improved, LAST: epoch % surroundings.save_every == 0 or epoch == settings.epochs}
-    for name in (name for name, wanted in due.items() if wanted):
-        checkpoint.save(
-            surroundings.out / name, settings=asdict(settings), epoch=epoch, best=best, state=learner.state_dict()
-        )
+    if not any(due.values()):
+        return
+    state = learner.state_dict()
+    if learner.processes.is_main:
+        for name in (name for name, wanted in due.items() if wanted):
+            checkpoint.save(surroundings.out / name, settings=asdict(settings), epoch=epoch, best=best, state=state)
 
 
 def _take_up(path: Path, settings: Settings, learner: Learner) -> tuple[int, float]:
