@@ -1,0 +1,163 @@
+"""The network benchmark: the paper's networks with each competitor, as they are trained and as they are deployed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cases import assert_within_budget
+from torch import Tensor, nn
+
+from benchmarks.comparison.memory import peak_bytes
+from benchmarks.comparison.rounds import Effort, compare, fastest
+from benchmarks.competitors import DEVICE, LAYOUTS
+from benchmarks.networks import IMAGES
+from benchmarks.peers import NAMES, build_network, count_macs, count_parameters
+from benchmarks.peers.catalogue import COMPILED
+from benchmarks.resnet50 import calibrated, folded
+from spconv_triton import SPConv2d, fuse
+from spconv_triton.training.measure import training_step
+
+Row = dict[str, Any]
+
+CLASSES = {"resnet50": 1000}
+
+DEPLOYED = {"conv2d deployed": "nn.Conv2d, norms folded", "spconv deployed": "SPConv, fused, norms folded"}
+"""What is done before inference anyway: ``fuse_conv_bn_eval`` of PyTorch where a norm follows a plain convolution, and
+``spconv_triton.fuse``."""
+
+CONDITION = 64.0
+"""Roundings that a deep network may add to twice what its eager reference is wrong by."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a network is given.
+
+    Attributes:
+        batch: images.
+        step: whether it trains on them, or infers.
+        compiled: whether compiled competitors run too, which takes minutes to prepare.
+    """
+
+    network: str
+    batch: int
+    step: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.network}, N = {self.batch}, {'training step' if self.step else 'inference'}"
+
+
+class Networks:
+    """The competitors in one network, built once, in eval mode, their norms' statistics those of the images.
+
+    Args:
+        network: of :data:`benchmarks.peers.NETWORKS`.
+        size: height and width of the images; None takes what the network was published for.
+    """
+
+    def __init__(self, network: str, size: int | None = None) -> None:
+        self.network, self.size = network, size or IMAGES[network]
+        classes = CLASSES.get(network, 10)
+        images = self.images(4)
+        self.models: dict[str, nn.Module] = {}
+        for name in NAMES:
+            if not name.endswith(COMPILED):
+                torch.manual_seed(0)
+                self.models[name] = calibrated(build_network(network, name, classes=classes).to(DEVICE), images)
+        self.classes = classes
+
+    def images(self, batch: int) -> Tensor:
+        torch.manual_seed(1)
+        return torch.randn(batch, 3, self.size, self.size, device=DEVICE)
+
+    def sizes(self) -> list[Row]:
+        """Parameters and MACs of one image."""
+        shape = (1, 3, self.size, self.size)
+        return [
+            {
+                "network": self.network,
+                "name": name,
+                "parameters": count_parameters(model),
+                "macs": count_macs(model, shape),
+            }
+            for name, model in self.models.items()
+        ]
+
+    def measure(self, load: Load, effort: Effort) -> list[Row]:
+        """A row for each competitor; one whose logits are wrong has an ``error`` and no times."""
+        images = self.images(load.batch)
+        models = dict(self.models)
+        if not load.step:
+            models |= {
+                "conv2d deployed": folded(models["conv2d"]),
+                "spconv deployed": folded(fuse(models["spconv"])),
+            }
+        rows: dict[str, Row] = {}
+        calls: dict[str, Callable[[], object]] = {}
+        for name, model in models.items():
+            rows[name] = {"network": self.network, "batch": load.batch, "step": load.step, "name": name}
+            try:
+                check(name, model, self.models[name.partition(" ")[0]], images[:2])
+            except AssertionError as error:
+                rows[name]["error"] = str(error)
+                continue
+            choice = {layout: _call(model, images, layout, load.step, self.classes) for layout in LAYOUTS}
+            for call in choice.values():
+                call()
+            rows[name]["layout"] = fastest(choice, turns=2)
+            calls[name] = choice[rows[name]["layout"]]
+        if load.compiled:
+            name, layout = f"reference{COMPILED}", rows["reference"]["layout"]
+            rows[name] = {**rows["reference"], "name": name}
+            compiled = torch.compile(copy.deepcopy(models["reference"]), dynamic=False)
+            calls[name] = _call(compiled, images, layout, load.step, self.classes)
+            calls[name]()
+        for name, timing in compare(calls, effort).items():
+            rows[name] |= {"seconds": timing.seconds, "speed": timing.speeds, "rounds": timing.rounds}
+            rows[name]["peak_bytes"] = peak_bytes(calls[name], DEVICE)
+        return list(rows.values())
+
+
+def check(name: str, model: nn.Module, eager: nn.Module, images: Tensor) -> None:
+    """Logits agree with those of the network before deployment in float64, SPConv's by its reference.
+
+    Raises:
+        AssertionError: they are outside the error budget.
+    """
+    judge = copy.deepcopy(eager)
+    for module in judge.modules():
+        if isinstance(module, SPConv2d):
+            module.backend = "reference"
+    with torch.inference_mode():
+        got, same_dtype = model(images), judge(images)
+        exact = judge.double()(images.double())
+        assert_within_budget(name, got, same_dtype, exact, condition=CONDITION)
+
+
+def _call(model: nn.Module, images: Tensor, layout: str, step: bool, classes: int) -> Callable[[], object]:
+    """A copy at work in one memory format; returns once it is done."""
+    memory_format = LAYOUTS[layout]
+    images = images.contiguous(memory_format=memory_format)
+    model = copy.deepcopy(model).to(memory_format=memory_format)
+    if step:
+        labels = torch.arange(len(images), device=images.device) % classes
+        work = training_step(model, images, labels, lr=0.0)
+    else:
+
+        def work() -> None:
+            with torch.inference_mode():
+                model(images)
+
+    if DEVICE != "cuda":
+        return work
+
+    def waited() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    return waited

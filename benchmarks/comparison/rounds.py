@@ -1,0 +1,95 @@
+"""Timing in turns: what slows the machine down for a while slows all of them, and ratios are taken within a round."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.ratios import quantiles
+
+SAMPLE_SECONDS = 0.02
+"""A sample repeats its call until it takes about this long: the clock and the loop then cost nothing."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to time.
+
+    Attributes:
+        seconds: for all rounds of one comparison.
+        fewest, most: rounds, however long they take.
+        sample: seconds of a sample.
+    """
+
+    seconds: float
+    fewest: int = 5
+    most: int = 21
+    sample: float = SAMPLE_SECONDS
+
+    def rounds(self, seconds_of_one: float) -> int:
+        return max(self.fewest, min(self.most, int(self.seconds / max(seconds_of_one, 1e-9))))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one call among others: 20, 50 and 80 % quantiles over the rounds.
+
+    Attributes:
+        seconds: of a call.
+        speeds: how many times faster than the first of the others, round by round.
+        rounds: how many.
+    """
+
+    seconds: tuple[float, float, float]
+    speeds: tuple[float, float, float]
+    rounds: int
+
+
+def take_turns(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, list[float]]:
+    """Seconds of each call, round by round. Every call must have run before."""
+    names = list(calls)
+    repeats, together = {}, 0.0
+    for name in names:
+        once = min(_seconds(calls[name], 1) for _ in range(2))
+        repeats[name] = max(1, round(effort.sample / max(once, 1e-9)))
+        together += once * repeats[name]
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(effort.rounds(together)):
+        first = turn % len(names)  # nobody always runs in the wake of the same neighbour
+        for name in names[first:] + names[:first]:
+            taken[name].append(_seconds(calls[name], repeats[name]))
+    return taken
+
+
+def compare(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, Timing]:
+    """Times of each, and its speed against the first."""
+    taken = take_turns(calls, effort)
+    first = taken[next(iter(calls))]
+    return {
+        name: Timing(quantiles(own), quantiles([base / s for base, s in zip(first, own, strict=True)]), len(own))
+        for name, own in taken.items()
+    }
+
+
+def fastest(calls: Mapping[str, Callable[[], object]], turns: int = 4) -> str:
+    """By the fastest of a few calls, taken in turns: enough to choose a memory format by, not to report."""
+    if len(calls) == 1:
+        return next(iter(calls))
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(turns):
+        for name, call in calls.items():
+            best[name] = min(best[name], _seconds(call, 1))
+    return min(best, key=lambda name: best[name])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats

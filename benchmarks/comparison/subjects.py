@@ -1,0 +1,183 @@
+"""Layers ready to be timed: built, given an input, and found right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from cases import Case, assert_within_budget, kept_bytes
+from torch import Tensor, nn
+
+from benchmarks.comparison.memory import peak_bytes
+from benchmarks.comparison.rounds import fastest
+from benchmarks.competitors import DEVICE, DIRECTIONS, LAYOUTS
+from benchmarks.peers import Octaves, build_layer, count_macs
+from benchmarks.peers.catalogue import COMPILED
+from spconv_triton import SPConv2d
+
+CHECKED = 2
+"""Images of a batch that are compared with float64; the others get no upstream gradient meanwhile."""
+
+CONDITION = 16.0
+"""Roundings allowed beyond twice the yardstick's error: peers are eager PyTorch, which sums as it likes."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A layer in one memory format, and what it is run on.
+
+    Attributes:
+        inputs, grads: one of each, or two where maps come in two resolutions.
+    """
+
+    name: str
+    layout: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...]
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Inference."""
+        with torch.no_grad():
+            return run(self.module, self.inputs)
+
+    def step(self) -> tuple[Tensor, ...]:
+        """Outputs, and gradients of the inputs and parameters."""
+        return self.gradients(self.grads)
+
+    def gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        inputs = tuple(x.detach().requires_grad_() for x in self.inputs)
+        outputs = run(self.module, inputs)
+        return (*outputs, *torch.autograd.grad(outputs, [*inputs, *self.module.parameters()], grads))
+
+    def call(self, direction: str) -> Callable[[], object]:
+        """To time: returns once the work is done."""
+        work = self.forward if direction == DIRECTIONS[0] else self.step
+        if DEVICE != "cuda":
+            return work
+
+        def waited() -> None:
+            work()
+            torch.cuda.synchronize()
+
+        return waited
+
+    def kept_bytes(self) -> int:
+        """What autograd keeps for the backward, parameters included, each storage once."""
+        inputs = tuple(x.detach().requires_grad_() for x in self.inputs)
+        return kept_bytes(lambda: run(self.module, inputs)[0])
+
+    def peak_bytes(self, direction: str) -> int:
+        return peak_bytes(self.forward if direction == DIRECTIONS[0] else self.step, DEVICE)
+
+
+def run(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    y = module(inputs[0] if len(inputs) == 1 else Octaves(*inputs))
+    return (y.high, y.low) if isinstance(y, Octaves) else (y,)
+
+
+def make_inputs(case: Case, name: str, dtype: torch.dtype, device: str = DEVICE) -> tuple[Tensor, ...]:
+    """Unit-variance maps; for OctConv half of them at half resolution."""
+    x = torch.randn(case.batch, case.in_channels, *case.size).to(device, dtype)
+    if name != "octconv":
+        return (x,)
+    low = case.in_channels // 2
+    return x[:, low:].contiguous(), F.avg_pool2d(x[:, :low], 2, ceil_mode=True)
+
+
+def macs(case: Case, name: str) -> int:
+    """Of a forward pass."""
+    with torch.device("meta"):
+        module = _build(case, name)
+        inputs = make_inputs(case, name, torch.float32, "meta")
+    return count_macs(module, inputs if len(inputs) == 1 else (Octaves(*inputs),))
+
+
+def find_best(case: Case, name: str, direction: str, dtype: torch.dtype) -> Subject:
+    """A competitor in the faster of the two memory formats, compared with float64 in each.
+
+    A compiled one is compiled in the format that is the faster one for the eager one.
+
+    Raises:
+        AssertionError: an output or a gradient is outside the error budget.
+    """
+    eager = name.removesuffix(COMPILED)
+    torch.manual_seed(0)
+    module = _build(case, eager).to(DEVICE, dtype)
+    inputs = make_inputs(case, eager, dtype)
+    with torch.no_grad():
+        grads = tuple(torch.randn(y.shape).to(y.device, dtype) for y in run(module, inputs))
+    subjects = {layout: _in_layout(eager, layout, module, inputs, grads, direction) for layout in LAYOUTS}
+    for subject in subjects.values():
+        check(subject, direction)
+    layout = fastest({layout: subject.call(direction) for layout, subject in subjects.items()})
+    if name == eager:
+        return subjects[layout]
+    compiled = torch.compile(subjects[layout].module, fullgraph=True, dynamic=False)
+    subject = Subject(name, layout, compiled, subjects[layout].inputs, subjects[layout].grads)
+    check(subject, direction)
+    return subject
+
+
+def check(subject: Subject, direction: str) -> None:
+    """Its results are within the error budget of float64, for the first images of the very call that is timed.
+
+    Raises:
+        AssertionError: one is not.
+    """
+    few = tuple(x[:CHECKED] for x in subject.inputs)
+    if direction == DIRECTIONS[0]:
+        got = tuple(y[:CHECKED] for y in subject.forward())
+        names = tuple(f"y{i}" for i in range(len(got)))
+        grads: tuple[Tensor, ...] = ()
+    else:
+        masked = tuple(g.clone() for g in subject.grads)
+        for g in masked:
+            g[CHECKED:] = 0
+        results = subject.gradients(masked)
+        of_images = 2 * len(subject.grads) if len(few) == len(masked) else len(subject.grads) + len(few)
+        got = (*(r[:CHECKED] for r in results[:of_images]), *results[of_images:])
+        names = tuple(f"result {i}" for i in range(len(got)))
+        grads = tuple(g[:CHECKED] for g in subject.grads)
+    judge = _judge(subject)
+    exact = _results(copy.deepcopy(judge).double(), [x.double() for x in few], [g.double() for g in grads])
+    same_dtype = _results(judge, few, grads)
+    for name, own, yardstick, best in zip(names, got, same_dtype, exact, strict=True):
+        label = f"{subject.name}, {subject.layout}, {direction}: {name}"
+        assert_within_budget(label, own, yardstick, best, condition=CONDITION)
+
+
+def _results(module: nn.Module, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    subject = Subject("", "", module, tuple(inputs), tuple(grads))
+    return subject.step() if grads else subject.forward()
+
+
+def _judge(subject: Subject) -> nn.Module:
+    """The same layer in eager PyTorch, in the layout in which it stands: SPConv by its reference."""
+    module = getattr(subject.module, "_orig_mod", subject.module)
+    judge = copy.deepcopy(module)
+    if isinstance(judge, SPConv2d):
+        judge.backend = "reference"
+    return judge
+
+
+def _build(case: Case, name: str) -> nn.Module:
+    return build_layer(name, case.in_channels, case.out_channels, case.kernel_size[0], case.stride[0])
+
+
+def _in_layout(
+    name: str,
+    layout: str,
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    direction: str,
+) -> Subject:
+    memory_format = LAYOUTS[layout]
+    # A layer of its own: nn.Module.to moves parameters in place.
+    module = copy.deepcopy(module).to(memory_format=memory_format).train(direction != DIRECTIONS[0])
+    laid_out = [tuple(t.contiguous(memory_format=memory_format) for t in tensors) for tensors in (inputs, grads)]
+    return Subject(name, layout, module, *laid_out)

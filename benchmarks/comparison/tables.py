@@ -1,0 +1,150 @@
+"""Rows of measurements as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.comparison.accuracy import CANDIDATES
+from benchmarks.comparison.layers import STAGES
+from benchmarks.comparison.networks import DEPLOYED
+from benchmarks.comparison.rounds import geometric_mean
+from benchmarks.peers import NAMES, TITLES
+
+Row = dict[str, Any]
+
+NONE = "–"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
+    """Lines of Markdown; all but the first ``words`` columns are numbers."""
+    align = ["---"] * words + ["---:"] * (len(head) - words)
+    return ["| " + " | ".join(cells) + " |" for cells in (head, align, *rows)]
+
+
+def spread(values: Sequence[float] | None) -> str:
+    """Median, and 20 to 80 %."""
+    if values is None:
+        return NONE
+    return f"{values[1]:.2f} ({values[0]:.2f}–{values[2]:.2f})"
+
+
+def stage(row: Row) -> str | None:
+    """Which of ResNet-50's four stages a row is about; None for any other layer."""
+    if row["network"] != "resnet50":
+        return None
+    found = next((s for s in STAGES if row["layer"].startswith(f"3 x 3, {s} x")), None)
+    return None if found is None else f"{found.split()[0]}@{found.split()[-1]}"
+
+
+def of_stages(rows: Sequence[Row], batch: int, direction: str, dtype: str = "float32") -> list[Row]:
+    return [
+        {**row, "stage": stage(row)}
+        for row in rows
+        if stage(row) and (row["batch"], row["direction"], row["dtype"]) == (batch, direction, dtype)
+    ]
+
+
+def means(rows: Sequence[Row]) -> list[str]:
+    """Geometric means over ResNet-50's four stages of each competitor's speed, forward and with backward, by batch."""
+    columns = sorted({(r["direction"], r["batch"]) for r in rows if stage(r) and r["dtype"] == "float32"})
+    body = []
+    for name in NAMES:
+        cells, shares = [], []
+        for direction, batch in columns:
+            found = [r for r in of_stages(rows, batch, direction) if r["name"] == name and "speed" in r]
+            complete = len(found) == len(STAGES)
+            cells.append(f"{geometric_mean([r['speed'][1] for r in found]):.2f}" if complete else NONE)
+        for row in of_stages(rows, columns[0][1], columns[0][0]) if columns else ():
+            if row["name"] == name:
+                dense = next(
+                    r["macs"]
+                    for r in of_stages(rows, columns[0][1], columns[0][0])
+                    if r["name"] == "conv2d" and r["stage"] == row["stage"]
+                )
+                shares.append(dense / row["macs"])
+        body.append((TITLES[name], f"{geometric_mean(shares):.2f}" if shares else NONE, *cells))
+    head = ("", "MACs ÷", *(f"{direction}, N = {batch}" for direction, batch in columns))
+    return table(head, body)
+
+
+def layers(rows: Sequence[Row], network: str, dtype: str, direction: str) -> list[str]:
+    """A line for each layer and batch: milliseconds of nn.Conv2d, and speeds against it."""
+    chosen = [r for r in rows if (r["network"], r["dtype"], r["direction"]) == (network, dtype, direction)]
+    names = [name for name in NAMES[1:] if any(r["name"] == name for r in chosen)]
+    cells: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in chosen:
+        cells.setdefault((row["layer"], row["batch"]), {})[row["name"]] = row
+    body = []
+    for (layer, batch), found in cells.items():
+        dense = found["conv2d"].get("seconds")
+        first = NONE if dense is None else f"{1e3 * dense[1]:.3g}"
+        body.append((layer, str(batch), first, *(spread(found.get(name, {}).get("speed")) for name in names)))
+    return table(("layer", "N", "nn.Conv2d (ms)", *(TITLES[name] for name in names)), body)
+
+
+def memory(rows: Sequence[Row], batch: int) -> list[str]:
+    """Megabytes of ResNet-50's four stages with backward: kept for it, and the peak."""
+    chosen = [r for r in of_stages(rows, batch, "forward+backward") if "kept_bytes" in r]
+    stages = list(dict.fromkeys(r["stage"] for r in chosen))
+    body = []
+    for name in NAMES:
+        own = {r["stage"]: r for r in chosen if r["name"] == name}
+        body.append(
+            (TITLES[name], *(f"{own[s]['kept_bytes'] / 1e6:.2f} / {own[s]['peak_bytes'] / 1e6:.2f}" if s in own else NONE
+                             for s in stages))
+        )  # fmt: skip
+    return table(("kept / peak (MB)", *stages), body)
+
+
+def networks(rows: Sequence[Row], sizes: Sequence[Row], network: str) -> list[str]:
+    """A line for each competitor: size, latency, throughput, training step, memory."""
+    own = [r for r in rows if r["network"] == network]
+    loads = list(dict.fromkeys((r["step"], r["batch"]) for r in own))
+    head = ["", "parameters (M)", "MACs (M)"]
+    for step, batch in loads:
+        kind = "training step" if step else "inference"
+        head += [f"{kind}, N = {batch} (ms)", "images/s", "speed", "peak (MB)"]
+    known = {r["name"]: r for r in sizes if r["network"] == network}
+    body = []
+    for name, title in {**TITLES, **DEPLOYED}.items():
+        found = {(r["step"], r["batch"]): r for r in own if r["name"] == name and "seconds" in r}
+        if not found:
+            continue
+        size = known.get(name) or known[name.partition(" ")[0]]
+        cells = [title, f"{size['parameters'] / 1e6:.2f}", f"{size['macs'] / 1e6:.4g}"]
+        for load in loads:
+            row = found.get(load)
+            if row is None:
+                cells += [NONE] * 4
+                continue
+            seconds = row["seconds"][1]
+            cells += [f"{1e3 * seconds:.4g}", f"{load[1] / seconds:.4g}", spread(row["speed"])]
+            cells.append(f"{row['peak_bytes'] / 1e6:.3g}")
+        body.append(cells)
+    return table(head, body)
+
+
+def accuracy(rows: Sequence[Row]) -> list[str]:
+    head = ("", "test accuracy (%)", "parameters (thousands)", "MACs (millions)", "batch 1 (ms)", "batch 64 (ms)")
+    body = [
+        (
+            CANDIDATES[r["name"]],
+            f"{r['mean']:.2f} ± {r['spread']:.2f}",
+            f"{r['parameters'] / 1e3:.1f}",
+            f"{r['macs'] / 1e6:.2f}",
+            f"{1e3 * r['latency'][1]:.2f}",
+            f"{1e3 * r['latency_64'][1]:.1f}",
+        )
+        for r in sorted(rows, key=lambda r: -r["mean"])
+    ]
+    return table(head, body)
+
+
+def errors(rows: Sequence[Row]) -> list[str]:
+    """What was not timed because its result was wrong, or it did not run."""
+    return [
+        f"- {r['network']}, {r.get('layer', '')} {TITLES.get(r['name'], r['name'])}: {r['error']}"
+        for r in rows
+        if "error" in r
+    ]
