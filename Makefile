@@ -8,10 +8,10 @@ JOBS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench gpu static wheel clean
+.PHONY: help demo test lint docs bench bench-compare gpu static wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamp is older than either file once the dependencies change, and then the installation is redone.
 $(READY): pyproject.toml constraints.txt
@@ -35,8 +35,11 @@ test: lint docs ## lint, the documentation, the suite, and the kernel tests agai
 	env -u TRITON_INTERPRET $(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
-bench: $(READY) ## time SPConv2d against nn.Conv2d on ResNet-50's shapes
-	$(BIN)/pytest benchmarks --benchmark-only
+bench: $(READY) ## compare SPConv2d with its peers and write benchmarks/REPORT.md; FULL=1 takes 40 minutes, not 5
+	$(BIN)/python -m benchmarks.comparison --mode $(if $(FULL),full,quick)
+
+bench-compare: $(READY) ## time the library against revision BASE, and fail where it is slower by more than noise
+	$(BIN)/python -m benchmarks.comparison.compare $(or $(BASE),$(error say which revision: make bench-compare BASE=REV))
 
 # Installs nothing: it is for machines with a GPU, a PyTorch of their own and maybe no network.
 gpu: ## check and time the kernels on a GPU, without installing anything; DRY=1 rehearses on a CPU

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,21 +57,34 @@ def is_stage(case: Case) -> bool:
 
 
 def cells(
-    networks: Sequence[str], batches: Sequence[int], directions: Sequence[str], dtype: torch.dtype, *, stages_only: bool
-) -> Iterator[Cell]:
-    """Comparisons, compiled competitors on ResNet-50's four stages.
+    networks: Sequence[str],
+    batches: Sequence[int],
+    directions: Sequence[str],
+    dtype: torch.dtype,
+    *,
+    stages_only: bool,
+    compiled: Sequence[str] = (),
+) -> tuple[Cell, ...]:
+    """Comparisons.
 
     Args:
         stages_only: of each network only the convolutions without a stride that keep the number of channels.
+        compiled: directions in which compiled competitors run too, on ResNet-50's four stages.
     """
-    for network in networks:
-        for case in shapes(network):
-            if stages_only and (case.stride != (1, 1) or case.in_channels != case.out_channels):
-                continue
-            for batch in batches:
-                for direction in directions:
-                    compiled = network == "resnet50" and is_stage(case) and dtype == torch.float32
-                    yield Cell(network, replace(case, batch=batch), direction, dtype, compiled)
+    return tuple(
+        Cell(
+            network,
+            replace(case, batch=batch),
+            direction,
+            dtype,
+            network == "resnet50" and is_stage(case) and direction in compiled,
+        )
+        for network in networks
+        for case in shapes(network)
+        if not stages_only or (case.stride == (1, 1) and case.in_channels == case.out_channels)
+        for batch in batches
+        for direction in directions
+    )
 
 
 def measure(cell: Cell, effort: Effort) -> list[Row]:

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from benchmarks.comparison.accuracy import CANDIDATES
 from benchmarks.peers import TITLES
@@ -84,6 +85,9 @@ def draw_pareto(file: Path, rows: Sequence[Row], title: str) -> None:
             front = pareto([(cost(row), row["mean"]) for row in rows])
             panel.plot(*zip(*front, strict=True), color="#8f8f88", linewidth=1, zorder=0)
             panel.set(xlabel=label, xscale="log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
             panel.grid(which="both", color=GRID, linewidth=0.6)
         panels[0].set_ylabel("test accuracy (%)")
         handles, labels = panels[0].get_legend_handles_labels()

@@ -13,7 +13,7 @@ from benchmarks.peers import NAMES, TITLES
 
 Row = dict[str, Any]
 
-NONE = "–"
+NONE = ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
@@ -26,7 +26,7 @@ def spread(values: Sequence[float] | None) -> str:
     """Median, and 20 to 80 %."""
     if values is None:
         return NONE
-    return f"{values[1]:.2f} ({values[0]:.2f}–{values[2]:.2f})"
+    return f"{values[1]:.2f} ({values[0]:.2f} to {values[2]:.2f})"
 
 
 def stage(row: Row) -> str | None:
@@ -50,22 +50,21 @@ def means(rows: Sequence[Row]) -> list[str]:
     columns = sorted({(r["direction"], r["batch"]) for r in rows if stage(r) and r["dtype"] == "float32"})
     body = []
     for name in NAMES:
-        cells, shares = [], []
+        speeds = []
         for direction, batch in columns:
             found = [r for r in of_stages(rows, batch, direction) if r["name"] == name and "speed" in r]
             complete = len(found) == len(STAGES)
-            cells.append(f"{geometric_mean([r['speed'][1] for r in found]):.2f}" if complete else NONE)
-        for row in of_stages(rows, columns[0][1], columns[0][0]) if columns else ():
-            if row["name"] == name:
-                dense = next(
-                    r["macs"]
-                    for r in of_stages(rows, columns[0][1], columns[0][0])
-                    if r["name"] == "conv2d" and r["stage"] == row["stage"]
-                )
-                shares.append(dense / row["macs"])
-        body.append((TITLES[name], f"{geometric_mean(shares):.2f}" if shares else NONE, *cells))
-    head = ("", "MACs ÷", *(f"{direction}, N = {batch}" for direction, batch in columns))
+            speeds.append(f"{geometric_mean([r['speed'][1] for r in found]):.2f}" if complete else NONE)
+        body.append((TITLES[name], _fewer_macs(rows, name), *speeds))
+    head = ("", "MACs, nn.Conv2d / own", *(f"{direction}, N = {batch}" for direction, batch in columns))
     return table(head, body)
+
+
+def _fewer_macs(rows: Sequence[Row], name: str) -> str:
+    """How many times fewer than nn.Conv2d's, over all stages."""
+    macs = {n: sum(r["macs"] for r in rows if r["name"] == n and stage(r)) for n in (name, "conv2d")}
+    cells = {n: sum(1 for r in rows if r["name"] == n and stage(r)) for n in macs}
+    return f"{macs['conv2d'] / macs[name]:.2f}" if macs[name] and len(set(cells.values())) == 1 else NONE
 
 
 def layers(rows: Sequence[Row], network: str, dtype: str, direction: str) -> list[str]:
@@ -89,12 +88,13 @@ def memory(rows: Sequence[Row], batch: int) -> list[str]:
     stages = list(dict.fromkeys(r["stage"] for r in chosen))
     body = []
     for name in NAMES:
-        own = {r["stage"]: r for r in chosen if r["name"] == name}
-        body.append(
-            (TITLES[name], *(f"{own[s]['kept_bytes'] / 1e6:.2f} / {own[s]['peak_bytes'] / 1e6:.2f}" if s in own else NONE
-                             for s in stages))
-        )  # fmt: skip
+        own = {r["stage"]: _kept_and_peak(r) for r in chosen if r["name"] == name}
+        body.append((TITLES[name], *(own.get(s, NONE) for s in stages)))
     return table(("kept / peak (MB)", *stages), body)
+
+
+def _kept_and_peak(row: Row) -> str:
+    return f"{row['kept_bytes'] / 1e6:.2f} / {row['peak_bytes'] / 1e6:.2f}"
 
 
 def networks(rows: Sequence[Row], sizes: Sequence[Row], network: str) -> list[str]:

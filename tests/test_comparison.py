@@ -1,0 +1,166 @@
+"""The comparison of SPConv with its peers runs, and refuses to time a wrong result. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.comparison import __main__ as comparison
+from benchmarks.comparison import accuracy, compare, layers, pictures, plan, subjects, tables
+from benchmarks.comparison.memory import peak_bytes
+from benchmarks.comparison.rounds import Effort, take_turns
+from benchmarks.competitors import DIRECTIONS
+from benchmarks.peers import NAMES, NETWORKS, HetConv
+from benchmarks.peers.catalogue import COMPILED
+
+ONCE = Effort(0, fewest=2, most=2, sample=0)
+SMALLEST = layers.shapes("resnet20")[-1]
+
+
+def cell(direction: str, dtype: torch.dtype = torch.float32) -> layers.Cell:
+    return layers.Cell("resnet20", replace(SMALLEST, batch=3), direction, dtype, compiled=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_layer_is_found_right(direction: str, dtype: torch.dtype) -> None:
+    rows = layers.measure(cell(direction, dtype), ONCE)
+    assert [row["name"] for row in rows] == [name for name in NAMES if not name.endswith(COMPILED)]
+    for row in rows:
+        assert "error" not in row, row
+        assert row["speed"][1] > 0
+        assert row["peak_bytes"] > 0
+        assert ("kept_bytes" in row) == (direction == DIRECTIONS[1])
+    macs = {row["name"]: row["macs"] / rows[0]["macs"] for row in rows}
+    assert macs["spconv"] == macs["reference"] == 3.25 / 9
+    assert macs["hetconv-p4"] == 1 / 3
+    assert macs["shuffle"] == 1 / 4
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, direction: str) -> None:
+    """A layer that is off by a thousandth."""
+    right = HetConv.forward
+
+    def wrong(self: HetConv, x: Tensor) -> Tensor:
+        return right(self, x) * (1 if x.dtype == torch.float64 else 1.001)
+
+    monkeypatch.setattr(HetConv, "forward", wrong)
+    rows = {row["name"]: row for row in layers.measure(cell(direction), ONCE)}
+    for name in ("hetconv-p4", "hetconv-p8"):
+        assert "float64" in rows[name]["error"]
+        assert "seconds" not in rows[name]
+    assert "seconds" in rows["conv2d"]
+
+
+def test_weights_gradients_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subjects.find_best(cell(DIRECTIONS[1]).case, "spconv", DIRECTIONS[1], torch.float32)
+    subjects.check(subject, DIRECTIONS[1])
+    right = subjects.Subject.gradients
+
+    def wrong(self: subjects.Subject, grads: object) -> tuple[Tensor, ...]:
+        results = right(self, grads)
+        return (*results[:-1], results[-1] * (1.001 if results[-1].dtype == torch.float32 else 1))
+
+    monkeypatch.setattr(subjects.Subject, "gradients", wrong)
+    with pytest.raises(AssertionError, match=r"spconv, .*, forward\+backward: result 4: error"):
+        subjects.check(subject, DIRECTIONS[1])
+
+
+def test_turns() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    taken = take_turns(calls, Effort(0, fewest=3, most=9, sample=0))
+    assert {name: len(seconds) for name, seconds in taken.items()} == dict.fromkeys("abc", 3)
+    assert "".join(order[-9:]) == "abcbcacab"
+
+
+def test_peak_is_of_what_is_alive_at_a_time() -> None:
+    def work() -> None:
+        first = torch.ones(1000, dtype=torch.float64)
+        second = first.neg()
+        del first
+        second.neg()
+
+    assert peak_bytes(work) == 16000
+
+
+def test_pareto_front() -> None:
+    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 7.0), (3.0, 7.0), (4.0, 8.0)]
+    assert pictures.pareto(points[::-1]) == [(1.0, 5.0), (2.0, 7.0), (4.0, 8.0)]
+
+
+@pytest.mark.parametrize(
+    ("times", "noise", "slower"),
+    [(1.0, 0.0, False), (1.1, 0.0, True), (1.1, 0.2, False), (1.01, 0.0, False), (0.8, 0.0, False)],
+)
+def test_what_counts_as_slower(times: float, noise: float, slower: bool) -> None:
+    """SPConv takes ``times`` as long; nn.Conv2d is off by ``noise`` in every other round."""
+    base = [{"conv2d": 1.0, "spconv": 1.0}] * 10
+    here = [{"conv2d": 1 + noise * (i % 2), "spconv": times} for i in range(10)]
+    verdict = compare.judge(base, here)
+    assert verdict.slower is slower
+    assert verdict.ratio[1] == pytest.approx(1 / times)
+
+
+def test_plans_cover_what_they_promise() -> None:
+    full = plan.full()
+    assert {(c.network, c.case.batch, c.direction, c.dtype) for c in full.cells} == {
+        (network, batch, direction, dtype)
+        for network in NETWORKS
+        for batch in (1, 8, 64)
+        for direction in DIRECTIONS
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    for made in (full, plan.quick()):
+        compiled = {tables.stage({"network": c.network, "layer": c.case.name}) for c in made.cells if c.compiled}
+        assert compiled == {"64@56", "128@28", "256@14", "512@7"}
+        assert {load.network for load in made.loads} == set(NETWORKS)
+    assert full.seeds == 5
+    assert full.at_most(3).layer.most == 3
+
+
+@pytest.mark.slow
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: accuracy.CANDIDATES[name] for name in ("conv2d", "spconv", "spconv 1/8", "octconv", "ghost")}
+    monkeypatch.setattr(accuracy, "CANDIDATES", few)
+    results = tmp_path / "runs" / "results.json"
+    options = ["--mode", "rehearsal", "--threads", "1", "--out", str(tmp_path), "--results", str(results)]
+    assert comparison.main(options) == 0
+    page = (tmp_path / "REPORT.md").read_text()
+    for title in ("Layers", "Networks", "Accuracy at equal budget", "How it is measured"):
+        assert f"\n## {title}\n" in page
+    assert torch.__version__ in page
+    for block in page.split("\n\n"):
+        if block.startswith("|"):
+            assert len({line.count("|") for line in block.splitlines()}) == 1, block
+    drawn = [line.partition("](")[2].rstrip(")") for line in page.splitlines() if line.startswith("![")]
+    assert len(drawn) == 3
+    for name in drawn:
+        text = " ".join(ElementTree.parse(tmp_path / name).getroot().itertext())
+        assert "nn.Conv2d" in text
+        assert "speed (nn.Conv2d = 1)" in text or "test accuracy (%)" in text
+    before = {name: (tmp_path / name).read_bytes() for name in drawn}
+    found = json.loads(results.read_text())
+    found["networks"][0] = {**found["networks"][1], "name": "ghost", "error": "error 1e-3 against float64"}
+    results.write_text(json.dumps(found))
+    assert comparison.main([*options, "--page"]) == 1
+    assert "## Not timed" in (tmp_path / "REPORT.md").read_text()
+    assert {name: (tmp_path / name).read_bytes() for name in drawn} == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (compare.ROOT / ".git").exists(), reason="needs the repository's history")
+def test_two_revisions(capsys: pytest.CaptureFixture[str]) -> None:
+    """HEAD and the working tree, which no test expects to be equally fast: it runs, and leaves no worktree behind."""
+    assert compare.main(["HEAD", "--rehearse", "--threads", "1"]) in (0, 1)
+    printed = capsys.readouterr().out
+    assert printed.count("\n| resnet") == len(plan.rehearsal().cells)
+    assert compare.main(["no-such-revision"]) == 2
+    assert "no-such-revision" in capsys.readouterr().err
