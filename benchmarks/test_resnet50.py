@@ -1,4 +1,4 @@
-"""``pytest benchmarks/test_resnet50.py --benchmark-only``: the library's paths, a group per shape, batch and direction."""
+"""``pytest benchmarks/test_resnet50.py --benchmark-only``: the library's paths, by shape, batch and direction."""
 
 from __future__ import annotations
 
