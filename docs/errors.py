@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from error_cases import CASES, PREAMBLE, Case
+from error_commands import COMMANDS, SMALL, Command
 from error_sites import Site, find_sites, sites_of
+
+from spconv_triton.training.cli import PROGRAM
 
 PAGE = Path(__file__).with_name("errors.md")
 
@@ -22,8 +26,12 @@ SECTIONS = {
 }
 """The sources whose messages each holds."""
 
-FOREIGN = "checkpoint must be readable with weights_only=True"
-"""A message that goes on with PyTorch's own words, which differ from version to version."""
+FOREIGN = re.compile(
+    "(checkpoint must be readable with weights_only=True, got 'model.pth': |cannot read the image |--data: Found "
+    "|needs scikit-learn ).*",
+    re.DOTALL,
+)
+"""Messages that go on in the words of other libraries, which differ from version to version."""
 
 INTRODUCTION = """\
 # Errors
@@ -42,6 +50,14 @@ The examples begin with:
 """
 
 
+COMMAND_LINE = """\
+## Command line
+
+`python -m spconv_triton` tells what is wrong in one line and ends with status 2. Files that were there stay. What
+only makes a run short is left out of these commands.
+"""
+
+
 def page() -> str:
     """The text of the page. It runs every case."""
     examples = _examples()
@@ -49,7 +65,17 @@ def page() -> str:
     for title, files in SECTIONS.items():
         parts.append(f"## {title}\n")
         parts += [_entry(found) for site, found in sorted(examples.items()) if site.file in files]
+    parts.append(COMMAND_LINE)
+    parts += [_line(command) for command in COMMANDS]
     return "\n".join(parts)
+
+
+def _line(command: Command) -> str:
+    where = f"  # {command.where}" if command.where else ""
+    _, line = command.provoke()
+    told = FOREIGN.sub(r"\1...", line).replace("loss is inf", "loss is nan")  # whichever comes first
+    arguments = command.arguments.replace(f" {SMALL}", "")
+    return f"```console\n$ {PROGRAM} {arguments}{where}\n{told}\n```\n"
 
 
 def _examples() -> dict[Site, list[tuple[Case, str]]]:
@@ -59,10 +85,7 @@ def _examples() -> dict[Site, list[tuple[Case, str]]]:
     for case in CASES:
         error = case.provoke()
         found = sites_of(error, sites)
-        message = str(error)
-        if message.startswith(FOREIGN):
-            message = message[: message.index(": ") + 1] + " ..."
-        examples.setdefault(found[0], []).append((case, message))
+        examples.setdefault(found[0], []).append((case, FOREIGN.sub(r"\1...", str(error))))
     return examples
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from error_cases import CASES, RIGHT_CALLS, Case, fresh_namespace
+from error_commands import COMMANDS, Command
 from error_sites import Site, find_sites, sites_of
 
 from docs import errors
@@ -19,13 +20,12 @@ pytestmark = [
 ]
 
 UNPROVOKED = {
-    (
-        "launch/common.py",
-        "path must be 'auto', 'flat' or 'descriptor'",
-    ): "path= is of the launches, which callers never see; tests/kernels/test_descriptor.py provokes it",
+    ("launch/common.py", "path must be 'auto'"): "no caller sees path=; tests/kernels/test_descriptor.py provokes it",
     ("launch/common.py", "path='descriptor' does not take a layer"): "the same",
     ("launch/descriptor.py", "no tile takes"): "can_run and supports are asked first",
     ("launch/gradients_descriptor.py", "no tile takes"): "can_run and supports are asked first",
+    ("training/data.py", "must be a multiple of"): "needs several processes; tests/test_training.py provokes it",
+    ("training/datasets.py", "cannot read {path}"): "a file that goes between two looks at it",
 }
 """Messages that no public call can bring about, by file and beginning, and why."""
 
@@ -43,14 +43,21 @@ def test_it_is_refused(case: Case) -> None:
     case.provoke()
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.arguments} {command.where}")
+def test_the_command_line_tells(command: Command) -> None:
+    _, line = command.provoke()
+    assert "\n" not in line
+
+
 def test_every_message_has_a_case() -> None:
     sites = find_sites()
-    provoked = {site for case in CASES for site in sites_of(case.provoke(), sites)}
+    errors = [*(case.provoke() for case in CASES), *(command.provoke()[0] for command in COMMANDS)]
+    provoked = {site for error in errors for site in sites_of(error, sites)}
     excused = {site for site in sites if _excuse(site)}
     assert not excused & provoked, "listed as impossible, but provoked"
     assert {reason for site in excused if (reason := _excuse(site))} == set(UNPROVOKED), "an excuse that nothing needs"
     missing = [f"{site.file}:{site.first}: {site.text}" for site in sites if site not in provoked | excused]
-    assert not missing, "add cases to error_rows.py or error_networks.py:\n" + "\n".join(missing)
+    assert not missing, "add cases to error_rows.py, error_networks.py or error_commands.py:\n" + "\n".join(missing)
 
 
 def _excuse(site: Site) -> tuple[str, str] | None:

@@ -190,15 +190,15 @@ def test_models_import_modules_only(internal: list[Import]) -> None:
 def test_conversion_is_built_on_the_layer(internal: list[Import]) -> None:
     """The layer and what computes it know nothing of the networks that it is put into."""
     above = {"conversion", "dense", "eligibility", "network_summary"}
-    assert {i.imported for i in internal if i.importer in above} <= {*above, *HELPERS, "models", "modules"}
+    assert {i.imported for i in internal if i.importer in above} <= {*above, *HELPERS, "fused", "models", "modules"}
     assert {top(i.importer) for i in internal if i.imported in above} <= {*above, "", "fusing", "training"}
 
 
 def test_fusing_is_built_on_the_layer(internal: list[Import]) -> None:
-    above = {"chains", "fused", "fusing"}
+    above = {"chains", "fused", "fusing", "plain_norms"}
     below = {"conversion", "functional", "modules", *HELPERS}
     assert {i.imported for i in internal if i.importer in above and not is_aten(i.imported)} <= {*above, *below}
-    assert {top(i.importer) for i in internal if i.imported in above} <= {*above, ""}
+    assert {top(i.importer) for i in internal if i.imported in above} <= {*above, "", "eligibility", "network_summary"}
 
 
 def test_nobody_imports_training(internal: list[Import]) -> None:
