@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .geometry import Geometry
+from .native_convolution import readable
 
 
 class Epilogue(NamedTuple):
@@ -105,7 +106,10 @@ def pointwise(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 def representative_branch(x3: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> Tensor:
     """U3 = GWC(x3) + PWC(x3); shapes as in :func:`spconv_triton.functional.representative_branch`."""
-    gwc = F.conv2d(x3, weight_gwc, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    operands = (x3, weight_gwc)
+    if not torch.compiler.is_compiling():
+        operands = readable(x3, weight_gwc, *geometry[1:])
+    gwc = F.conv2d(*operands, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     return gwc + pointwise(x3, weight_pwc, geometry)
 
 

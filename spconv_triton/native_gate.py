@@ -82,6 +82,26 @@ def _difference(gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant: Te
     return difference[:, :, None, None].to(like.dtype)
 
 
+def exponent_of_infinities(
+    gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant: Tensor, branch_bias: Tensor | None
+) -> Tensor:
+    """As :func:`gate_difference`, biases included, with each mean by itself: for means that may be infinite."""
+    z3, z1 = pixel_sums(z).split((weight_pwc.shape[1], weight_redundant.shape[1]), 1)
+    pixels = gwc.shape[2] * gwc.shape[3]
+    s3 = torch.addmm(pixel_sums(gwc), z3, weight_pwc.double().flatten(1).T) / pixels
+    s1 = torch.mm(z1, weight_redundant.double().flatten(1).T) / pixels
+    if branch_bias is not None:
+        s3 += branch_bias[0]
+        s1 += branch_bias[1]
+    return exponent(s3, s1)[:, :, None, None].to(gwc.dtype)
+
+
+def exponent(s3: Tensor, s1: Tensor) -> Tensor:
+    """S3 - S1, but NaN where softmax([S3, S1]) is: where the larger of the two is infinite."""
+    largest = torch.maximum(s3, s1)
+    return (s3 - largest).sub_(s1 - largest)
+
+
 def pixel_sums(x: Tensor) -> Tensor:
     """Sums over the pixels of [N, C, H, W]: [N, C] in float64.
 

@@ -14,6 +14,7 @@ The backward is :mod:`spconv_triton.native_backward`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,8 +26,16 @@ from .dispatch import is_transformed
 from .geometry import Geometry
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
-from .native_convolution import add_convolution, channels_last, convolve, is_precise, pixels, pointwise
-from .native_gate import bias_difference, gate_comes_first, gate_difference, gate_difference_of_windows, sums_windows
+from .native_convolution import add_convolution, channels_last, convolve, is_matrix_product, pixels, pointwise
+from .native_gate import (
+    bias_difference,
+    exponent,
+    exponent_of_infinities,
+    gate_comes_first,
+    gate_difference,
+    gate_difference_of_windows,
+    sums_windows,
+)
 
 
 def spconv2d(
@@ -136,6 +145,8 @@ def _forward(
             d = gate_difference(y, z, weight_pwc, weight_redundant)
         if branch_bias is not None:
             d += bias_difference(branch_bias, d.dtype)
+        if not math.isfinite(d.sum()):
+            d = exponent_of_infinities(y, z, weight_pwc, weight_redundant, branch_bias)
         beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
         if after.norm_scale is not None:
             beta, gamma = (gate * after.norm_scale.to(d.dtype)[:, None, None] for gate in (beta, gamma))
@@ -149,15 +160,18 @@ def _forward(
         pixels(y).baddbmm_(pixels(z), weights.transpose(1, 2))
         return native.activate(y, after.activation, inplace=True), d
 
-    # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
-    joins = bias is not None and branch_bias is None and after.norm_scale is None and bias.dtype == x.dtype
-    joins = joins and is_precise(x.dtype)
+    # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference, which an
+    # infinite one would make NaN.
+    joins = branch_bias is None and after.norm_scale is None and is_matrix_product(x)
+    joins = joins and bias is not None and bias.dtype == x.dtype and math.isfinite(bias.sum())
     u3 = convolve(x3, weight_gwc, bias if joins else None, *geometry[1:])
     u3 = add_convolution(u3, z3, weight_pwc)
     u1 = pointwise(z1, weight_redundant, bias if joins else None)
-    d = u3.mean((2, 3), keepdim=True).sub_(u1.mean((2, 3), keepdim=True))
+    s3, s1 = u3.mean((2, 3), keepdim=True), u1.mean((2, 3), keepdim=True)
     if branch_bias is not None:
-        d += bias_difference(branch_bias, d.dtype)
+        s3 += branch_bias[0, :, None, None]
+        s1 += branch_bias[1, :, None, None]
+    d = exponent(s3, s1)
     y = u1.lerp_(u3, torch.sigmoid(d))
     return _finish(y, None if joins else _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
 

@@ -270,11 +270,7 @@ def _judge(
     """
     got = run(function, inputs, grad, **options)
     exact = run(reference.spconv2d, inputs.to(torch.float64), grad)
-    layouts = [torch.contiguous_format]
-    window = [inputs.window[name] for name in ("stride", "padding", "dilation")]
-    if readable(inputs.x, inputs.weight_gwc, *window)[0] is inputs.x:
-        layouts.append(torch.channels_last)
-    same_dtype = [_reference_in(layout, inputs, grad) for layout in layouts]
+    same_dtype = references(inputs, grad)
     yardsticks = {
         name: max((r[name] for r in same_dtype), key=lambda r: _largest_error(r, judge))
         for name, judge in exact.items()
@@ -299,6 +295,15 @@ def _sensitivity(inputs: Inputs, grad: Tensor, exact: dict[str, Tensor], draws: 
 
 def _largest_error(result: Tensor, judge: Tensor) -> float:
     return (result.double() - judge).abs().max().item() if judge.numel() else 0.0
+
+
+def references(inputs: Inputs, grad: Tensor) -> list[dict[str, Tensor]]:
+    """Output and gradients of the reference in the dtype of ``inputs``, in NCHW and, where sound, in channels_last."""
+    layouts = [torch.contiguous_format]
+    window = [inputs.window[name] for name in ("stride", "padding", "dilation")]
+    if readable(inputs.x, inputs.weight_gwc, *window)[0] is inputs.x:
+        layouts.append(torch.channels_last)
+    return [_reference_in(layout, inputs, grad) for layout in layouts]
 
 
 def _reference_in(layout: torch.memory_format, inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:

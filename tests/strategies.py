@@ -139,13 +139,18 @@ def calls(
 
 @st.composite
 def calls_with_what_is_not_finite(draw: st.DrawFn, **options: Any) -> Inputs:
-    """As :func:`calls`, with NaN or infinities in one to three elements of any of the tensors."""
+    """As :func:`calls`, with NaN or infinities in one to three elements of any of the tensors.
+
+    But not of a k x k weight where there is padding: some of ATen's convolutions multiply it by the zeros there, which
+    is NaN, and others skip them.
+    """
     inputs = draw(calls(**options))
+    names = [name for name in inputs.tensors() if name != "weight_gwc" or inputs.window["padding"] == (0, 0)]
     for _ in range(draw(st.integers(1, 3))):
-        # x more often than not: that is where they come from.
-        name = draw(st.sampled_from(("x", *inputs.tensors())))
+        name = draw(st.sampled_from(("x", *names)))
         tensor = inputs.tensors()[name].detach().clone()
         if tensor.numel():
-            tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = draw(st.sampled_from(NOT_FINITE))
+            where = tuple(draw(st.integers(0, size - 1)) for size in tensor.shape)
+            tensor[where] = draw(st.sampled_from(NOT_FINITE))
             setattr(inputs, name, tensor.requires_grad_())
     return inputs

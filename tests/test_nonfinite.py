@@ -1,0 +1,66 @@
+"""NaN and infinities in any argument come out as in the reference, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, Inputs, make_inputs, run
+from hypothesis import given
+from nonfinite import assert_spreads_as_in_the_reference
+from strategies import NOT_FINITE, calls_with_what_is_not_finite
+from torch import Tensor
+
+from spconv_triton import native_onepass, reference
+from spconv_triton.functional import gap_softmax_fusion, spconv2d, spconv2d_inference
+
+
+def native(*arguments: Tensor | None, **options: object) -> Tensor:
+    return spconv2d(*arguments, backend="native", **options)
+
+
+@given(inputs=calls_with_what_is_not_finite())
+def test_any_layer_spreads_them_as_the_reference(inputs: Inputs) -> None:
+    # In bfloat16 oneDNN pairs channels, and multiplies the neighbour of a slice by zero: NaN, if that is infinite.
+    extent = "more" if inputs.x.dtype == torch.bfloat16 else "exact"
+    assert_spreads_as_in_the_reference(native, inputs, extent=extent)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow), "aot_eager"])
+def test_compiled(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(native, fullgraph=True, backend=backend)
+    case = Case("compiled", 2, 9, 8, (5, 6), stride=(1, 2))
+    names = list(make_inputs(case, branch_bias=True).tensors())
+    for value in NOT_FINITE:
+        for name in names:
+            inputs = make_inputs(case, branch_bias=True)
+            tensor = inputs.tensors()[name].data
+            tensor[tuple(torch.randint(size, ()) for size in tensor.shape)] = value
+            # A weight over padding: NaN to some convolutions and not to others.
+            extent = "planes" if name == "weight_gwc" else "exact"
+            assert_spreads_as_in_the_reference(compiled, inputs, extent=extent)
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_inference(value: float, gate_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The activations keep NaN, the gate makes it: as :func:`functional.spconv2d`."""
+    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda x, geometry: gate_first)
+    inputs = make_inputs(Case("plain", 2, 8, 8, (5, 4)))
+    inputs.x.data[0, int(torch.randint(8, ())), 2, 2] = value
+    with torch.no_grad():
+        expected = run(reference.spconv2d, inputs)["y"]
+        for activation in ("none", "relu", "relu6", "silu"):
+            y = spconv2d_inference(*inputs.positional(), **inputs.window, activation=activation, backend="native")
+            assert torch.equal(y.isnan(), native_onepass.native.activate(expected, activation).isnan())
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_fusion(value: float) -> None:
+    u3, u1 = torch.randn(2, 2, 3, 4, 5)
+    for u in (u3, u1):
+        clean = u.clone()
+        u[1, 2, 3, 0] = value
+        y, expected = gap_softmax_fusion(u3, u1, backend="native"), reference.gap_softmax_fusion(u3, u1)
+        torch.testing.assert_close(y, expected, equal_nan=True)
+        u.copy_(clean)
