@@ -22,6 +22,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "_tables"]
 myst_heading_anchors = 3
 
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
@@ -38,6 +39,10 @@ html_show_copyright = False
 
 
 SHARED = re.compile(r"(?P<indent> +)(?P<names>\w+(?:, \w+)+): (?P<text>.*)")
+
+
+LETTER = re.compile(r"(: )([A-Z]\.)$")
+"""``L.`` alone, which would begin a list."""
 
 
 def split_attributes(lines: list[str]) -> list[str]:
@@ -69,7 +74,7 @@ def process_docstring(
     _app: Sphinx, _what: str, _name: str, _subject: object, _options: object, lines: list[str]
 ) -> None:
     """What autodoc calls with every docstring, to be changed in place."""
-    lines[:] = split_attributes(lines)
+    lines[:] = [LETTER.sub(r"\1\\\2", line) for line in split_attributes(lines)]
 
 
 def setup(app: Sphinx) -> None:

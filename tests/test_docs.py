@@ -43,7 +43,7 @@ def test_every_page_with_python_is_run() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in examples.commands(page):
         words = shlex.split(command)
         if words[0] == "make":
@@ -72,7 +72,7 @@ def test_every_public_name_has_an_entry() -> None:
     for text in pages.values():
         found |= set(re.findall(r"^\.\. auto\w+:: (spconv_triton[\w.]+)", text, re.MULTILINE))
         for module, rest in re.findall(r"^\.\. automodule:: ([\w.]+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-            names = re.findall(r"^\.\. autofunction:: (\w+)$", rest, re.MULTILINE)
+            names = re.findall(r"^\.\. auto\w+:: (\w+)$", rest, re.MULTILINE)
             names += [name for line in re.findall(r":members: (.*)", rest) for name in line.split(", ")]
             found |= {module, *(f"{module}.{name}" for name in names)}
     assert not sorted(set(public()) - found)
