@@ -94,6 +94,8 @@ def _layers(results: Results, folder: Path) -> list[str]:
                 found = tables.layers(rows, network, dtype, direction)
                 if len(found) > 2:
                     lines += ["", f"### {network}, {dtype}, {direction}", "", *found]
+    lines += ["", "### Faster than SPConv with as many multiply-accumulates or more", ""]
+    lines += tables.beaten(rows) or ["Nobody, in any layer."]
     batches = sorted({r["batch"] for r in rows if tables.stage(r) and "kept_bytes" in r})
     if batches:
         batch = 8 if 8 in batches else batches[-1]

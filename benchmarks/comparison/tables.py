@@ -82,6 +82,28 @@ def layers(rows: Sequence[Row], network: str, dtype: str, direction: str) -> lis
     return table(("layer", "N", "nn.Conv2d (ms)", *(TITLES[name] for name in names)), body)
 
 
+def beaten(rows: Sequence[Row]) -> list[str]:
+    """A line for each comparison in which somebody who multiplies as much as SPConv, or more, is faster than it."""
+    cells: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = (row["network"], row["layer"], f"N = {row['batch']}", row["dtype"], row["direction"])
+        cells.setdefault(key, {})[row["name"]] = row
+    lines = []
+    for key, found in cells.items():
+        own = found.get("spconv", {})
+        if "seconds" not in own:
+            continue
+        faster = [
+            f"{TITLES[name]} ({own['seconds'][1] / row['seconds'][1]:.2f} x)"
+            for name, row in found.items()
+            if name != "spconv" and "seconds" in row and row["macs"] >= own["macs"]
+            if row["seconds"][1] < own["seconds"][1]
+        ]
+        if faster:
+            lines.append(f"- {', '.join(key)}: {', '.join(faster)}")
+    return lines
+
+
 def memory(rows: Sequence[Row], batch: int) -> list[str]:
     """Megabytes of ResNet-50's four stages with backward: kept for it, and the peak."""
     chosen = [r for r in of_stages(rows, batch, "forward+backward") if "kept_bytes" in r]
