@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -20,7 +22,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _silence(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     events = (event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]")
     now = most = 0
@@ -28,3 +30,17 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what the profiler tells stderr of its own doings, which no log level turns off."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
