@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,3 +43,11 @@ def promote(x: Any, other: Any) -> tuple[Any, Any]:
         return x, other
     wider = torch.promote_types(x.dtype, other.dtype)
     return x.to(wider), other.to(wider)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For a backward, whose dtypes are those of its forward, though it be called under ``torch.autocast``."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -101,9 +101,12 @@ def is_matrix_product(x: Tensor) -> bool:
     """Whether a 1 x 1 convolution of ``x`` is a matrix product over pixels: on a CPU it takes less time than oneDNN's,
     by half where channels are few or a slice.
 
-    Not under a dispatch mode: FLOP counters know convolutions, not products in place.
+    Not under a dispatch mode: FLOP counters know convolutions, not products in place. Nor where products of float32
+    matrices may be bfloat16's, as those of a convolution are not.
     """
-    return x.device.type == "cpu" and is_precise(x.dtype) and torch._C._len_torch_dispatch_stack() == 0
+    if x.device.type != "cpu" or not is_precise(x.dtype) or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return x.dtype == torch.float64 or torch.get_float32_matmul_precision() != "medium"
 
 
 def pixels(x: Tensor) -> Tensor:

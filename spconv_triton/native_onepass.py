@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import native
+from .autocast import without_autocast
 from .dispatch import is_transformed
 from .geometry import Geometry
 from .native import NOTHING, Epilogue
@@ -112,9 +113,10 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         *inputs, d = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return (*differentiable_gradients(inputs, ctx.geometry, grads[0]), None)
-        return (*gradients(inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad), None)
+        with without_autocast(grads[0]):
+            if torch.is_grad_enabled():
+                return (*differentiable_gradients(inputs, ctx.geometry, grads[0]), None)
+            return (*gradients(inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad), None)
 
 
 def _forward(

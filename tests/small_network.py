@@ -16,7 +16,7 @@ def small_network(**options: Any) -> nn.Sequential:
     """For images of any size; ``options`` as of :func:`spconv_triton.convert`."""
     network = convert(
         nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
             nn.BatchNorm2d(8),
             nn.ReLU(inplace=True),
             nn.Conv2d(8, 12, 3, 2, 1, bias=False),

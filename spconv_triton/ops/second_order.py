@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
+from ..autocast import without_autocast
+
 
 def register_second_order(backward: CustomOpDef, formula: Callable[..., tuple[Tensor | None, ...]]) -> None:
     """Make ``backward`` differentiable.
@@ -27,8 +29,10 @@ def register_second_order(backward: CustomOpDef, formula: Callable[..., tuple[Te
         ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
 
     def autograd(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        arguments = zip(ctx.saved_tensors, ctx.constants, strict=True)
-        return formula(cotangents, *(constant if tensor is None else tensor for tensor, constant in arguments))
+        pairs = zip(ctx.saved_tensors, ctx.constants, strict=True)
+        arguments = [constant if tensor is None else tensor for tensor, constant in pairs]
+        with without_autocast(arguments[0]):
+            return formula(cotangents, *arguments)
 
     backward.register_autograd(autograd, setup_context=save)
 
