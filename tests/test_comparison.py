@@ -112,7 +112,7 @@ def test_what_counts_as_slower(times: float, noise: float, slower: bool) -> None
 def test_who_is_faster_with_as_many_products() -> None:
     times = {"conv2d": (9, 1.0), "spconv": (3, 0.5), "reference": (3, 0.4), "pconv": (1, 0.1), "ghost": (4, 0.6)}
     head = {"network": "vgg16", "layer": "3 x 3", "batch": 1, "dtype": "float32", "direction": "forward"}
-    rows = [{**head, "name": name, "macs": macs, "seconds": [0, s, 1]} for name, (macs, s) in times.items()]
+    rows = [{**head, "name": name, "macs": macs, "speed": [0, 1 / s, 99]} for name, (macs, s) in times.items()]
     (line,) = tables.beaten(rows)
     assert line == "- vgg16, 3 x 3, N = 1, float32, forward: SPConv reference, eager (1.25 x)"
     assert not tables.beaten([row for row in rows if row["name"] != "reference"])

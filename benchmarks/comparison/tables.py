@@ -61,10 +61,15 @@ def means(rows: Sequence[Row]) -> list[str]:
 
 
 def _fewer_macs(rows: Sequence[Row], name: str) -> str:
-    """How many times fewer than nn.Conv2d's, over all stages."""
-    macs = {n: sum(r["macs"] for r in rows if r["name"] == n and stage(r)) for n in (name, "conv2d")}
-    cells = {n: sum(1 for r in rows if r["name"] == n and stage(r)) for n in macs}
-    return f"{macs['conv2d'] / macs[name]:.2f}" if macs[name] and len(set(cells.values())) == 1 else NONE
+    """How many times fewer than nn.Conv2d's, over the stages on which ``name`` ran."""
+    macs = {n: {_key(r): r["macs"] for r in rows if r["name"] == n and stage(r)} for n in (name, "conv2d")}
+    own = macs[name]
+    return f"{sum(macs['conv2d'][key] for key in own) / sum(own.values()):.2f}" if own else NONE
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    """What identifies a comparison."""
+    return row["network"], row["layer"], f"N = {row['batch']}", row["dtype"], row["direction"]
 
 
 def layers(rows: Sequence[Row], network: str, dtype: str, direction: str) -> list[str]:
@@ -86,18 +91,16 @@ def beaten(rows: Sequence[Row]) -> list[str]:
     """A line for each comparison in which somebody who multiplies as much as SPConv, or more, is faster than it."""
     cells: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        key = (row["network"], row["layer"], f"N = {row['batch']}", row["dtype"], row["direction"])
-        cells.setdefault(key, {})[row["name"]] = row
+        cells.setdefault(_key(row), {})[row["name"]] = row
     lines = []
     for key, found in cells.items():
         own = found.get("spconv", {})
-        if "seconds" not in own:
+        if "speed" not in own:
             continue
         faster = [
-            f"{TITLES[name]} ({own['seconds'][1] / row['seconds'][1]:.2f} x)"
+            f"{TITLES[name]} ({row['speed'][1] / own['speed'][1]:.2f} x)"
             for name, row in found.items()
-            if name != "spconv" and "seconds" in row and row["macs"] >= own["macs"]
-            if row["seconds"][1] < own["seconds"][1]
+            if "speed" in row and row["macs"] >= own["macs"] and row["speed"][1] > own["speed"][1]
         ]
         if faster:
             lines.append(f"- {', '.join(key)}: {', '.join(faster)}")
