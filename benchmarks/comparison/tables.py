@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.comparison.accuracy import CANDIDATES
 from benchmarks.comparison.layers import STAGES
-from benchmarks.comparison.networks import DEPLOYED
+from benchmarks.comparison.networks import COMPILED_TOO, DEPLOYED
 from benchmarks.comparison.rounds import geometric_mean
 from benchmarks.peers import NAMES, TITLES
 
@@ -114,7 +114,8 @@ def memory(rows: Sequence[Row], batch: int) -> list[str]:
     body = []
     for name in NAMES:
         own = {r["stage"]: _kept_and_peak(r) for r in chosen if r["name"] == name}
-        body.append((TITLES[name], *(own.get(s, NONE) for s in stages)))
+        if own:
+            body.append((TITLES[name], *(own.get(s, NONE) for s in stages)))
     return table(("kept / peak (MB)", *stages), body)
 
 
@@ -132,11 +133,11 @@ def networks(rows: Sequence[Row], sizes: Sequence[Row], network: str) -> list[st
         head += [f"{kind}, N = {batch} (ms)", "images/s", "speed", "peak (MB)"]
     known = {r["name"]: r for r in sizes if r["network"] == network}
     body = []
-    for name, title in {**TITLES, **DEPLOYED}.items():
+    for name, title in {**TITLES, **COMPILED_TOO, **DEPLOYED}.items():
         found = {(r["step"], r["batch"]): r for r in own if r["name"] == name and "seconds" in r}
         if not found:
             continue
-        size = known.get(name) or known[name.partition(" ")[0]]
+        size = known.get(name) or known[name.partition(" ")[0]]  # deployed or compiled, it is the same network
         cells = [title, f"{size['parameters'] / 1e6:.2f}", f"{size['macs'] / 1e6:.4g}"]
         for load in loads:
             row = found.get(load)
