@@ -52,7 +52,7 @@ def take_turns(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dic
     names = list(calls)
     repeats, together = {}, 0.0
     for name in names:
-        once = min(_seconds(calls[name], 1) for _ in range(2))
+        once = min(_seconds(calls[name], 1) for _ in range(2 if effort.sample else 1))
         repeats[name] = max(1, round(effort.sample / max(once, 1e-9)))
         together += once * repeats[name]
     taken: dict[str, list[float]] = {name: [] for name in names}
