@@ -61,7 +61,6 @@ def quick() -> Plan:
             Load("resnet20", 64, step=True),
             Load("vgg16", 1),
             Load("resnet50", 1),
-            Load("resnet50", 2, step=True),
         ),
         layer=Effort(0.8, fewest=5, most=11),
         network=Effort(3, fewest=3, most=9, sample=0),
