@@ -140,9 +140,14 @@ def batch_norm(
         pairs = [torch.var_mean(u.to(precise), (0, 2, 3), correction=0) for u in branches]
     variance, mean = (torch.stack(values) for values in zip(*pairs, strict=True))
     norms = (norm_representative, norm_redundant)
+
+    def widened(parameter: Tensor | None) -> Tensor | None:
+        """ATen takes float32 parameters beside a map in half precision, but not beside float64, nor two dtypes."""
+        return None if parameter is None else parameter.to(precise)
+
     normed = [
-        F.batch_norm(u, None, None, *norm, training=True, eps=e)
-        for u, norm, e in zip(branches, norms, eps, strict=True)
+        F.batch_norm(u, None, None, widened(weight), widened(shift), training=True, eps=e)
+        for u, (weight, shift), e in zip(branches, norms, eps, strict=True)
     ]
     y = gap_softmax_fusion(*normed)
     return y if bias is None else y + bias[:, None, None], mean, variance
