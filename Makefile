@@ -8,7 +8,7 @@ JOBS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench bench-compare gpu static wheel clean
+.PHONY: help demo test matrix lint docs bench bench-compare gpu static wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: lint docs ## lint, the documentation, the suite, and the kernel tests agai
 	env -u TRITON_INTERPRET $(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
+matrix: $(READY) ## the suite on other versions of Python, PyTorch, Triton and NumPy; FULL=1 runs all of it
+	$(BIN)/nox $(if $(FULL),-- full)
+
 bench: $(READY) ## compare SPConv2d with its peers and write benchmarks/REPORT.md; FULL=1 takes 40 minutes, not 5
 	$(BIN)/python -m benchmarks.comparison --mode $(if $(FULL),full,quick)
 
@@ -52,5 +55,5 @@ wheel: $(READY) ## build dist/*.whl and dist/*.tar.gz
 	$(BIN)/python -m build
 
 clean: ## remove build products and caches; keeps .venv
-	rm -rf build dist docs/_build docs/_tables *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build docs/_tables *.egg-info .benchmarks .mypy_cache .nox .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -6,12 +6,12 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from cases import assert_within_budget
 from torch import Tensor, nn
 
@@ -463,7 +463,13 @@ def test_tracing_leaves_no_symbol_behind() -> None:
     assert torch.equal(fused[0].kept, torch.zeros(1))
 
 
-def test_detector_with_a_fused_backbone() -> None:
+@pytest.fixture
+def torchvision() -> ModuleType:
+    """Not beside every PyTorch: it must be the one built for it."""
+    return pytest.importorskip("torchvision")
+
+
+def test_detector_with_a_fused_backbone(torchvision: ModuleType) -> None:
     torch.manual_seed(0)
     model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
         weights=None, weights_backbone=None, num_classes=3, box_score_thresh=0.0, box_detections_per_img=5
@@ -486,7 +492,7 @@ def test_detector_with_a_fused_backbone() -> None:
         ("vgg11_bn", 7),
     ],
 )
-def test_networks_of_torchvision(name: str, folded: int) -> None:
+def test_networks_of_torchvision(torchvision: ModuleType, name: str, folded: int) -> None:
     with torch.device("meta"):
         model = convert(getattr(torchvision.models, name)(weights=None)).eval()
     found = fusion(model)
@@ -494,7 +500,7 @@ def test_networks_of_torchvision(name: str, folded: int) -> None:
     assert all(fold.folded[-1] == "relu" for fold in found.fused)
 
 
-def test_resnet18() -> None:
+def test_resnet18(torchvision: ModuleType) -> None:
     model = stirred(convert(torchvision.models.resnet18(weights=None, num_classes=10))).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
