@@ -101,6 +101,7 @@ def fusion_blend(
     pixel = pixel_block * BLOCK_PIX + tl.arange(0, BLOCK_PIX)
     c_mask = c < C
     d = _sum_partials(partial_ptr, sample * C + c, c_mask, N, C, SPLITS) / P.to(tl.float32)
+    d += d - d  # NaN where a mean is infinite, as the softmax over it is
     if pixel_block == 0:
         tl.store(gate_ptr + sample * C + c, d, mask=c_mask)
     mask = (pixel < P)[:, None] & c_mask[None, :]

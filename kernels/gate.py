@@ -14,7 +14,9 @@ applies are
 
 where a [M] is 1, or in inference the scale of a norm that follows and whose shift is in the bias.
 
-The clamp keeps ratio finite; at it beta is 1e-26, far below what any output can show.
+The clamp keeps ratio finite; at it beta is 1e-26, far below what any output can show. A plane whose S3 or S1 is not
+finite is NaN, as a softmax over an infinite mean is. (If the mean is -inf, the softmax makes the branch 0 and keeps the
+plane's finite pixels; one accumulator cannot.)
 
 With PACK further programs of the same launch write the weights as the one matrix that the descriptor kernel reads
 (:mod:`.packing` says which and why here).
@@ -185,7 +187,9 @@ def gate_planes(
         if BRANCH_BIAS:
             b3 += tl.load(branch_bias_ptr + co, mask=co_mask, other=0.0).to(tl.float32)
             b1 += tl.load(branch_bias_ptr + CO + co, mask=co_mask, other=0.0).to(tl.float32)
-        ratio = tl.exp(tl.minimum(s1 + b1[None, :] - s3 - b3[None, :], MAX_EXPONENT))
+        exponent = s1 + b1[None, :] - s3 - b3[None, :]
+        # The difference is 0, or NaN where the exponent is not finite: a minimum may drop NaN.
+        ratio = tl.exp(tl.minimum(exponent, MAX_EXPONENT)) + (exponent - exponent)
         beta = 1.0 / (1.0 + ratio)
         scale = beta
         if NORM_SCALE:

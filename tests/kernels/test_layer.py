@@ -66,6 +66,21 @@ def test_expanded_and_offset_input(device: str) -> None:
     assert_agrees(functional.spconv2d, inputs, backend="triton")
 
 
+def test_biases_with_gaps(device: str) -> None:
+    inputs = make_inputs(BY_NAME["tiny"], device=device, branch_bias=True)
+    for name in ("bias", "branch_bias"):
+        dense = getattr(inputs, name).detach()
+        setattr(inputs, name, torch.stack((dense, dense + 1), -1)[..., 0].requires_grad_())
+    assert_agrees(functional.spconv2d, inputs, backend="triton")
+    scale = torch.rand(inputs.weight_gwc.shape[0], 2, device=device)[:, 0]
+    with torch.no_grad():
+        got, expected = (
+            functional.spconv2d_inference(*inputs.positional(), **inputs.window, norm_scale=scale, backend=backend)
+            for backend in ("triton", "reference")
+        )
+    torch.testing.assert_close(got, expected)
+
+
 def test_branch_norm_in_training(device: str) -> None:
     layer = SPConv2d(16, 24, 3, padding=1, branch_norm=True, backend="triton", device=device)
     twin = SPConv2d(16, 24, 3, padding=1, branch_norm=True, backend="reference", device=device)
