@@ -47,6 +47,15 @@ class SPConv2d(nn.Module):
         bfloat16, float16 or float64, that of the parameters unless ``torch.autocast`` says otherwise. The output keeps
         the memory format of the input; channels_last is the fast one.
 
+    Concurrency:
+        A call keeps no state, so threads may share a layer in eval, and train it with gradients of their own. (Batch
+        norms in training mode track statistics, as PyTorch's do.) Kernels run on the current CUDA stream of the
+        calling thread: whoever computes on another stream waits for the tensors' own first, as for any operation.
+
+    Not finite:
+        NaN and infinities come out as of the softmax over the means: an infinite S3 or S1 makes its plane NaN. One of
+        -inf makes NaN of the pixels that are infinite; on the kernels of the whole plane.
+
     Attributes:
         weight_gwc: [M, alpha L / G, k, k].
         weight_pwc: [M, alpha L, 1, 1].

@@ -17,6 +17,7 @@ from spconv_triton.dispatch import INTERPRETED, TRITON_DTYPES
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="a GPU would compile kernels for each of the layers that are drawn"),
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of infinities
 ]
 
