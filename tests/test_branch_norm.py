@@ -361,10 +361,10 @@ def test_several_steps_are_the_compositions(options: dict[str, Any]) -> None:
     layer = with_norms(make(padding=1), **options)
     for step in range(3):
         x = torch.randn(4, 8, 6, 5) * (1 + step) + step
-        assert_as_composed(layer, x)
+        assert_as_composed(layer, x, condition=2)  # one rounding of a mean of 2, before the norm takes it away, is two
         layer(x)
     layer.eval()
-    assert_as_composed(layer, torch.randn(2, 8, 6, 5))
+    assert_as_composed(layer, torch.randn(2, 8, 6, 5), condition=2)
     for norm in norms(layer):
         assert norm.num_batches_tracked is None or norm.num_batches_tracked == 3
 
