@@ -34,8 +34,6 @@ from .native_gate import (
     exponent_of_infinities,
     gate_comes_first,
     gate_difference,
-    gate_difference_of_windows,
-    sums_windows,
 )
 
 
@@ -139,12 +137,8 @@ def _forward(
         return _finish(y, _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
 
     if gate_comes_first(x, geometry):
-        d = None
-        if sums_windows(x, geometry):
-            d = gate_difference_of_windows(x, weight_gwc, weight_pwc, weight_redundant, geometry)
         y = convolve(x3, weight_gwc, None, *geometry[1:])
-        if d is None:
-            d = gate_difference(y, z, weight_pwc, weight_redundant)
+        d = gate_difference(y, z, weight_pwc, weight_redundant)
         if branch_bias is not None:
             d += bias_difference(branch_bias, d.dtype)
         if not math.isfinite(d.sum()):

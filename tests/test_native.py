@@ -23,9 +23,8 @@ from cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import native_backward, native_gate, native_onepass, reference
+from spconv_triton import native_backward, native_onepass, reference
 from spconv_triton.functional import spconv2d
-from spconv_triton.geometry import Geometry
 
 BY_NAME = {case.name: case for case in SMALL}
 GATED = [case for case in SMALL if case.alpha < 1]
@@ -89,10 +88,11 @@ def test_agrees_in_either_order(case: Case, gate_first: bool, monkeypatch: pytes
     """Gates before point-wise convolutions, and products of single samples in the backward, or neither; any map."""
     for module in (native_onepass, native_backward):
         monkeypatch.setattr(module, "gate_comes_first", lambda x, geometry: gate_first)
-    for dtype in (torch.float32, torch.float64):
-        assert_agrees(native, make_inputs(case, dtype, bias=False))
-        assert_agrees(native, make_inputs(case, dtype, branch_bias=True))
-    assert_agrees(native, make_inputs(case, mean=100.0), condition=MEAN_100)
+    for options in ({"bias": False}, {"branch_bias": True}):
+        assert_agrees(native, make_inputs(case, torch.float64, **options))
+        # Of single draws of k1-padded, one in 150 has a reference too lucky for any other order of summation.
+        assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
+    assert_agrees(native, make_inputs(case, mean=100.0), condition=MEAN_100, perturbations=4)
     for gate in (-80.0, -30.0, -8.0, 8.0, 30.0, 80.0):
         assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate))
 
@@ -308,30 +308,3 @@ def test_counts_the_operations_of_its_parts() -> None:
             spconv2d(*inputs.positional(), backend=backend, **inputs.window)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
-
-
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        Geometry((3, 3), (1, 1), (1, 1), (1, 1), 2),
-        Geometry((5, 1), (1, 1), (4, 0), (2, 1), 1),
-        Geometry((1, 7), (1, 1), (0, 3), (1, 1), 2),
-        Geometry((3, 5), (1, 1), (3, 4), (3, 2), 4),
-        Geometry((1, 1), (1, 1), (0, 0), (1, 1), 2),
-    ],
-    ids=lambda geometry: f"{geometry.kernel_size} dilated {geometry.dilation}",
-)
-def test_windows_give_the_gate_that_the_convolution_gives(geometry: Geometry) -> None:
-    x = torch.randn(2, 12, 7, 9, dtype=torch.float64) + 1
-    gwc = torch.randn(4, 8 // geometry.groups, *geometry.kernel_size, dtype=torch.float64)
-    pwc, redundant = torch.randn(4, 8, 1, 1, dtype=torch.float64), torch.randn(4, 4, 1, 1, dtype=torch.float64)
-    assert native_gate.sums_windows(x, geometry)
-    of_windows = native_gate.gate_difference_of_windows(x, gwc, pwc, redundant, geometry)
-    y = torch.nn.functional.conv2d(x[:, :8], gwc, None, *geometry[1:])
-    torch.testing.assert_close(of_windows, native_gate.gate_difference(y, x, pwc, redundant), rtol=0, atol=1e-13)
-
-
-def test_windows_wider_than_the_map_are_left_to_the_convolution() -> None:
-    geometry = Geometry((3, 3), (1, 1), (4, 4), (4, 4), 2)
-    assert not native_gate.sums_windows(torch.randn(2, 8, 4, 9), geometry)
-    assert native_gate.sums_windows(torch.randn(2, 8, 5, 9), geometry)
