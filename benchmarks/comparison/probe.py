@@ -49,6 +49,7 @@ def main() -> None:
                     once = min(_seconds(calls[name], 1) for _ in range(3))
                     repeats[name] = max(1, round(sample / max(once, 1e-9)))
         else:
+            _seconds(calls[NAMES[0]], repeats[NAMES[0]])  # meanwhile the threads of the other process go to sleep
             answer = {name: _seconds(calls[name], repeats[name]) for name in NAMES}
         answers.write(json.dumps(answer) + "\n")
 
