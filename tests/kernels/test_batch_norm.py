@@ -97,7 +97,10 @@ def check(leaves: Leaves, case: Case, *, condition: float = 1.0) -> None:
 
 
 def check_over_draws(draw: Callable[[], Leaves], case: Case, draws: int) -> None:
-    """Without any allowance, for the geometric mean over the draws: the yardstick is lucky in some."""
+    """Without any allowance, for the geometric mean over the draws: the yardstick is lucky in some.
+
+    Ratios of single draws spread by factors of 1.5 to 3 around means of 0.1 to 0.6: one in some hundred is above 1.
+    """
     logarithms: dict[str, list[float]] = {}
     for _ in range(draws):
         got, same_dtype, exact = judged(draw(), case)
@@ -113,20 +116,19 @@ def check_over_draws(draw: Callable[[], Leaves], case: Case, draws: int) -> None
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_float64(case: Case, device: str) -> None:
-    """One draw, in which ATen may be lucky: ``weight1`` once erred 1.3 times what was allowed without a condition."""
-    check(make_leaves(case, device), case, condition=2)
+    check_over_draws(lambda: make_leaves(case, device), case, 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["many-samples", "one-pixel"])
 def test_half_precision(name: str, dtype: torch.dtype, device: str) -> None:
-    check(make_leaves(BY_NAME[name], device, dtype), BY_NAME[name])
+    check_over_draws(lambda: make_leaves(BY_NAME[name], device, dtype), BY_NAME[name], 6)
 
 
 @pytest.mark.parametrize("missing", [("bias",), ("weight3", "bias3"), ("bias3", "weight1"), NORMS], ids=str)
 def test_without_some_parameters(missing: tuple[str, ...], device: str) -> None:
     case = BY_NAME["many-samples"]
-    check({**make_leaves(case, device), **dict.fromkeys(missing)}, case)
+    check_over_draws(lambda: {**make_leaves(case, device), **dict.fromkeys(missing)}, case, 4)
 
 
 @pytest.mark.parametrize("gate", [-60.0, 60.0])
@@ -144,7 +146,7 @@ def test_agrees_over_many_draws(mean: float, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_large_means_in_half_precision(dtype: torch.dtype, device: str) -> None:
     case = BY_NAME["tiny"]
-    check_over_draws(lambda: make_leaves(case, device, dtype, mean=30.0), case, 4)
+    check_over_draws(lambda: make_leaves(case, device, dtype, mean=30.0), case, 16)
 
 
 def test_variance_does_not_cancel(device: str) -> None:
