@@ -89,15 +89,8 @@ def judged(leaves: Leaves, case: Case) -> tuple[dict[str, Tensor], dict[str, Ten
     return kernels, same_dtype, exact
 
 
-def check(leaves: Leaves, case: Case, *, condition: float = 1.0) -> None:
-    """Two roundings instead of one: what comes through a norm is rounded there, and once more as a result."""
-    got, same_dtype, exact = judged(leaves, case)
-    for name, value in exact.items():
-        assert_within_budget(name, got[name], same_dtype[name], value, condition=2 * condition)
-
-
-def check_over_draws(draw: Callable[[], Leaves], case: Case, draws: int) -> None:
-    """Without any allowance, for the geometric mean over the draws: the yardstick is lucky in some.
+def check_over_draws(draw: Callable[[], Leaves], case: Case, draws: int, *, condition: float = 1.0) -> None:
+    """Within the budget in the geometric mean over the draws: the yardstick is lucky in some.
 
     Ratios of single draws spread by factors of 1.5 to 3 around means of 0.1 to 0.6: one in some hundred is above 1.
     """
@@ -106,7 +99,7 @@ def check_over_draws(draw: Callable[[], Leaves], case: Case, draws: int) -> None
         got, same_dtype, exact = judged(draw(), case)
         for name, value in exact.items():
             error, yardstick = ((r[name].double() - value).abs().max().item() for r in (got, same_dtype))
-            rounding = torch.finfo(got[name].dtype).eps * value.abs().max().item()
+            rounding = condition * torch.finfo(got[name].dtype).eps * value.abs().max().item()
             ratio = error / (2 * (yardstick + rounding) + GATE_CLAMP)
             logarithms.setdefault(name, []).append(math.log(max(ratio, 1e-3)))
     for name, values in logarithms.items():
@@ -134,7 +127,7 @@ def test_without_some_parameters(missing: tuple[str, ...], device: str) -> None:
 @pytest.mark.parametrize("gate", [-60.0, 60.0])
 def test_saturated_gate(gate: float, device: str) -> None:
     case = BY_NAME["many-samples"]
-    check(make_leaves(case, device, gate=gate), case, condition=abs(gate))
+    check_over_draws(lambda: make_leaves(case, device, gate=gate), case, 4, condition=abs(gate))
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
@@ -187,7 +180,7 @@ def test_memory_format_is_kept(memory_format: torch.memory_format, device: str) 
     case = BY_NAME["aligned"]
     leaves = make_leaves(case, device, memory_format=memory_format)
     assert run(leaves, case, "triton")["y"].is_contiguous(memory_format=memory_format)
-    check(leaves, case)
+    check_over_draws(lambda: make_leaves(case, device, memory_format=memory_format), case, 10)
 
 
 def test_what_is_kept_for_the_backward(device: str) -> None:
