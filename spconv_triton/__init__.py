@@ -6,11 +6,11 @@ from . import functional, reference
 from .checkpoints import load_reference_checkpoint
 from .conversion import convert
 from .modules import SPConv2d
-from .network_summary import summary
 
 if TYPE_CHECKING:
     from .explanation import explain
     from .fusing import fuse
+    from .network_summary import summary
     from .tuning import load_tuning, save_tuning
 
 __all__ = [
@@ -37,6 +37,10 @@ def __getattr__(name: str) -> Any:
         from .fusing import fuse
 
         return fuse
+    if name == "summary":  # PyTorch's counter of operations, which imports triton
+        from .network_summary import summary
+
+        return summary
     if name in ("load_tuning", "save_tuning"):  # needs triton
         from . import tuning
 

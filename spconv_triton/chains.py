@@ -198,7 +198,11 @@ def trace(root: nn.Module, tracer: Tracer) -> fx.Graph:
     parameters = inspect.signature(type(root).forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     tracer.frames.append(Frame(root, bool(defaults)))
-    return tracer.trace(root, defaults or None)
+    graph = tracer.trace(root, defaults or None)
+    for node in graph.nodes:
+        if isinstance(node.type, str):  # an annotation under PEP 563, which GraphModule of PyTorch 2.13 does not pickle
+            node.type = None
+    return graph
 
 
 def find_regions(model: nn.Module) -> list[Region]:

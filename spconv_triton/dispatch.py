@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -61,19 +61,9 @@ the layer asks ``launch.descriptor.can_run`` and ``launch.gradients_descriptor.c
 conditions."""
 
 
-def _import_triton() -> str | None:
-    """Why triton cannot be imported, None if it can: it may be missing, or installed and broken."""
-    try:
-        importlib.import_module("triton")
-    except ModuleNotFoundError:
-        return "triton is not installed"
-    except ImportError as error:
-        return f"triton does not import: {error}"
-    return None
-
-
-WITHOUT_TRITON = _import_triton()
-HAS_TRITON = WITHOUT_TRITON is None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether triton is installed. It is imported when a layer is about to run on it, which takes longer than all of this
+package."""
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in (
     "1",
@@ -136,11 +126,26 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def why_no_triton() -> str | None:
+    """Why triton cannot be imported, None if it can: it may be missing, or installed and broken."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if not _import_errors:
+        try:
+            import triton  # noqa: F401, read here by torch.compile, which cannot trace importlib
+        except ImportError as error:
+            _import_errors.append(f"triton does not import: {error}")
+    return _import_errors[0] if _import_errors else None
+
+
+_import_errors: list[str] = []
+
+
 def _why_not_triton(x: Tensor) -> str | None:
-    if WITHOUT_TRITON is not None:
-        return WITHOUT_TRITON
+    if not HAS_TRITON:
+        return why_no_triton()
     if x.dtype not in TRITON_DTYPES:
         return f"its kernels take float32, bfloat16 and float16, and x is {x.dtype}"
     if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return f"x is on {x.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, for tests)"
-    return None
+    return why_no_triton()

@@ -96,8 +96,8 @@ def explain(module: SPConv2d, x: Tensor, *, capability: tuple[int, int] | None =
     if not isinstance(module, SPConv2d):
         raise TypeError(f"module must be an SPConv2d, got {type(module).__name__}")
     check_input("x", x)
-    if capability is not None and (not torch.backends.cuda.is_built() or not dispatch.HAS_TRITON):
-        missing = dispatch.WITHOUT_TRITON or "this PyTorch is built without CUDA"
+    if capability is not None and (not torch.backends.cuda.is_built() or dispatch.why_no_triton()):
+        missing = dispatch.why_no_triton() or "this PyTorch is built without CUDA"
         raise ValueError(
             f"capability must be None here, where nothing is traced for a GPU ({missing}), got {capability}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +23,12 @@ descriptions: dict[str, Callable[..., str]] = {}
 """What an opaque operator would launch for given arguments, by its qualified name, likewise."""
 
 
-def traceable_op(name: str, kernels: Sequence[object]) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def traceable_op(name: str, kernels: Callable[[], Sequence[object]]) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Decorator that registers ``spconv_triton::name`` with the decorated function as its body.
 
     ``torch.library.triton_op`` does the same, but imports Inductor at once, which adds about a second to importing
-    this package, and finds the kernels by reading source. Here they are named, so that compiled code cached on disk
-    is keyed by their source.
+    this package, and finds the kernels by reading source. Here ``kernels`` names them when it is called, so that
+    compiled code cached on disk is keyed by their source.
 
     In eager mode the body runs as it is. When AOTAutograd traces, the operator is replaced by its body, so Inductor
     sees kernels and ATen. ``torch.export`` keeps the operator. Interpreted kernels cannot be traced, and then the
@@ -42,7 +44,7 @@ def traceable_op(name: str, kernels: Sequence[object]) -> Callable[[Callable[...
         qualified = f"{NAMESPACE}::{name}"
         schema = torch.library.infer_schema(body, mutates_args=())
         operator = custom_op(qualified, eager, mutates_args=(), schema=schema)
-        torch_triton.triton_ops_to_kernels[qualified] = list(kernels)
+        torch_triton.triton_ops_to_kernels[qualified] = LateKernels(kernels)  # type: ignore[assignment]
         bodies[qualified] = body
 
         def trace(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -83,30 +85,58 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 class OpaqueOp:
-    """``spconv_triton::name``, an operator that is never traced, with ``body`` as its body; it writes to ``mutates``.
+    """``spconv_triton::name``, an operator that is never traced.
 
     Called from the body of a :func:`traceable_op` in eager mode, it runs at once: the dispatcher has been there for the
     enclosing operator, and costs several microseconds a call.
+
+    Args:
+        name: of the operator.
+        schema: its arguments and results, as of ``torch.library.define``. Better return a tensor than mutate one:
+            Inductor fills an uninitialised tensor before an operator mutates it.
+        body: ``"module:function"``, imported when it is first called: compiled code from a cache on disk may call the
+            operator before anything else has loaded its kernels.
+        fake: likewise, of the results without their values.
+        description: likewise, says what it would launch for given arguments: blocks and grid.
     """
 
-    def __init__(self, name: str, body: Callable[..., Any], mutates: Sequence[str]) -> None:
-        schema = torch.library.infer_schema(body, mutates_args=mutates)
-        self.body = body
-        self.operator = custom_op(f"{NAMESPACE}::{name}", body, mutates_args=mutates, schema=schema)
-        self.register_fake = self.operator.register_fake
+    def __init__(self, name: str, schema: str, body: str, fake: str, description: str | None = None) -> None:
+        self.body = Late(body)
+        self.operator = custom_op(f"{NAMESPACE}::{name}", self._run, mutates_args=(), schema=schema)
+        self.operator.register_fake(Late(fake).__call__)
         self.packet = self.operator._opoverload.overloadpacket
+        if description is not None:
+            descriptions[self.operator._qualname] = Late(description)
 
-    def register_description(self, describe: Callable[..., str]) -> None:
-        """``describe``, called with the operator's arguments, says what it would launch: blocks and grid."""
-        descriptions[self.operator._qualname] = describe
+    def _run(self, *args: Any) -> Any:
+        return self.body(*args)
 
     def __call__(self, *args: Any) -> Any:
         return (self.operator if torch_triton.is_wrap_triton_enabled() else self.body)(*args)
 
 
-def opaque_op(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], OpaqueOp]:
-    """Decorator that makes an :class:`OpaqueOp` of the decorated function.
+class Late:
+    """The function ``"module:function"``, whose module is imported when it is first called."""
 
-    Better return a tensor than mutate one: Inductor fills an uninitialised tensor before an operator mutates it.
-    """
-    return lambda body: OpaqueOp(name, body, mutates)
+    def __init__(self, name: str) -> None:
+        self.module, _, self.function = name.partition(":")
+
+    def __call__(self, *args: Any) -> Any:
+        return getattr(importlib.import_module(self.module), self.function)(*args)
+
+
+class LateKernels(Sequence[object]):
+    """The kernels that ``find`` returns when they are first asked for."""
+
+    def __init__(self, find: Callable[[], Sequence[object]]) -> None:
+        self._find = find
+
+    @functools.cached_property
+    def _found(self) -> Sequence[object]:
+        return self._find()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found[index]

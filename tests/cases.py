@@ -246,18 +246,34 @@ def assert_agrees_over_draws(
     as much as anyone's: about one draw in ten has a reference so lucky that no other order of summation comes within
     twice its error. Over many draws luck evens out, and what is left is how well the sums are taken.
     """
+    assert_within_budget_over_draws(
+        _judge(function, inputs, output_grad(inputs), **options) for inputs in (draw() for _ in range(draws))
+    )
+
+
+Results = dict[str, Tensor]
+
+
+def assert_within_budget_over_draws(
+    draws: Iterable[tuple[Results, Results, Results]], *, condition: float = 1.0
+) -> None:
+    """As :func:`assert_within_budget`, for the geometric mean of error / allowed error over several draws.
+
+    Args:
+        draws: of each, by name: the results under test, those of the reference in the same dtype, and in float64.
+    """
     logarithms: dict[str, list[float]] = {}
-    for _ in range(draws):
-        inputs = draw()
-        got, yardsticks, exact = _judge(function, inputs, output_grad(inputs), **options)
+    for got, same_dtype, exact in draws:
         for name, judge in exact.items():
-            rounding = torch.finfo(got[name].dtype).eps * judge.abs().max().item()
-            budget = 2 * (_largest_error(yardsticks[name], judge) + rounding) + GATE_CLAMP
+            assert got[name].isfinite().all(), f"{name} is not finite"
+            roundings = 16 if got[name].dtype == torch.float64 else 1  # as of single draws
+            rounding = condition * roundings * torch.finfo(got[name].dtype).eps * judge.abs().max().item()
+            budget = 2 * (_largest_error(same_dtype[name], judge) + rounding) + GATE_CLAMP
             ratio = _largest_error(got[name], judge) / budget
             logarithms.setdefault(name, []).append(math.log(max(ratio, 1e-3)))
     for name, values in logarithms.items():
-        ratio = math.exp(sum(values) / draws)
-        assert ratio <= 1, f"{name}: {ratio:.2f} x the allowed error, as the geometric mean of {draws} draws"
+        ratio = math.exp(sum(values) / len(values))
+        assert ratio <= 1, f"{name}: {ratio:.2f} x the allowed error, as the geometric mean of {len(values)} draws"
 
 
 def _judge(

@@ -65,7 +65,7 @@ def _process_group() -> Iterator[None]:
 CIRCUMSTANCES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "": nullcontext,
     "in a process group": _process_group,
-    "without triton": lambda: mock.patch.object(dispatch, "WITHOUT_TRITON", "triton is not installed"),
+    "without triton": lambda: mock.patch.object(dispatch, "HAS_TRITON", False),
     "where PyTorch is built without CUDA": lambda: mock.patch.object(torch.backends.cuda, "is_built", lambda: False),
 }
 

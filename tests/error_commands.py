@@ -34,12 +34,14 @@ class Command:
         parts: of what is printed.
         where: the circumstances, as the documentation tells them.
         prepare: makes them, in an empty folder; what it returns holds while the command runs.
+        needs: a module without which the command ends earlier, with another message.
     """
 
     arguments: str
     parts: tuple[str, ...]
     where: str = ""
     prepare: Callable[[], AbstractContextManager[Any] | None] = nullcontext
+    needs: str | None = None
 
     @functools.cache  # noqa: B019, a list of constants keeps all commands anyway
     def provoke(self) -> tuple[BaseException, str]:
@@ -181,24 +183,28 @@ COMMANDS = [
         ("--data: data must hold the folders train and val (or test)",),
         "with an empty folder",
         lambda: Path("data").mkdir(),
+        needs="torchvision",
     ),
     Command(
         "train --data folder:data",
         ("--data: train and val of data must have the same classes; only one has ['blue', 'green']",),
         "with another class in each",
         lambda: _images("train/red/1.png", "train/blue/1.png", "val/red/1.png", "val/green/1.png"),
+        needs="torchvision",
     ),
     Command(
         "train --data folder:data",
         ("--data: ",),
         "with folders that hold no images",
         lambda: _images("train/red/1.txt", "val/red/1.txt"),
+        needs="torchvision",
     ),
     Command(
         "train --data folder:data --image-size 16 --batch-size 2 --device cpu",
         ("--data: cannot read the image data/train/red/",),
         "with a file that is no image",
         lambda: _images("train/red/1.png", "train/red/2.png", "val/red/1.png"),
+        needs="torchvision",
     ),
     Command(
         f"train {SMALL} --out file",

@@ -10,10 +10,15 @@ from unittest import mock
 
 import torch
 import triton
+from torch._higher_order_ops import triton_kernel_wrap
 
 from benchmarks.machine_code import compiling_for
 from spconv_triton import dispatch
 from spconv_triton.launch import descriptor, gradients_descriptor
+
+ACCESSES = "identify_accessed_tensors"
+if not hasattr(triton_kernel_wrap, ACCESSES):
+    ACCESSES = "identify_mutated_tensors"  # its name in PyTorch 2.11
 
 
 class Lowered(Exception):  # noqa: N818
@@ -74,7 +79,6 @@ def inductor_sources(
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
     from torch._dynamo import device_interface
-    from torch._higher_order_ops import triton_kernel_wrap
     from torch._inductor import cpu_vec_isa
     from torch._inductor.graph import GraphLowering
     from torch._inductor.runtime.hints import DeviceProperties
@@ -87,7 +91,7 @@ def inductor_sources(
         module.call = mock.Mock(side_effect=Lowered)
         return module
 
-    accesses = Remembered(triton_kernel_wrap.identify_accessed_tensors)
+    accesses = Remembered(getattr(triton_kernel_wrap, ACCESSES))
     with (
         compiling_for(target),
         mock.patch.object(dispatch, "_why_not_triton", lambda x: None),
@@ -100,7 +104,7 @@ def inductor_sources(
         # Of no interest here, and most of the time: which vector instructions a C++ compiler takes, and for every
         # launch anew what its kernel writes.
         mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", list),
-        mock.patch.object(triton_kernel_wrap, "identify_accessed_tensors", accesses),
+        mock.patch.object(triton_kernel_wrap, ACCESSES, accesses),
         functorch_config.patch(force_non_lazy_backward_lowering=True),
         inductor_config.patch(force_disable_caches=True),
     ):

@@ -9,7 +9,7 @@ import pytest
 from fresh import run_python
 
 # Slow to import or optional; none of them is needed to run a layer.
-UNWANTED = ("sklearn", "matplotlib", "rich", "torchvision", "timm", "torch._inductor", "torch._dynamo")
+UNWANTED = ("sklearn", "matplotlib", "rich", "torchvision", "timm", "torch._inductor", "torch._dynamo", "triton")
 
 USE_LAYER = """
 import torch
@@ -59,6 +59,30 @@ def test_import_is_light(tmp_path: Path) -> None:
     assert "spconv_triton.modules" in ours, "the process imported another spconv_triton"
     assert "torch" in torch_brings
     assert not ours.intersection(UNWANTED)
+
+
+def test_a_layer_on_a_cpu_does_without_triton(tmp_path: Path) -> None:
+    """Which takes longer to import than the package."""
+    run_python(
+        f"{USE_LAYER}\nimport sys\nassert not [n for n in sys.modules if n.partition('.')[0] == 'triton']", tmp_path
+    )
+
+
+@pytest.mark.parametrize("first", ["torch.utils.flop_counter", "spconv_triton"])
+def test_formulas_are_registered_whoever_comes_first(tmp_path: Path, first: str) -> None:
+    code = f"""
+import importlib, sys
+importlib.import_module({first!r})
+import spconv_triton, torch
+import torch.utils.flop_counter as counter
+packets = ("spconv2d", "spconv2d_backward", "spconv2d_inference", "onepass_descriptor", "weight_grad_descriptor")
+for name in packets:
+    assert getattr(torch.ops.spconv_triton, name) in counter.flop_registry, name
+assert counter.__loader__ is counter.__spec__.loader
+assert type(counter.__loader__).__name__ == "SourceFileLoader", counter.__loader__
+assert not [f for f in sys.meta_path if type(f).__module__.startswith("spconv_triton")]
+"""
+    run_python(code, tmp_path)
 
 
 def test_import_and_use_on_a_cpu_ask_nothing_of_cuda(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from ..geometry import Geometry
 from ..kernels.branch_norm import branches_forward, norm_blend, norm_gate
@@ -24,6 +23,7 @@ from .common import (
     layer_constants,
     pixel_arguments,
     pixel_major,
+    wrap_triton,
 )
 from .fusion import blend_grid
 from .gradients import finish_weight_grads, layer_input_grad, layer_weight_grad

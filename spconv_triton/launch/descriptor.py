@@ -14,7 +14,6 @@ from ..dispatch import capability
 from ..geometry import Geometry
 from ..kernels.descriptor import onepass_descriptor as kernel
 from ..kernels.rows import onepass_rows
-from ..registration import opaque_op
 from .common import channels_last, dot_precision, empty_channels_last, pixel_major
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -181,7 +180,6 @@ def streamed_rows(packed: Packing, groups: int, stride: int, output: tuple[int, 
     return rows if streamed < tiled else None
 
 
-@opaque_op("onepass_descriptor")
 def convolve(
     x: Tensor,
     packed: Tensor,
@@ -195,8 +193,6 @@ def convolve(
     activation: str,
 ) -> Tensor:
     """Y [N, M, H_out, W_out], channels_last, of a layer that :func:`supports` takes.
-
-    Opaque to ``torch.compile``: traced, a launch whose arguments are host descriptors vanishes from the graph.
 
     Args:
         x: [N, L, H, W].
@@ -251,8 +247,7 @@ def convolve(
     return y
 
 
-@convolve.register_fake
-def _(
+def empty_convolved(
     x: Tensor,
     packed: Tensor,
     _ratio: Tensor,
@@ -264,11 +259,11 @@ def _(
     stride: int,
     _activation: str,
 ) -> Tensor:
+    """What :func:`convolve` returns, uninitialised."""
     return empty_channels_last(x, packed.shape[0], x.shape[2] // stride, x.shape[3] // stride)
 
 
-@convolve.register_description
-def _(
+def describe(
     x: Tensor,
     packed: Tensor,
     _ratio: Tensor,
@@ -280,6 +275,7 @@ def _(
     stride: int,
     _activation: str,
 ) -> str:
+    """What :func:`convolve` launches: tile and grid."""
     outputs, output = packed.shape[0], (x.shape[0], x.shape[2] // stride, x.shape[3] // stride, packed.shape[0])
     plan = packing(x.shape[1], representative, outputs, groups)
     assert plan is not None

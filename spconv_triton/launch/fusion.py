@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from ..kernels.fusion import fusion_blend, fusion_blend_grad, fusion_statistics
-from .common import TARGET_PROGRAMS, Grid, channels_last
+from .common import TARGET_PROGRAMS, Grid, channels_last, wrap_triton
 
 FORWARD_KERNELS = (fusion_statistics, fusion_blend)
 BACKWARD_KERNELS = (fusion_statistics, fusion_blend_grad)

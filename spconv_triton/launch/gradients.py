@@ -14,6 +14,7 @@ from ..kernels.backward import input_grad, weight_grad
 from ..kernels.reduction import finish_weights, gate_grad
 from ..kernels.tuning import weight_block, weight_grad_channels
 from . import gradients_descriptor as descriptor
+from . import opaque
 from .common import (
     TARGET_PROGRAMS,
     channels_last,
@@ -291,9 +292,9 @@ def spconv2d_backward(
         gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean)
         d_weights = finish_weight_grads(partial, weights, gate, geometry)
         return layer_input_grad(grad, x, weights, ratio, gate.shift, geometry), *d_weights
-    partial, parts = descriptor.weight_grad(grad, x, *weights, ratio, geometry.groups)
+    partial, parts = opaque.weight_grad(grad, x, *weights, ratio, geometry.groups)
     redundant_blocks = descriptor.redundant_tiles(x, weight_pwc, geometry.groups)
     prepared = descriptor.prepare(x, weight_pwc, geometry.groups)
     gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean, prepared)
     d_weights = finish_weight_grads(partial, weights, gate, geometry, prepared)
-    return descriptor.input_grad(grad, *prepared[1:], weight_pwc.shape[1], geometry.groups), *d_weights
+    return opaque.input_grad(grad, *prepared[1:], weight_pwc.shape[1], geometry.groups), *d_weights

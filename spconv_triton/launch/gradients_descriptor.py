@@ -12,7 +12,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..geometry import Geometry
 from ..kernels.backward_descriptor import input_grad_descriptor, weight_grad_descriptor
-from ..registration import opaque_op
 from .common import channels_last, empty_channels_last
 from .descriptor import DTYPES, PROGRAMS, aligned, boxes, capability
 
@@ -150,7 +149,6 @@ def weight_box(height: int, width: int) -> tuple[int, int]:
     return min([(8, 8), (4, 16), (16, 4), (2, 32), (1, 64)], key=lambda box: waste(box, (height, width)))
 
 
-@opaque_op("weight_grad_descriptor")
 def weight_grad(
     grad: Tensor,
     x: Tensor,
@@ -162,8 +160,6 @@ def weight_grad(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`.gradients.layer_weight_grad`, of a layer that is supported; the centre tap's partial sums are left
     out, being the point-wise ones.
-
-    Opaque to ``torch.compile``: traced, a launch whose arguments are host descriptors vanishes from the graph.
     """
     channels, height, width = x.shape[1:]
     outputs, representative = weight_pwc.shape[:2]
@@ -201,8 +197,7 @@ def weight_grad(
     return partial, parts
 
 
-@weight_grad.register_fake
-def _(
+def empty_weight_grad(
     _grad: Tensor,
     x: Tensor,
     _weight_gwc: Tensor,
@@ -211,6 +206,7 @@ def _(
     _ratio: Tensor,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
+    """What :func:`weight_grad` returns, uninitialised."""
     return _weight_buffers(x, weight_pwc, groups)
 
 
@@ -253,11 +249,10 @@ def prepare(x: Tensor, weight_pwc: Tensor, groups: int) -> Prepared:
     return Prepared(plan, x.new_empty((plan.rows, channels)), gate, constant)
 
 
-@opaque_op("input_grad_descriptor")
 def input_grad(
     grad: Tensor, packed: Tensor, gate: Tensor, constant: Tensor, representative: int, groups: int
 ) -> Tensor:
-    """dL/dx, [N, C, H, W], channels_last, of a layer that is supported; opaque as :func:`weight_grad` is.
+    """dL/dx, [N, C, H, W], channels_last, of a layer that is supported.
 
     Args:
         packed, gate, constant: see :class:`Prepared`.
@@ -299,8 +294,10 @@ def input_grad(
     return dx
 
 
-@input_grad.register_fake
-def _(grad: Tensor, packed: Tensor, _gate: Tensor, _constant: Tensor, _representative: int, _groups: int) -> Tensor:
+def empty_input_grad(
+    grad: Tensor, packed: Tensor, _gate: Tensor, _constant: Tensor, _representative: int, _groups: int
+) -> Tensor:
+    """What :func:`input_grad` returns, uninitialised."""
     return empty_channels_last(grad, packed.shape[1], grad.shape[2], grad.shape[3])
 
 

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from ..geometry import Geometry
 from ..kernels.gate import gate_planes
 from ..kernels.onepass import onepass_forward
 from ..kernels.statistics import window_statistics
-from . import descriptor
+from . import descriptor, opaque
 from .common import (
     TARGET_PROGRAMS,
     channels_last,
@@ -24,6 +23,7 @@ from .common import (
     pixel_major,
     use_descriptors,
     window_constants,
+    wrap_triton,
 )
 
 FORWARD_KERNELS = (window_statistics, gate_planes, onepass_forward)
@@ -115,7 +115,7 @@ def spconv2d(
     )
     if packed is not None:
         window = (representative, geometry.groups, geometry.stride[0])
-        y = descriptor.convolve(x, packed, ratio, scale, offset, residual, *window, activation)
+        y = opaque.convolve(x, packed, ratio, scale, offset, residual, *window, activation)
         return y, ratio, tap_mean, pool_mean
     y = empty_output(x, weight_gwc, geometry)
     wrap_triton(onepass_forward)[forward_grid(pixels, weight_gwc, geometry)](

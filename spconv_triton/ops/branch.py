@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import launch, native
 from ..autocast import cast
+from ..flop_formulas import flop_formula
 from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import branch_flops, geometry_of
 from .second_order import differentiate_pullback, register_second_order
 
 
-@traceable_op("representative_branch", launch.branch.FORWARD_KERNELS)
+@traceable_op("representative_branch", lambda: launch.branch.FORWARD_KERNELS)
 def representative_branch(
     x3: Tensor,
     weight_gwc: Tensor,
@@ -46,7 +46,7 @@ def _(
     return launch.empty_channels_last(x3, weight_gwc.shape[0], height, width)
 
 
-@traceable_op("representative_branch_backward", launch.gradients.KERNELS)
+@traceable_op("representative_branch_backward", lambda: launch.gradients.KERNELS)
 def representative_branch_backward(
     grad: Tensor,
     x3: Tensor,
@@ -105,12 +105,12 @@ def _second_order(
 register_second_order(representative_branch_backward, _second_order)
 
 
-@register_flop_formula(getattr(torch.ops, NAMESPACE).representative_branch)
+@flop_formula(getattr(torch.ops, NAMESPACE).representative_branch)
 def _(x_shape: Any, gwc_shape: Any, pwc_shape: Any, *window: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return branch_flops(x_shape, gwc_shape, window)
 
 
-@register_flop_formula(getattr(torch.ops, NAMESPACE).representative_branch_backward)
+@flop_formula(getattr(torch.ops, NAMESPACE).representative_branch_backward)
 def _(
     grad_shape: Any, x_shape: Any, gwc_shape: Any, pwc_shape: Any, *window: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:

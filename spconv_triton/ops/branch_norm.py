@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import launch, native
 from ..autocast import cast
-from ..launch import Kept, Norms
+from ..flop_formulas import flop_formula
 from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import geometry_of, layer_flops
 from .second_order import differentiate_pullback, register_second_order
 
 
-@traceable_op("spconv2d_batch_norm", launch.branch_norm.FORWARD_KERNELS)
+@traceable_op("spconv2d_batch_norm", lambda: launch.branch_norm.FORWARD_KERNELS)
 def spconv2d_batch_norm(
     x: Tensor,
     weight_gwc: Tensor,
@@ -37,7 +36,7 @@ def spconv2d_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Y [N, M, H_out, W_out], channels_last, and what the backward keeps: :class:`spconv_triton.launch.Kept`."""
     geometry = geometry_of(weight_gwc, stride, padding, dilation, groups)
-    norms = Norms(norm_weight3, norm_bias3, norm_weight1, norm_bias1)
+    norms = launch.Norms(norm_weight3, norm_bias3, norm_weight1, norm_bias1)
     y, kept = launch.spconv2d_batch_norm(
         x, weight_gwc, weight_pwc, weight_redundant, bias, norms, (eps3, eps1), geometry
     )
@@ -67,7 +66,7 @@ def _(
     return launch.empty_output(x, weight_gwc, geometry), *kept
 
 
-@traceable_op("spconv2d_batch_norm_backward", launch.branch_norm.BACKWARD_KERNELS)
+@traceable_op("spconv2d_batch_norm_backward", lambda: launch.branch_norm.BACKWARD_KERNELS)
 def spconv2d_batch_norm_backward(
     grad: Tensor,
     x: Tensor,
@@ -94,8 +93,8 @@ def spconv2d_batch_norm_backward(
         weight_gwc,
         weight_pwc,
         weight_redundant,
-        Norms(norm_weight3, norm_bias3, norm_weight1, norm_bias1),
-        Kept(branches, gate, batch),
+        launch.Norms(norm_weight3, norm_bias3, norm_weight1, norm_bias1),
+        launch.Kept(branches, gate, batch),
         geometry,
     )
 
@@ -185,7 +184,7 @@ def _second_order(
         return native.gap_softmax_fusion(*normed) + bias[:, None, None].to(x.dtype)
 
     norms = (norm_weight3, norm_bias3, norm_weight1, norm_bias1)
-    rows = (*Norms(*norms).tensors(gate), gate.new_zeros(gate.shape[1]))  # the bias has no part in any gradient
+    rows = (*launch.Norms(*norms).tensors(gate), gate.new_zeros(gate.shape[1]))  # the bias has no part in any gradient
     tensors = (x, gwc, pwc, redundant, *rows)
     d_rows = (None,) * 5 if cotangents[4] is None else cotangents[4].unbind()
     by_grad, *by_tensors = differentiate_pullback(layer, tensors, grad, (*cotangents[:4], *d_rows))
@@ -204,12 +203,12 @@ def _normalise(u: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> Tensor:
 register_second_order(spconv2d_batch_norm_backward, _second_order)
 
 
-@register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm)
+@flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm)
 def _(x_shape: Any, gwc_shape: Any, pwc_shape: Any, redundant_shape: Any, *rest: Any, **kwargs: Any) -> int:
     return layer_flops(x_shape, gwc_shape, redundant_shape, rest[-4:])
 
 
-@register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm_backward)
+@flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm_backward)
 def _(
     grad_shape: Any, x_shape: Any, gwc_shape: Any, pwc_shape: Any, redundant_shape: Any, *rest: Any, **kwargs: Any
 ) -> int:

@@ -13,7 +13,7 @@ from ..registration import register_autocast, traceable_op
 from .second_order import differentiate_pullback, register_second_order
 
 
-@traceable_op("gap_softmax_fusion", launch.fusion.FORWARD_KERNELS)
+@traceable_op("gap_softmax_fusion", lambda: launch.fusion.FORWARD_KERNELS)
 def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
     """Y [N, M, H, W], channels_last, and S3 - S1 [N, M] float32, of which the gate is the sigmoid."""
     return launch.gap_softmax_fusion(u3, u1)
@@ -25,7 +25,7 @@ def _(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
     return y, u3.new_empty(u3.shape[:2], dtype=torch.float32)
 
 
-@traceable_op("gap_softmax_fusion_backward", launch.fusion.BACKWARD_KERNELS)
+@traceable_op("gap_softmax_fusion_backward", lambda: launch.fusion.BACKWARD_KERNELS)
 def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of u3 and u1, channels_last; ``gate`` is S3 - S1 as the forward returned it."""
     return launch.gap_softmax_fusion_backward(grad, u3, u1, gate)

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import launch
 from ..autocast import cast
+from ..flop_formulas import flop_formula
 from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import geometry_of, layer_flops
 
 
-@traceable_op("spconv2d_inference", launch.layer.FORWARD_KERNELS)
+@traceable_op("spconv2d_inference", lambda: launch.layer.FORWARD_KERNELS)
 def spconv2d_inference(
     x: Tensor,
     weight_gwc: Tensor,
@@ -78,7 +78,7 @@ def _autocast(*args: Any) -> tuple[Any, ...]:
 register_autocast(spconv2d_inference, _autocast)
 
 
-@register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_inference)
+@flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_inference)
 def _(
     x_shape: Any,
     gwc_shape: Any,

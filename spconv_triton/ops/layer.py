@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import launch, native
 from ..autocast import cast
+from ..flop_formulas import flop_formula
 from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import geometry_of, layer_flops
 from .second_order import differentiate_pullback, register_second_order
 
 
-@traceable_op("spconv2d", launch.layer.FORWARD_KERNELS)
+@traceable_op("spconv2d", lambda: launch.layer.FORWARD_KERNELS)
 def spconv2d(
     x: Tensor,
     weight_gwc: Tensor,
@@ -57,7 +57,7 @@ def _(
     )
 
 
-@traceable_op("spconv2d_backward", launch.gradients.KERNELS)
+@traceable_op("spconv2d_backward", lambda: launch.gradients.KERNELS)
 def spconv2d_backward(
     grad: Tensor,
     x: Tensor,
@@ -149,7 +149,7 @@ def _second_order(
 register_second_order(spconv2d_backward, _second_order)
 
 
-@register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d)
+@flop_formula(getattr(torch.ops, NAMESPACE).spconv2d)
 def _(
     x_shape: Any,
     gwc_shape: Any,
@@ -164,7 +164,7 @@ def _(
     return layer_flops(x_shape, gwc_shape, redundant_shape, window)
 
 
-@register_flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_backward)
+@flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_backward)
 def _(
     grad_shape: Any,
     x_shape: Any,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.flop_counter import register_flop_formula
-
 from .. import launch
+from ..flop_formulas import flop_formula
 
 
-@register_flop_formula(launch.descriptor.convolve.packet)
+@flop_formula(launch.opaque.convolve.packet)
 def _(
     x_shape: Any,
     packed: Any,
@@ -28,7 +27,7 @@ def _(
     return _flops(batch * (height // stride) * (width // stride), channels, packed[0], representative, groups)
 
 
-@register_flop_formula(launch.gradients_descriptor.weight_grad.packet)
+@flop_formula(launch.opaque.weight_grad.packet)
 def _(
     grad_shape: Any,
     x_shape: Any,
@@ -44,7 +43,7 @@ def _(
     return _flops(batch * height * width, x_shape[1], outputs, pwc_shape[1], groups)
 
 
-@register_flop_formula(launch.gradients_descriptor.input_grad.packet)
+@flop_formula(launch.opaque.input_grad.packet)
 def _(
     grad_shape: Any,
     packed: Any,

@@ -199,7 +199,7 @@ def test_operator_passes_opcheck(device: str) -> None:
     arguments = (grad, *tensors, None, ratio, tap_mean.half(), pool_mean.half(), [1, 1], [1, 1], [1, 1], case.groups)
     torch.library.opcheck(torch.ops.spconv_triton.spconv2d_backward, arguments)
     weights = tensors[1:]
-    torch.library.opcheck(descriptor.weight_grad.operator, (grad, tensors[0], *weights, ratio, case.groups))
+    torch.library.opcheck(launch.opaque.weight_grad.operator, (grad, tensors[0], *weights, ratio, case.groups))
 
 
 @pytest.mark.parametrize(("path", "message"), [("portable", "path must be"), ("descriptor", "does not take a layer")])

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from cases import GATE_CLAMP, SMALL, Case, assert_within_budget, kept_bytes, make_inputs
+from cases import (
+    SMALL,
+    Case,
+    assert_within_budget,
+    assert_within_budget_over_draws,
+    kept_bytes,
+    make_inputs,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,17 +100,7 @@ def check_over_draws(draw: Callable[[], Leaves], case: Case, draws: int, *, cond
 
     Ratios of single draws spread by factors of 1.5 to 3 around means of 0.1 to 0.6: one in some hundred is above 1.
     """
-    logarithms: dict[str, list[float]] = {}
-    for _ in range(draws):
-        got, same_dtype, exact = judged(draw(), case)
-        for name, value in exact.items():
-            error, yardstick = ((r[name].double() - value).abs().max().item() for r in (got, same_dtype))
-            rounding = condition * torch.finfo(got[name].dtype).eps * value.abs().max().item()
-            ratio = error / (2 * (yardstick + rounding) + GATE_CLAMP)
-            logarithms.setdefault(name, []).append(math.log(max(ratio, 1e-3)))
-    for name, values in logarithms.items():
-        ratio = math.exp(sum(values) / draws)
-        assert ratio <= 1, f"{name}: {ratio:.2f} x the allowed error, as the geometric mean of {draws} draws"
+    assert_within_budget_over_draws((judged(draw(), case) for _ in range(draws)), condition=condition)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -147,7 +147,7 @@ def test_every_box(
     monkeypatch.setattr(descriptor, "empty_channels_last", lambda *args: y)
     packed = eager_packing(inputs, case)
     window = (case.representative, case.groups, case.stride[0], "none")
-    descriptor.convolve.body(inputs.x.detach(), packed, ratio, scale, offset, None, *window)
+    descriptor.convolve(inputs.x.detach(), packed, ratio, scale, offset, None, *window)
 
     expected = [mixed(i, case, ratio, scale, offset) for i in (inputs, inputs.to(torch.float64))]
     assert_within_budget("y", y, *expected)

@@ -251,7 +251,7 @@ def test_boxes(box: tuple[int, int, int], taps: int, case: Case, monkeypatch: py
     tensors, residual, _ = layer_inputs(case, torch.float16)
     x, packed, planes = sliced(tensors[0], 8, 16), torch.randn(64, 32 + 9 * 32).half(), torch.rand(3, case.batch, 64)
     with guarded() as report:
-        descriptor.convolve.body(x, packed, *planes, residual, 32, 1, case.stride[0], "relu")
+        descriptor.convolve(x, packed, *planes, residual, 32, 1, case.stride[0], "relu")
     (launched,) = report.of("onepass_descriptor")
     assert launched.stored_bytes == {"y_desc": 2 * residual.numel()}
     assert launched.loaded_bytes["residual_desc"] == 2 * residual.numel()
@@ -265,7 +265,7 @@ def test_rows(batch: int, size: tuple[int, int], rows: int, monkeypatch: pytest.
     tensors, grad, _ = layer_inputs(replace(TILED, batch=batch, size=size), torch.float16)
     x, packed = sliced(tensors[0], 16, 8), torch.randn(64, 32 + 9 * 32).half()
     with guarded() as report:
-        descriptor.convolve.body(x, packed, *torch.rand(3, batch, 64), None, 32, 1, 1, "none")
+        descriptor.convolve(x, packed, *torch.rand(3, batch, 64), None, 32, 1, 1, "none")
     assert report.kernels == KERNELS["rows"]
     (launched,) = report.launches
     assert launched.stored_bytes == {"y_desc": 2 * grad.numel()}
@@ -306,7 +306,7 @@ def test_input_gradient_over_descriptors(case: Case) -> None:
     for tensor in prepared[1:]:
         tensor.normal_()
     with guarded() as report:
-        dx = gradients_descriptor.input_grad.body(grad, *prepared[1:], case.representative, geometry.groups)
+        dx = gradients_descriptor.input_grad(grad, *prepared[1:], case.representative, geometry.groups)
     (launched,) = report.of("input_grad_descriptor")
     assert launched.stored_bytes == {"dx_desc": 2 * dx.numel()}
     assert launched.unique_loaded_bytes["grad_desc"] == 2 * grad.numel()
