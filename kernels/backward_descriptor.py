@@ -39,7 +39,7 @@ from .tiles import dot
 
 @triton.jit
 def _plane(constant_ptr, plane, offset, mask, N, C: tl.constexpr):
-    return tl.load(constant_ptr + plane * N.to(tl.int64) * C + offset, mask=mask, other=0.0)
+    return tl.load(constant_ptr + plane * tl.cast(N, tl.int64) * C + offset, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "TILES_H", "TILES_W"])

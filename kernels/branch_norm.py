@@ -131,7 +131,7 @@ def norm_gate(
     bias = tl.zeros((BLOCK_C,), tl.float32)
     if BIAS:
         bias += tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)
-    plane = N.to(tl.int64) * C
+    plane = tl.cast(N, tl.int64) * C
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & c_mask[None, :]
@@ -166,7 +166,7 @@ def norm_blend(
     c, sample, pixel_block = decode_blend(P, C, BLOCK_PIX, BLOCK_C)
     pixel = pixel_block * BLOCK_PIX + tl.arange(0, BLOCK_PIX)
     c_mask = c < C
-    plane = N.to(tl.int64) * C
+    plane = tl.cast(N, tl.int64) * C
     planes = planes_ptr + sample.to(tl.int64) * C + c
     scale3 = tl.load(planes, mask=c_mask, other=0.0)
     scale1 = tl.load(planes + plane, mask=c_mask, other=0.0)

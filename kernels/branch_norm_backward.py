@@ -79,7 +79,7 @@ def norm_sums(
         t1 += g * u1
         r3 += u3
         r1 += u1
-    plane = N.to(tl.int64) * C
+    plane = tl.cast(N, tl.int64) * C
     out = partial_ptr + split * 5 * plane + sample.to(tl.int64) * C + c
     tl.store(out, tl.sum(b, 0), mask=c_mask)
     tl.store(out + plane, tl.sum(t3, 0), mask=c_mask)
@@ -125,9 +125,9 @@ def norm_coefficients(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
     samples = tl.arange(0, BLOCK_N)
-    plane = N.to(tl.int64) * C
-    size = P.to(tl.float32)
-    values = N.to(tl.float32) * size
+    plane = tl.cast(N, tl.int64) * C
+    size = tl.cast(P, tl.float32)
+    values = tl.cast(N, tl.float32) * size
     r3 = tl.load(batch_ptr + 4 * C + c, mask=c_mask, other=0.0)
     r1 = tl.load(batch_ptr + 5 * C + c, mask=c_mask, other=0.0)
     gain3 = tl.load(weight3_ptr + c, mask=c_mask, other=0.0).to(tl.float32) * r3
@@ -220,7 +220,7 @@ def norm_blend_grad(
     mask = (pixel < P)[:, None] & c_mask[None, :]
     row = (sample.to(tl.int64) * P + pixel)[:, None]
     grad = tl.load(grad_ptr + row * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    plane = N.to(tl.int64) * C
+    plane = tl.cast(N, tl.int64) * C
     planes = planes_ptr + sample.to(tl.int64) * C + c
     for branch in tl.static_range(2):
         mean = tl.load(batch_ptr + branch * C + c, mask=c_mask, other=0.0)

@@ -100,7 +100,7 @@ def fusion_blend(
     c, sample, pixel_block = decode_blend(P, C, BLOCK_PIX, BLOCK_C)
     pixel = pixel_block * BLOCK_PIX + tl.arange(0, BLOCK_PIX)
     c_mask = c < C
-    d = _sum_partials(partial_ptr, sample * C + c, c_mask, N, C, SPLITS) / P.to(tl.float32)
+    d = _sum_partials(partial_ptr, sample * C + c, c_mask, N, C, SPLITS) / tl.cast(P, tl.float32)
     d += d - d  # NaN where a mean is infinite, as the softmax over it is
     if pixel_block == 0:
         tl.store(gate_ptr + sample * C + c, d, mask=c_mask)
@@ -135,7 +135,7 @@ def fusion_blend_grad(
     beta = sigmoid(d)
     gamma = sigmoid(-d)
     inner = _sum_partials(partial_ptr, sample * C + c, c_mask, N, C, SPLITS)
-    constant = (beta * gamma * inner / P.to(tl.float32))[None, :]
+    constant = (beta * gamma * inner / tl.cast(P, tl.float32))[None, :]
     mask = (pixel < P)[:, None] & c_mask[None, :]
     offset = (sample.to(tl.int64) * P + pixel)[:, None] * C + c[None, :]
     grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)

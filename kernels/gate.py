@@ -157,10 +157,10 @@ def gate_planes(
     if block < sample_blocks:
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         n_mask = n < N
-        split_stride = N.to(tl.int64) * ROWS * C
+        split_stride = tl.cast(N, tl.int64) * ROWS * C
         samples = n.to(tl.int64)[:, None] * ROWS * C
         stores = (co_block == 0) & (group == 0)
-        share = 1.0 / P.to(tl.float32)
+        share = 1.0 / tl.cast(P, tl.float32)
         s1 = _apply(
             tl.zeros((BLOCK_N, BLOCK_CO), tl.float32), partial_ptr, redundant_ptr, pool_mean_ptr, samples, n, n_mask,
             co, co_mask, stores, share, split_stride, CR, CRED, C, C, SPLITS, POOL_ROW, TAPS, BLOCK_C,

@@ -89,7 +89,7 @@ def sample_moments(
         count = _part_pixels(sample, first + part, P, BLOCK_PIX).to(tl.float32)
         mean = tl.load(mean_ptr + base[None, :] + part[:, None] * C, mask=mask, other=0.0)
         total += count[:, None] * tl.where(mask, mean - pivot[None, :], 0.0)
-    sample_mean = pivot + tl.sum(total, 0) / P.to(tl.float32)
+    sample_mean = pivot + tl.sum(total, 0) / tl.cast(P, tl.float32)
 
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
     for part0 in range(0, blocks, BLOCK_PARTS):
@@ -126,7 +126,7 @@ def batch_moments(
         mask = (n < N)[:, None] & c_mask[None, :]
         mean = tl.load(sample_mean_ptr + n[:, None] * C + c[None, :], mask=mask, other=0.0)
         total += tl.where(mask, mean - pivot[None, :], 0.0)
-    batch_mean = pivot + tl.sum(total, 0) / N.to(tl.float32)
+    batch_mean = pivot + tl.sum(total, 0) / tl.cast(N, tl.float32)
 
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for n0 in range(0, N, BLOCK_N):
@@ -135,5 +135,5 @@ def batch_moments(
         mean = tl.load(sample_mean_ptr + n[:, None] * C + c[None, :], mask=mask, other=0.0)
         square = tl.load(sample_square_ptr + n[:, None] * C + c[None, :], mask=mask, other=0.0)
         deviation = tl.where(mask, mean - batch_mean[None, :], 0.0)
-        total += square + P.to(tl.float32) * deviation * deviation
-    return batch_mean, tl.sum(total, 0) / (N.to(tl.float32) * P.to(tl.float32))
+        total += square + tl.cast(P, tl.float32) * deviation * deviation
+    return batch_mean, tl.sum(total, 0) / (tl.cast(N, tl.float32) * tl.cast(P, tl.float32))

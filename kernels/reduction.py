@@ -73,7 +73,7 @@ def gate_grad(
         b1 = tl.load(branch_bias_ptr + CO + co, mask=co_mask, other=0.0).to(tl.float32)
         difference += (b3 - b1) * grad_sum
     delta = beta * gamma * difference
-    tl.store(shift_ptr + plane, delta / P.to(tl.float32), mask=co_mask)
+    tl.store(shift_ptr + plane, delta / tl.cast(P, tl.float32), mask=co_mask)
     if PREPARE:
         tl.store(gate_ptr + plane, beta, mask=co_mask)
         tl.store(gate_ptr + N * CO + plane, gamma, mask=co_mask)
@@ -226,7 +226,7 @@ def _constant_planes(
         bottom_right += tl.where(tap == 0, one, 0.0)
     out = constant_ptr + n[:, None] * C + (tl.where(redundant, CR, group * CG) + c)[None, :]
     mask = n_mask[:, None] & c_mask[None, :]
-    plane = N.to(tl.int64) * C
+    plane = tl.cast(N, tl.int64) * C
     tl.store(out, total, mask=mask)
     tl.store(out + plane, top, mask=mask)
     tl.store(out + 2 * plane, bottom, mask=mask)
@@ -317,7 +317,7 @@ def _finish_weights(
                 mean_ptr + n[:, None] * mean_stride + c[None, :], mask=(n < N)[:, None] & c_mask[None, :], other=0.0
             )
             total = dot(tl.trans(shift), mean.to(tl.float32), total, "ieee")
-        total *= P.to(tl.float32) * tl.where(redundant, -1.0, 1.0)
+        total *= tl.cast(P, tl.float32) * tl.where(redundant, -1.0, 1.0)
 
     stored = tap
     if CENTRE >= 0:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from . import native, native_onepass, reference
@@ -36,6 +39,9 @@ __all__ = [
     "spconv2d_batch_norm",
     "spconv2d_inference",
 ]
+
+Window = tuple[IntPair, IntPair | str, IntPair, int]
+"""Stride, padding, dilation and groups."""
 
 
 def representative_branch(
@@ -195,8 +201,59 @@ def spconv2d(
     check_input("x", x)
     x, weight_gwc, weight_pwc, weight_redundant, bias = cast(x, weight_gwc, weight_pwc, weight_redundant, bias)
     window = (stride, padding, dilation, groups)
-    geometry = _check_layer(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
-    check_bias("bias", bias, (weight_gwc.shape[0],), x, or_float32=False)
+    geometry = _check_layer(window, x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
+    return _spconv2d(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, backend)
+
+
+def layer_forward(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    window: Window,
+    backend: str,
+) -> Tensor:
+    """:func:`spconv2d` for a layer that is called again and again: what was found to fit fits again, unchecked."""
+    check_input("x", x)
+    x, weight_gwc, weight_pwc, weight_redundant, bias = cast(x, weight_gwc, weight_pwc, weight_redundant, bias)
+    arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
+    geometry = _check_layer(window, *arguments) if torch.compiler.is_compiling() else _recall(arguments, window)
+    return _spconv2d(*arguments, geometry, backend)
+
+
+_found: dict[Any, Geometry] = {}
+FOUND = 4096
+"""How many kinds of arguments are remembered."""
+
+
+def _recall(arguments: tuple[Any, ...], window: Window) -> Geometry:
+    """:func:`_check_layer`, which looks at nothing but shapes, dtypes and devices, once for each of them."""
+    try:
+        kind = (window, *(t if t is None else (t.shape, t.dtype, t.device) for t in arguments))
+        geometry = _found.get(kind)
+    except (AttributeError, TypeError):  # a weight that is no tensor, sizes that are symbols, a window of lists
+        return _check_layer(window, *arguments)
+    if geometry is None:
+        geometry = _check_layer(window, *arguments)
+        if len(_found) >= FOUND:
+            _found.clear()
+        _found[kind] = geometry
+    return geometry
+
+
+def _spconv2d(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+    backend: str,
+) -> Tensor:
+    """:func:`spconv2d` on arguments that fit."""
     weight_redundant = _or_none(weight_redundant)
     chosen = choose(x, backend)
     if chosen == "reference":
@@ -209,7 +266,7 @@ def spconv2d(
             stride=geometry.stride,
             padding=geometry.padding,
             dilation=geometry.dilation,
-            groups=groups,
+            groups=geometry.groups,
             branch_bias=branch_bias,
         )
     elif chosen == "native":
@@ -262,7 +319,7 @@ def spconv2d_inference(
     check_input("x", x)
     x, weight_gwc, weight_pwc, weight_redundant, residual = cast(x, weight_gwc, weight_pwc, weight_redundant, residual)
     window = (stride, padding, dilation, groups)
-    geometry = _check_layer(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
+    geometry = _check_weights(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
     outputs = weight_gwc.shape[0]
     check_bias("bias", bias, (outputs,), x, or_float32=True)
     check_bias("norm_scale", norm_scale, (outputs,), x, or_float32=True)
@@ -338,7 +395,7 @@ def spconv2d_batch_norm(
     """
     check_input("x", x)
     x, weight_gwc, weight_pwc, weight_redundant, bias = cast(x, weight_gwc, weight_pwc, weight_redundant, bias)
-    geometry = _check_layer(x, weight_gwc, weight_pwc, weight_redundant, None, (stride, padding, dilation, groups))
+    geometry = _check_weights(x, weight_gwc, weight_pwc, weight_redundant, None, (stride, padding, dilation, groups))
     if _or_none(weight_redundant) is None:
         raise ValueError("weight_redundant must have at least one input channel, got none, so there is no gate")
     outputs = weight_gwc.shape[0]
@@ -361,12 +418,27 @@ def spconv2d_batch_norm(
 
 
 def _check_layer(
+    window: Window,
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+) -> Geometry:
+    """The window of a layer whose weights and bias fit each other and ``x``."""
+    geometry = _check_weights(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
+    check_bias("bias", bias, (weight_gwc.shape[0],), x, or_float32=False)
+    return geometry
+
+
+def _check_weights(
     x: Tensor,
     weight_gwc: Tensor,
     weight_pwc: Tensor,
     weight_redundant: Tensor | None,
     branch_bias: Tensor | None,
-    window: tuple[IntPair, IntPair | str, IntPair, int],
+    window: Window,
 ) -> Geometry:
     """The window of a layer whose weights fit each other and ``x``."""
     check_kernel_weight(weight_gwc)

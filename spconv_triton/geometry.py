@@ -28,10 +28,8 @@ class Geometry(NamedTuple):
     @property
     def centre(self) -> tuple[int, int]:
         """The input row and column that the centre tap of output pixel (0, 0) reads; negative inside the padding."""
-        rows, columns = (
-            d * (k - 1) // 2 - p for k, p, d in zip(self.kernel_size, self.padding, self.dilation, strict=True)
-        )
-        return rows, columns
+        (kh, kw), (ph, pw), (dh, dw) = self.kernel_size, self.padding, self.dilation
+        return dh * (kh - 1) // 2 - ph, dw * (kw - 1) // 2 - pw
 
     @property
     def is_centred(self) -> bool:

@@ -252,24 +252,15 @@ class SPConv2d(nn.Module):
             edges = (padding[1], padding[1], padding[0], padding[0])
             x = F.pad(x, edges, mode=self.padding_mode).contiguous(memory_format=layout)
             padding = (0, 0)
-        window: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
         gwc, pwc, redundant = self.weight_gwc, self.weight_pwc, self.weight_redundant
         branch_bias = None
         if self.branch_norm:
             if not folds(self):
-                return self._forward_branch_norm(x, window)
+                parts = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+                return self._forward_branch_norm(x, parts)
             gwc, pwc, redundant, branch_bias = fold_branch_norms(self)
-        return functional.spconv2d(
-            x,
-            gwc,
-            pwc,
-            redundant,
-            self.bias,
-            groups=self.groups,
-            branch_bias=branch_bias,
-            backend=self.backend,
-            **window,
-        )
+        window = (self.stride, padding, self.dilation, self.groups)
+        return functional.layer_forward(x, gwc, pwc, redundant, self.bias, branch_bias, window, self.backend)
 
     def _forward_branch_norm(self, x: Tensor, window: dict[str, Any]) -> Tensor:
         """The layer with norms that do not fold: by the kernels where they compute the norms, else part by part.

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import native
 from .geometry import Geometry
-from .native_convolution import add_convolution, channels_last, convolve, is_matrix_product, pixels, readable
+from .native_convolution import add_convolution, channels_last, convolve, is_matrix_product, pixels, readable, rows
 from .native_gate import bias_difference, gate_comes_first
 
 
@@ -120,18 +120,17 @@ def _weight_gradient(
         gradient = (products * gate[:, :, 0]).sum(0)
         return gradient.addmm_(delta.flatten(1).T, pixels(z).sum(1)).view_as(weight)
     if is_matrix_product(z):
-        return (pixels(e).flatten(0, 1).T @ pixels(z).flatten(0, 1)).view_as(weight)
+        return (rows(e).T @ rows(z)).view_as(weight)
     return _convolution_backward(e, z, weight, (False, True))[1]
 
 
 def _pointwise_adjoint(e: Tensor, weight: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """W^T e into ``out``, or added to it: e [N, M, H, W], weight [M, C, 1, 1] -> [N, C, H, W]."""
     if is_matrix_product(e):
-        rows, columns = pixels(e).flatten(0, 1), pixels(out).flatten(0, 1)
         if accumulate:
-            columns.addmm_(rows, weight.flatten(1))
+            rows(out).addmm_(rows(e), weight.flatten(1))
         else:
-            torch.mm(rows, weight.flatten(1), out=columns)
+            torch.mm(rows(e), weight.flatten(1), out=rows(out))
         return
     y = F.conv2d(e, weight.transpose(0, 1).contiguous())
     if accumulate:

@@ -27,15 +27,15 @@ def channels_last(x: Tensor) -> Tensor:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *window: Any) -> Tensor:
     """A convolution as a new tensor, in float32 or better."""
     y = F.conv2d(*readable(x, weight, *window), bias, *window)
-    return channels_last(y.to(torch.promote_types(x.dtype, torch.float32)))
+    return channels_last(y if is_precise(y.dtype) else y.float())
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1 x 1 convolution as a new tensor, likewise."""
     if not is_matrix_product(x):
         return convolve(x, weight, bias)
-    rows, columns = pixels(x).flatten(0, 1), weight.flatten(1).t()
-    y = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
+    columns = weight.flatten(1).t()
+    y = torch.mm(rows(x), columns) if bias is None else torch.addmm(bias, rows(x), columns)
     return y.view(x.shape[0], *x.shape[2:], weight.shape[0]).permute(0, 3, 1, 2)
 
 
@@ -51,7 +51,7 @@ def add_convolution(
     """``y``, in channels_last on a CPU, plus a convolution, in place."""
     pointwise = weight.shape[1:] == (x.shape[1], 1, 1) and (*stride, *padding) == (1, 1, 0, 0)
     if pointwise and is_matrix_product(x) and y.dtype == x.dtype:
-        pixels(y).flatten(0, 1).addmm_(pixels(x).flatten(0, 1), weight.flatten(1).t())
+        rows(y).addmm_(rows(x), weight.flatten(1).t())
         return y
     channels_first = readable(x, weight, stride, padding, dilation)
     if channels_first[0] is x and _can_accumulate(y, x):
@@ -104,14 +104,21 @@ def is_matrix_product(x: Tensor) -> bool:
     Not under a dispatch mode: FLOP counters know convolutions, not products in place. Nor where products of float32
     matrices may be bfloat16's, as those of a convolution are not.
     """
-    if x.device.type != "cpu" or not is_precise(x.dtype) or torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0 or x.device.type != "cpu":
         return False
-    return x.dtype == torch.float64 or torch.get_float32_matmul_precision() != "medium"
+    if x.dtype == torch.float32:
+        return torch.get_float32_matmul_precision() != "medium"
+    return x.dtype == torch.float64
 
 
 def pixels(x: Tensor) -> Tensor:
     """[N, C, H, W] in channels_last as [N, H W, C], a view."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] in channels_last as [N H W, C], a view."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _can_accumulate(y: Tensor, x: Tensor) -> bool:

@@ -25,9 +25,13 @@ def gate_difference(gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant
         z: input of the point-wise convolutions, [N, L, H, W], of the same dtype.
         weight_pwc, weight_redundant: [M, alpha L, 1, 1], [M, L - alpha L, 1, 1].
     """
-    pointwise = torch.cat((weight_pwc, -weight_redundant), 1).double().flatten(1)
-    difference = torch.addmm(pixel_sums(gwc), pixel_sums(z), pointwise.T) / (gwc.shape[2] * gwc.shape[3])
-    return difference[:, :, None, None].to(gwc.dtype)
+    batch, outputs, height, width = gwc.shape
+    sums, representative, redundant = pixel_sums(z), weight_pwc.shape[1], weight_redundant.shape[1]
+    difference = pixel_sums(gwc)
+    difference.addmm_(sums.narrow(1, 0, representative), weight_pwc.double().view(outputs, -1).t())
+    z1 = sums.narrow(1, representative, redundant)
+    difference.addmm_(z1, weight_redundant.double().view(outputs, -1).t(), alpha=-1)
+    return difference.div_(height * width).to(gwc.dtype).view(batch, outputs, 1, 1)
 
 
 def exponent_of_infinities(

@@ -1,0 +1,112 @@
+"""``python -m benchmarks.overhead``: what a call of the layer costs beside its kernels, in microseconds, on a CPU.
+
+The kernels of a call are recorded once, as PyTorch's dispatcher sees them, and played back from a flat list, views
+left out: that is their own time. Call and playback take turns, and the difference is taken within a round.
+Maps are tiny, so that kernels take little and vary little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.ratios import machine, quantiles
+from spconv_triton import SPConv2d
+
+CASES = {
+    "gate first": (16, 16, 8),
+    "gate first, wider": (64, 64, 14),
+    "both branches": (128, 128, 7),
+}
+"""Input channels, output channels, height and width of the map: every form of the native path."""
+
+CALLS = 200
+
+
+class Recording(TorchDispatchMode):
+    """The kernels that are called, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kernel = functools.partial(func, *args, **(kwargs or {}))
+        result = kernel()
+        if not _is_view(func, args, result):
+            self.kernels.append(kernel)
+        return result
+
+
+def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
+    """Whether ``result`` lies where an argument does, and nothing was written there."""
+    if func._schema.is_mutable or not isinstance(result, Tensor):
+        return False
+    return any(isinstance(a, Tensor) and a.untyped_storage()._cdata == result.untyped_storage()._cdata for a in args)
+
+
+def record(call: Callable[[], Any]) -> list[Callable[[], Any]]:
+    # The path takes other kernels where a mode looks on, and is told that none does.
+    with Recording() as recording, mock.patch.object(torch._C, "_len_torch_dispatch_stack", return_value=0):
+        call()
+    return recording.kernels
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - start) / CALLS
+
+
+def measure(call: Callable[[], Any], rounds: int) -> tuple[list[float], list[float], int]:
+    """Seconds of a call and of its kernels, by round, and how many kernels there are."""
+    kernels = record(call)
+
+    def play() -> None:
+        for kernel in kernels:
+            kernel()
+
+    times: tuple[list[float], list[float]] = [], []
+    for turn in range(rounds + 1):
+        for column, one in zip(times, (call, play), strict=True):
+            taken = seconds(one)
+            if turn:  # the first is a warm-up
+                column.append(taken)
+    return *times, len(kernels)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description="calls beside their kernels")
+    parser.add_argument("--rounds", type=int, default=25, help="rounds per row (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")
+    print("| layer | call us | kernels us | kernels | beside them us |\n|---|---|---|---|---|")
+    for name, (inputs, outputs, size) in CASES.items():
+        layer = SPConv2d(inputs, outputs, 3, padding=1).eval()
+        x = torch.randn(1, inputs, size, size).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            called, played, kernels = measure(functools.partial(_call, layer, x), options.rounds)
+        low, middle, high = quantiles([1e6 * (c - p) for c, p in zip(called, played, strict=True)])
+        cells = (*(f"{1e6 * statistics.median(t):.0f}" for t in (called, played)), str(kernels))
+        print(f"| {name}: {inputs} to {outputs} at {size} x {size} |", " | ".join(cells), end="")
+        print(f" | {middle:.0f} ({low:.0f} to {high:.0f}) |", flush=True)
+
+
+def _call(layer: SPConv2d, x: Tensor) -> Tensor:
+    return layer(x)
+
+
+if __name__ == "__main__":
+    main()
