@@ -1,8 +1,9 @@
-"""``python -m benchmarks.overhead``: what a call of the layer costs beside its kernels, in microseconds, on a CPU.
+"""``python -m benchmarks.overhead``: what importing the package adds to ``import torch``, and what a call of the layer
+costs beside its kernels, on a CPU.
 
-The kernels of a call are recorded once, as PyTorch's dispatcher sees them, and played back from a flat list, views
-left out: that is their own time. Call and playback take turns, and the difference is taken within a round.
-Maps are tiny, so that kernels take little and vary little.
+An import is timed in processes of their own. The kernels of a call are recorded once, as PyTorch's dispatcher sees
+them, and played back from a flat list, views left out: that is their own time. Call and playback take turns, and the
+difference is taken within a round. Maps are tiny, so that kernels take little and vary little.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import argparse
 import datetime
 import functools
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +34,14 @@ CASES = {
 """Input channels, output channels, height and width of the map: every form of the native path."""
 
 CALLS = 200
+
+IMPORT = "import time, torch; start = time.perf_counter(); import spconv_triton; print(time.perf_counter() - start)"
+
+
+def import_seconds() -> float:
+    """What the import takes where torch is imported already, in a fresh process."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 class Recording(TorchDispatchMode):
@@ -92,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")
+    low, middle, high = quantiles([1e3 * import_seconds() for _ in range(options.rounds)])
+    print(f"`import spconv_triton` after `import torch`: {middle:.0f} ms ({low:.0f} to {high:.0f})\n")
     print("| layer | call us | kernels us | kernels | beside them us |\n|---|---|---|---|---|")
     for name, (inputs, outputs, size) in CASES.items():
         layer = SPConv2d(inputs, outputs, 3, padding=1).eval()

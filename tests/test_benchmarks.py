@@ -8,8 +8,8 @@ import pytest
 import torch
 from cases import RESNET50, Case
 
-from benchmarks import competitors, dense_init, ratios
-from spconv_triton import convert, models
+from benchmarks import competitors, dense_init, overhead, ratios
+from spconv_triton import SPConv2d, convert, models
 
 TINY = Case("tiny", 2, 8, 8, (6, 5))
 
@@ -53,6 +53,31 @@ def test_table_is_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert rule.replace("-", "") == "|" * head.count("|")
     assert [row.count("|") for row in rows] == [head.count("|")] * 6
     assert [row.split("|")[1].strip() for row in rows] == ["tiny"] * 4 + ["geometric mean"] * 2
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "size"), list(overhead.CASES.values()), ids=list(overhead.CASES))
+def test_the_kernels_of_a_call_are_recorded_without_its_views(inputs: int, outputs: int, size: int) -> None:
+    layer, x = SPConv2d(inputs, outputs, 3, padding=1).eval(), torch.randn(1, inputs, size, size)
+    with torch.inference_mode():
+        kernels = overhead.record(lambda: layer(x.contiguous(memory_format=torch.channels_last)))
+        names = [kernel.func.name() for kernel in kernels]
+        assert names.count("aten::conv2d") == 1
+        products = [name for name in names if name.startswith(("aten::addmm", "aten::mm", "aten::baddbmm"))]
+        assert len(products) == (2 if size == 7 else 3)  # the path of a layer that nobody watches
+        assert not [name for name in names if name.startswith(("aten::permute", "aten::narrow", "aten::slice"))]
+        for kernel in kernels:
+            kernel()
+
+
+def test_overhead_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(overhead, "CALLS", 1)
+    threads = torch.get_num_threads()
+    overhead.main(["--rounds", "2"])
+    torch.set_num_threads(threads)
+    label, _, imported, _, head, _, *rows = capsys.readouterr().out.splitlines()
+    assert torch.__version__ in label
+    assert imported.startswith("`import spconv_triton` after `import torch`: ")
+    assert [row.count("|") for row in rows] == [head.count("|")] * len(overhead.CASES)
 
 
 def test_dense_init(capsys: pytest.CaptureFixture[str]) -> None:

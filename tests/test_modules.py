@@ -17,7 +17,7 @@ from fresh import run_python
 from published import PublishedSPConv
 from torch import Tensor, nn
 
-from spconv_triton import SPConv2d, reference
+from spconv_triton import SPConv2d, functional, reference
 
 # Constructor arguments that every test of a property that must not depend on them goes through.
 LAYERS: dict[str, dict[str, Any]] = {
@@ -596,3 +596,38 @@ def test_exports() -> None:
     inputs = inputs_of(layer, x)
     same_dtype, exact = (run(reference.spconv2d, i)["y"] for i in (inputs, inputs.to(torch.float64)))
     assert_within_budget("y", torch.export.load(file).module()(x), same_dtype, exact)
+
+
+def test_what_fitted_once_is_no_excuse_for_the_next_call() -> None:
+    layer, x = SPConv2d(8, 6, 3, padding=1), torch.randn(2, 8, 5, 4)
+    expected = layer(x)
+    assert torch.equal(layer(x), expected)
+    with pytest.raises(ValueError, match="x must have 8 channels"):
+        layer(x[:, :7])
+    with pytest.raises(TypeError, match=r"weight_gwc must have the dtype of x, torch\.float64"):
+        layer(x.double())
+    layer.stride = (2, 1)
+    assert layer(x).shape == (2, 6, 3, 4)
+    layer.stride = [1, 1]
+    assert torch.equal(layer(x), expected)
+    layer.dilation = (0, 1)
+    with pytest.raises(ValueError, match="dilation must be one or two ints of at least 1"):
+        layer(x)
+    layer.dilation = (1, 1)
+    layer.bias = nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match="bias must be"):
+        layer(x)
+    layer.bias = None
+    layer.weight_redundant = nn.Parameter(layer.weight_redundant.detach()[:, :3])
+    with pytest.raises(ValueError, match="x must have 7 channels"):
+        layer(x)
+    layer(x[:, :7])
+
+
+def test_only_so_many_kinds_of_arguments_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "FOUND", 3)
+    monkeypatch.setattr(functional, "_found", {})
+    layer = SPConv2d(4, 4, 3, padding=1)
+    for size in range(1, 9):
+        layer(torch.randn(1, 4, size, size))
+        assert 0 < len(functional._found) <= 3
