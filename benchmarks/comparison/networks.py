@@ -117,7 +117,7 @@ class Networks:
             choice = {layout: _call(model, images, layout, load.step, self.classes) for layout in LAYOUTS}
             for call in choice.values():
                 call()
-            rows[name]["layout"] = fastest(choice, turns=1)
+            rows[name]["layout"] = fastest(choice, turns=3)
             calls[name] = choice[rows[name]["layout"]]
         for name in load.compiled:
             key, layout = f"{name}{COMPILED}", rows[name]["layout"]
