@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ __all__ = [
 
 Window = tuple[IntPair, IntPair | str, IntPair, int]
 """Stride, padding, dilation and groups."""
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
 
 
 def representative_branch(
@@ -198,45 +202,30 @@ def spconv2d(
 
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
     """
-    check_input("x", x)
-    x, weight_gwc, weight_pwc, weight_redundant, bias = cast(x, weight_gwc, weight_pwc, weight_redundant, bias)
-    window = (stride, padding, dilation, groups)
-    geometry = _check_layer(window, x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
-    return _spconv2d(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, backend)
-
-
-def layer_forward(
-    x: Tensor,
-    weight_gwc: Tensor,
-    weight_pwc: Tensor,
-    weight_redundant: Tensor | None,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    window: Window,
-    backend: str,
-) -> Tensor:
-    """:func:`spconv2d` for a layer that is called again and again: what was found to fit fits again, unchecked."""
-    check_input("x", x)
-    x, weight_gwc, weight_pwc, weight_redundant, bias = cast(x, weight_gwc, weight_pwc, weight_redundant, bias)
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
-    geometry = _check_layer(window, *arguments) if torch.compiler.is_compiling() else _recall(arguments, window)
-    return _spconv2d(*arguments, geometry, backend)
+    return _spconv2d(arguments, (stride, padding, dilation, groups), backend, _check_layer)
 
 
-_found: dict[Any, Geometry] = {}
+def layer_forward(arguments: Arguments, window: Window, backend: str) -> Tensor:
+    """:func:`spconv2d` for a layer that is called again and again: what was found to fit fits again, unchecked."""
+    return _spconv2d(arguments, window, backend, _check_layer if torch.compiler.is_compiling() else _recall)
+
+
 FOUND = 4096
 """How many kinds of arguments are remembered."""
 
+_found: dict[Any, Geometry] = {}
 
-def _recall(arguments: tuple[Any, ...], window: Window) -> Geometry:
+
+def _recall(arguments: Arguments, window: Window) -> Geometry:
     """:func:`_check_layer`, which looks at nothing but shapes, dtypes and devices, once for each of them."""
     try:
         kind = (window, *(t if t is None else (t.shape, t.dtype, t.device) for t in arguments))
         geometry = _found.get(kind)
     except (AttributeError, TypeError):  # a weight that is no tensor, sizes that are symbols, a window of lists
-        return _check_layer(window, *arguments)
+        return _check_layer(arguments, window)
     if geometry is None:
-        geometry = _check_layer(window, *arguments)
+        geometry = _check_layer(arguments, window)
         if len(_found) >= FOUND:
             _found.clear()
         _found[kind] = geometry
@@ -244,16 +233,12 @@ def _recall(arguments: tuple[Any, ...], window: Window) -> Geometry:
 
 
 def _spconv2d(
-    x: Tensor,
-    weight_gwc: Tensor,
-    weight_pwc: Tensor,
-    weight_redundant: Tensor | None,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    geometry: Geometry,
-    backend: str,
+    arguments: Arguments, window: Window, backend: str, check: Callable[[Arguments, Window], Geometry]
 ) -> Tensor:
-    """:func:`spconv2d` on arguments that fit."""
+    x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
+    check_input("x", x)
+    x, weight_gwc, weight_pwc, weight_redundant, bias = cast(x, weight_gwc, weight_pwc, weight_redundant, bias)
+    geometry = check((x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias), window)
     weight_redundant = _or_none(weight_redundant)
     chosen = choose(x, backend)
     if chosen == "reference":
@@ -417,16 +402,9 @@ def spconv2d_batch_norm(
     return y.contiguous(memory_format=memory_format(x)), mean, variance
 
 
-def _check_layer(
-    window: Window,
-    x: Tensor,
-    weight_gwc: Tensor,
-    weight_pwc: Tensor,
-    weight_redundant: Tensor | None,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-) -> Geometry:
-    """The window of a layer whose weights and bias fit each other and ``x``."""
+def _check_layer(arguments: Arguments, window: Window) -> Geometry:
+    """The window of a layer whose weights and biases fit each other and ``x``."""
+    x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
     geometry = _check_weights(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
     check_bias("bias", bias, (weight_gwc.shape[0],), x, or_float32=False)
     return geometry

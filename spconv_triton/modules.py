@@ -260,7 +260,7 @@ class SPConv2d(nn.Module):
                 return self._forward_branch_norm(x, parts)
             gwc, pwc, redundant, branch_bias = fold_branch_norms(self)
         window = (self.stride, padding, self.dilation, self.groups)
-        return functional.layer_forward(x, gwc, pwc, redundant, self.bias, branch_bias, window, self.backend)
+        return functional.layer_forward((x, gwc, pwc, redundant, self.bias, branch_bias), window, self.backend)
 
     def _forward_branch_norm(self, x: Tensor, window: dict[str, Any]) -> Tensor:
         """The layer with norms that do not fold: by the kernels where they compute the norms, else part by part.
