@@ -14,6 +14,8 @@ from torch import Tensor
 
 ACCUMULATES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
 
+LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 def is_precise(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
@@ -30,12 +32,17 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *window: Any
     return channels_last(y if is_precise(y.dtype) else y.float())
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1 x 1 convolution as a new tensor, likewise."""
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1 x 1 convolution as a new tensor, likewise; without gradients."""
     if not is_matrix_product(x):
         return convolve(x, weight, bias)
-    columns = weight.flatten(1).t()
-    y = torch.mm(rows(x), columns) if bias is None else torch.addmm(bias, rows(x), columns)
+    weight = weight.flatten(1)
+    if LINEAR and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
+        y = torch.ops.mkldnn._linear_pointwise(rows(x), weight, bias, "none", [], "")  # copies what is a slice
+    elif bias is None:
+        y = torch.mm(rows(x), weight.t())
+    else:
+        y = torch.addmm(bias, rows(x), weight.t())
     return y.view(x.shape[0], *x.shape[2:], weight.shape[0]).permute(0, 3, 1, 2)
 
 
@@ -60,6 +67,23 @@ def add_convolution(
             y, x, weight, None, padding, stride, dilation, groups, "add", 1.0, None, [], None
         )
     return y.add_(F.conv2d(*channels_first, None, stride, padding, dilation, groups))
+
+
+def convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needed: tuple[bool, ...],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> tuple[Any, Any]:
+    """Gradients of ``F.conv2d(x, weight, None, stride, ...)`` by ``x`` and ``weight``, where ``needed``."""
+    x, weight = readable(x, weight, stride, padding, dilation)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*needed, False)
+    )[:2]
 
 
 def readable(

@@ -24,7 +24,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import native_backward, native_onepass, reference
+from spconv_triton import native_backward_products, native_onepass, reference
 from spconv_triton.functional import spconv2d
 
 BY_NAME = {case.name: case for case in SMALL}
@@ -83,12 +83,13 @@ def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float) -> No
     assert_agrees_over_draws(native, lambda: make_inputs(case, gate=gate), 16)
 
 
-@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize(("gate_first", "backward"), [(False, "maps"), (True, "products"), (True, "all products")])
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
-def test_agrees_in_either_order(case: Case, gate_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gates before point-wise convolutions, and products of single samples in the backward, or neither; any map."""
-    for module in (native_onepass, native_backward):
-        monkeypatch.setattr(module, "gate_comes_first", lambda x, geometry: gate_first)
+def test_agrees_in_every_order(case: Case, gate_first: bool, backward: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates before or behind point-wise convolutions; products of samples in the backward: none, point-wise, all."""
+    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda x, geometry: gate_first)
+    monkeypatch.setattr(native_backward_products, "pay", lambda given: backward != "maps")
+    monkeypatch.setattr(native_backward_products, "gwc_pays", lambda given: backward == "all products")
     for options in ({"bias": False}, {"branch_bias": True}):
         assert_agrees(native, make_inputs(case, torch.float64, **options))
         # Of single draws of k1-padded, one in 150 has a reference too lucky for any other order of summation.

@@ -1,0 +1,187 @@
+"""The backward through weight gradients of single samples, without a map of U3 - U1.
+
+With g alone in the place of E3 and E1, the weight gradients of sample n are
+
+    Gg_n = g_n (*) x3_n  [M, alpha L / G, k, k],        G_n = g_n z_n^T  [M, L],
+
+and since the branches are linear in their weights, and E3 and E1 in g and 1, all that the backward needs of U3, U1, E1
+and the sums over the batch follows from them:
+
+    A_n = sum Wg Gg_n + sum Wp G_n3 - sum W1 G_n1                                         over all but M
+    dWg = sum_n beta_n Gg_n + delta_n T_n         T_n[c, i, j] = sum of x3_n over the pixels that tap (i, j) reads
+    dWp = sum_n beta_n G_n3 + delta_n sum z3_n
+    dW1 = sum_n gamma_n G_n1 - delta_n sum z1_n
+
+That is one grouped and one point-wise convolution less than through maps, for passes over Gg_n that cost as much as
+that convolution does on about a hundred pixels. Where they pay so do point-wise weights scaled by the gate of every
+sample, as in the forward:
+
+    dx = GWC^T(E3) + pool^T([beta_n Wp | gamma_n W1]^T g_n + [Wp | -W1]^T delta_n)
+
+Formulas: :mod:`spconv_triton.native_backward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .native_backward_operands import Operands
+from .native_convolution import channels_last, convolution_backward, convolve, is_matrix_product, pixels
+from .native_gate import gate_comes_first
+
+
+class Products(NamedTuple):
+    """Attributes:
+    gated: sum_n beta_n Gg_n, [M, k k alpha L / G] in the order of taps; None where not made.
+    pointwise: G_n, [N, M, L].
+    """
+
+    gated: Tensor | None
+    pointwise: Tensor
+
+
+PASSES = 150
+"""The passes over Gg_n take as long as convolving so many pixels, and those over G_n likewise."""
+
+CALLS = 10e6
+"""What is called for every sample takes as long as so many multiply-accumulates of the group-wise convolution."""
+
+
+def pay(given: Operands) -> bool:
+    """Whether this way takes less time than that through maps."""
+    batch, _, height, width = given.g.shape
+    if not is_matrix_product(given.x):
+        return False
+    return gate_comes_first(given.x, given.geometry) or (height * width > PASSES and batch > 1)
+
+
+def gwc_pays(given: Operands) -> bool:
+    """Whether Gg_n do; else the group-wise convolution is done again, and G_n serve the point-wise ones alone."""
+    return (given.g.shape[2] * given.g.shape[3] - PASSES) * given.weight_gwc.numel() > CALLS
+
+
+def gate_gradient(given: Operands, *, of_gwc: bool) -> tuple[Tensor, Products]:
+    """A, [N, M, 1, 1], and the products that it came from; Gg_n among them only if ``of_gwc``."""
+    x3, z, g, weight_gwc, window = given.x3, given.z, given.g, given.weight_gwc, given.geometry[1:]
+    pointwise = torch.bmm(pixels(g).transpose(1, 2), pixels(z))
+    a = (pointwise * torch.cat((given.weight_pwc, -given.weight_redundant), 1).flatten(1)).sum(2)
+    if not (of_gwc and gwc_pays(given)):
+        gwc = convolve(x3, weight_gwc, None, *window)
+        return gwc.mul_(g).sum((2, 3), keepdim=True).add_(a[:, :, None, None]), Products(None, pointwise)
+    weight, gated = _taps(weight_gwc), None
+    samples = zip(x3.split(1), g.split(1), given.beta.flatten(1).unbind(), strict=True)
+    for n, (sample, grad, gate) in enumerate(samples):
+        product = _taps(convolution_backward(grad, sample, weight_gwc, (False, True), *window)[1])
+        a[n] += (product * weight).sum(1)
+        gated = product.mul_(gate[:, None]) if gated is None else gated.addcmul_(product, gate[:, None])
+    return a[:, :, None, None], Products(gated, pointwise)
+
+
+def gradients(
+    given: Operands, products: Products, delta: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x and the three weights, where ``needed``; ``delta`` is [N, M, 1, 1]."""
+    shift = delta.flatten(1)
+    dx = dx3 = dweight_gwc = dweight_pwc = dweight_redundant = None
+    if products.gated is not None:
+        dweight_gwc = _gwc_gradient(given, products.gated, shift)
+    through_gwc = (needed[0], needed[1] and products.gated is None)
+    if any(through_gwc):
+        e3 = torch.addcmul(delta, given.g, given.beta)
+        dx3, gradient = convolution_backward(e3, given.x3, given.weight_gwc, through_gwc, *given.geometry[1:])
+        dweight_gwc = gradient if dweight_gwc is None else dweight_gwc
+        del e3  # before the next map of its size
+    if needed[2] or needed[3]:
+        sums = pixels(given.z).sum(1)
+        parts = given.x3.shape[1], given.weight_redundant.shape[1]
+        sums3, sums1 = sums.split(parts, 1)
+        of3, of1 = products.pointwise.split(parts, 2)
+        if needed[2]:
+            dweight_pwc = (of3 * given.beta[:, :, 0]).sum(0).addmm_(shift.T, sums3).view_as(given.weight_pwc)
+        if needed[3]:
+            dweight_redundant = (of1 * given.gamma[:, :, 0]).sum(0).addmm_(shift.T, sums1, alpha=-1)
+            dweight_redundant = dweight_redundant.view_as(given.weight_redundant)
+    if needed[0]:
+        dx = _input_gradient(given, dx3, delta)
+    return dx, dweight_gwc, dweight_pwc, dweight_redundant
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """[M, C, k, k] as [M, k k C]: a view in channels_last, which is what oneDNN returns for it."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _gwc_gradient(given: Operands, gated: Tensor, shift: Tensor) -> Tensor:
+    """``gated`` + sum_n delta_n T_n in the shape of the group-wise weight; ``shift`` is delta, [N, M]."""
+    outputs, channels, kh, kw = given.weight_gwc.shape
+    groups = given.geometry.groups
+    sums = _sums_under_taps(given).view(-1, kh * kw, groups, channels).permute(2, 0, 1, 3).flatten(2)
+    shifts = shift.view(-1, groups, outputs // groups).permute(1, 2, 0)
+    gated.view(groups, outputs // groups, -1).baddbmm_(shifts, sums)
+    return gated.view(outputs, kh, kw, channels).permute(0, 3, 1, 2)
+
+
+def _sums_under_taps(given: Operands) -> Tensor:
+    """T: sums of x3 over the pixels that each tap reads, [N, k, k, alpha L]."""
+    geometry, sums = given.geometry, given.x3.permute(0, 2, 3, 1)
+    for axis in range(2):
+        window = (geometry.kernel_size[axis], geometry.stride[axis], geometry.padding[axis], geometry.dilation[axis])
+        sums = torch.stack(_sums_along(sums, 1 + axis, given.g.shape[2 + axis], *window), 1 + axis)
+    return sums
+
+
+def _sums_along(
+    x: Tensor, dim: int, length: int, kernel: int, stride: int, padding: int, dilation: int
+) -> list[Tensor]:
+    """For each tap along ``dim``, the sum over what it reads at ``length`` output positions; the padding is zero."""
+    size, spans = x.shape[dim], []
+    for tap in range(kernel):
+        start = tap * dilation - padding
+        first = max(0, -(start // stride))
+        stop = min(length, (size - 1 - start) // stride + 1)
+        spans.append((start + first * stride, stop - first) if stop > first else (0, 0))
+    if stride > 1:
+        phases = [x[(slice(None),) * dim + (slice(start, start + stride * count, stride),)] for start, count in spans]
+        return [phase.sum(dim) for phase in phases]
+    # All taps but for a few positions read the same.
+    low, high = max(start for start, _ in spans), min(start + count for start, count in spans)
+    if high <= low:
+        return [x.narrow(dim, start, count).sum(dim) for start, count in spans]
+    common = x.narrow(dim, low, high - low).sum(dim)
+    sums = []
+    for start, count in spans:
+        total = common
+        if start < low:
+            total = total + x.narrow(dim, start, low - start).sum(dim)
+        if start + count > high:
+            total = total + x.narrow(dim, high, start + count - high).sum(dim)
+        sums.append(total)
+    return sums
+
+
+def _input_gradient(given: Operands, dx3: Any, delta: Tensor) -> Tensor:
+    """dL/dx, [N, L, H, W]; ``dx3`` is GWC^T(E3)."""
+    x, x3, z, g, beta, gamma, _, weight_pwc, weight_redundant, geometry = given
+    representative, redundant = x3.shape[1], weight_redundant.shape[1]
+    of3, of1 = weight_pwc.flatten(1), weight_redundant.flatten(1)
+    weights = g.new_empty((g.shape[0], g.shape[1], representative + redundant))
+    torch.mul(of3, beta[:, :, 0], out=weights.narrow(2, 0, representative))
+    torch.mul(of1, gamma[:, :, 0], out=weights.narrow(2, representative, redundant))
+    dz = torch.empty_like(z)
+    dz3, dz1 = pixels(dz).split((representative, redundant), 2)
+    constant3, constant1 = delta.squeeze(3).mT @ of3, -delta.squeeze(3).mT @ of1
+    if z is x:
+        torch.add(pixels(channels_last(dx3)), constant3, out=dz3)
+    else:
+        dz3.copy_(constant3.expand_as(dz3))
+    dz1.copy_(constant1.expand_as(dz1))
+    pixels(dz).baddbmm_(pixels(g), weights)
+    if z is x:
+        return dz
+    dx = native.pointwise_input_adjoint(dz, (x.shape[2], x.shape[3]), geometry)
+    dx[:, :representative] += dx3
+    return dx
