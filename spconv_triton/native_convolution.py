@@ -23,7 +23,7 @@ def is_precise(dtype: torch.dtype) -> bool:
 
 def channels_last(x: Tensor) -> Tensor:
     """``x`` in the layout whose convolutions are the fast ones on a CPU; GPUs take either."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    return x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *window: Any) -> Tensor:
@@ -100,21 +100,32 @@ def readable(
     padding as a whole, and read what was never written where a group has one channel and columns have a stride, and,
     for gradients of bfloat16 weights, where the stride is longer than a row.
     """
-    if x.device.type != "cpu":
-        return x, weight
-    sound = weight.shape[1] > 1 or stride == (1, 1)
-    for size, kernel, step, pad, spread in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
-        sound = sound and size >= step
-        # Else every centre tap is inside.
-        if sound and pad > spread * (kernel - 1) // 2:
-            sound = _every_window_reads(size, kernel, step, pad, spread)
-    if sound:
+    if not x.is_cpu or _is_sound(x.shape, weight.shape, stride, padding, dilation):
         return x, weight
     # Not contiguous(), which leaves what is NCHW and channels_last at once as it is, to be read as the latter.
     return x.clone(memory_format=torch.contiguous_format), weight.clone(memory_format=torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=256)
+def _is_sound(
+    x_shape: torch.Size,
+    weight_shape: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> bool:
+    """Whether oneDNN's convolution in channels_last is."""
+    if weight_shape[1] == 1 and stride != (1, 1):
+        return False
+    for size, kernel, step, pad, spread in zip(x_shape[2:], weight_shape[2:], stride, padding, dilation, strict=True):
+        if size < step:
+            return False
+        # Else every centre tap is inside.
+        if pad > spread * (kernel - 1) // 2 and not _every_window_reads(size, kernel, step, pad, spread):
+            return False
+    return True
+
+
 def _every_window_reads(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
     """Whether along one axis every output position has a tap inside the input."""
     starts = range(-padding, size + padding - dilation * (kernel - 1), stride)
@@ -128,7 +139,7 @@ def is_matrix_product(x: Tensor) -> bool:
     Not under a dispatch mode: FLOP counters know convolutions, not products in place. Nor where products of float32
     matrices may be bfloat16's, as those of a convolution are not.
     """
-    if torch._C._len_torch_dispatch_stack() > 0 or x.device.type != "cpu":
+    if torch._C._len_torch_dispatch_stack() > 0 or not x.is_cpu:
         return False
     if x.dtype == torch.float32:
         return torch.get_float32_matmul_precision() != "medium"
@@ -150,7 +161,7 @@ def _can_accumulate(y: Tensor, x: Tensor) -> bool:
     return (
         ACCUMULATES
         and y.dtype == x.dtype == torch.float32
-        and y.device.type == "cpu"
+        and y.is_cpu
         and y.numel() > 0
         and torch._C._len_torch_dispatch_stack() == 0
     )

@@ -50,8 +50,7 @@ def exponent_of_infinities(
 
 def exponent(s3: Tensor, s1: Tensor) -> Tensor:
     """S3 - S1, but NaN where softmax([S3, S1]) is: where the larger of the two is infinite."""
-    largest = torch.maximum(s3, s1)
-    return (s3 - largest).sub_(s1 - largest)
+    return torch.sub(s3, s1).add_(torch.maximum(s3, s1), alpha=0)  # 0 times infinity is NaN
 
 
 def pixel_sums(x: Tensor) -> Tensor:

@@ -185,7 +185,8 @@ def _finish(y: Tensor, offset: Tensor | None, after: Epilogue, dtype: torch.dtyp
         y += offset
     if after.residual is not None:
         y += after.residual
-    return native.activate(y, after.activation, inplace=True).to(dtype)
+    y = native.activate(y, after.activation, inplace=True)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _offset(
