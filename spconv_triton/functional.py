@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, native_onepass, reference
+from . import native, native_onepass, ops, reference
 from .autocast import cast, promote
 from .checks import (
     check_alike,
@@ -24,13 +24,10 @@ from .checks import (
     check_window,
     shape,
 )
-from .dispatch import HAS_TRITON, choose
+from .dispatch import choose, is_transformed
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
 from .native import Epilogue
-
-if HAS_TRITON:
-    from . import ops
 
 __all__ = [
     "gap_softmax_fusion",
@@ -255,7 +252,7 @@ def _spconv2d(
             branch_bias=branch_bias,
         )
     elif chosen == "native":
-        y = native_onepass.spconv2d(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
+        y = _on_aten(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     else:
         y = _on_triton(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y.contiguous(memory_format=memory_format(x))
@@ -430,6 +427,23 @@ def _check_weights(
 def _or_none(weight_redundant: Tensor | None) -> Tensor | None:
     """None where there is no redundant channel: alpha = 1."""
     return None if weight_redundant is None or weight_redundant.shape[1] == 0 else weight_redundant
+
+
+def _on_aten(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    tensors = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not is_transformed()
+    if traced and x.is_cpu and weight_redundant is not None and native_onepass.differentiates(tensors):
+        weights = (weight_gwc, weight_pwc, weight_redundant)
+        return ops.native_spconv2d(x, *weights, bias, branch_bias, *geometry[1:])[0]
+    return native_onepass.spconv2d(*tensors, geometry)
 
 
 def _on_triton(

@@ -100,7 +100,13 @@ def readable(
     padding as a whole, and read what was never written where a group has one channel and columns have a stride, and,
     for gradients of bfloat16 weights, where the stride is longer than a row.
     """
-    if not x.is_cpu or _is_sound(x.shape, weight.shape, stride, padding, dilation):
+    if not x.is_cpu:
+        return x, weight
+    try:
+        sound = _is_sound(x.shape, weight.shape, stride, padding, dilation)
+    except TypeError:  # sizes that are symbols have no hash
+        sound = _is_sound.__wrapped__(x.shape, weight.shape, stride, padding, dilation)
+    if sound:
         return x, weight
     # Not contiguous(), which leaves what is NCHW and channels_last at once as it is, to be read as the latter.
     return x.clone(memory_format=torch.contiguous_format), weight.clone(memory_format=torch.contiguous_format)
@@ -141,9 +147,18 @@ def is_matrix_product(x: Tensor) -> bool:
     """
     if torch._C._len_torch_dispatch_stack() > 0 or not x.is_cpu:
         return False
-    if x.dtype == torch.float32:
+    return are_products_precise(x.dtype)
+
+
+def are_products_precise(dtype: torch.dtype) -> bool:
+    """Whether matrix products are of at least float32, whatever ``torch.set_float32_matmul_precision`` allows."""
+    if dtype == torch.float32:
         return torch.get_float32_matmul_precision() != "medium"
-    return x.dtype == torch.float64
+    return dtype == torch.float64
+
+
+# As torch.compiler.assume_constant_result has it, which imports the compiler. Graphs are guarded by the precision.
+are_products_precise._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def pixels(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import native
+from . import native, native_compiled
 from .autocast import without_autocast
 from .dispatch import is_transformed
 from .geometry import Geometry
@@ -64,17 +64,22 @@ def spconv2d(
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     if weight_redundant is None or is_transformed():
         return native.compose(*arguments)
-    differentiates = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+    differentiated = differentiates(arguments)
     if torch.compiler.is_compiling():
         # What the backward below recomputes depends on no gradient, so the partitioner would move it into the forward
-        # and keep it; a checkpoint tells it not to. Inductor fuses the blend either way.
-        if differentiates and not torch.compiler.is_exporting():
+        # and keep it; a checkpoint tells it not to. On a CPU there is an operator for this.
+        if differentiated and not torch.compiler.is_exporting():
             return checkpoint(native.compose, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return native.compose(*arguments)
-    if differentiates:
+        return native_compiled.compose(*arguments)
+    if differentiated:
         return OnePass.apply(*arguments)
-    y, _ = _forward(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
+    y, _ = forward(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y
+
+
+def differentiates(arguments: tuple[Any, ...]) -> bool:
+    """Whether autograd wants gradients of any of them."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
 
 
 def spconv2d_inference(
@@ -92,9 +97,11 @@ def spconv2d_inference(
     Arguments and result as of :func:`spconv2d`; ``bias`` may also be float32.
     """
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, after)
-    if is_transformed() or torch.compiler.is_compiling():
+    if is_transformed():
         return native.compose(*arguments)
-    y, _ = _forward(*arguments)
+    if torch.compiler.is_compiling():
+        return native_compiled.compose(*arguments)
+    y, _ = forward(*arguments)
     return y
 
 
@@ -104,7 +111,7 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.geometry = arguments
-        y, d = _forward(*arguments)
+        y, d = forward(*arguments)
         ctx.save_for_backward(*tensors, d)
         return y.data  # a view of nothing: autograd forbids an in-place ReLU behind a Function that returns a view
 
@@ -117,7 +124,7 @@ class OnePass(torch.autograd.Function):
             return (*gradients(inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad), None)
 
 
-def _forward(
+def forward(
     x: Tensor,
     weight_gwc: Tensor,
     weight_pwc: Tensor,
@@ -127,7 +134,7 @@ def _forward(
     geometry: Geometry,
     after: Epilogue = NOTHING,
 ) -> tuple[Tensor, Tensor | None]:
-    """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better; None without a redundant part."""
+    """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better; None without a redundant part. Without gradients."""
     representative = weight_pwc.shape[1]
     x = channels_last(x)
     z = native.pointwise_input(x, geometry)

@@ -20,7 +20,6 @@ from cases import (
     output_grad,
     run,
 )
-from packaging.version import Version
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -214,8 +213,6 @@ def kept(function: Callable[..., Tensor], inputs: Inputs) -> int:
 @pytest.mark.parametrize("compiled", [False, True], ids=("eager", "compiled"))
 @pytest.mark.parametrize("case", RESNET50, ids=str)
 def test_keeps_little_more_than_its_input(case: Case, compiled: bool) -> None:
-    if compiled and Version(torch.__version__) < Version("2.12"):
-        pytest.skip("the partitioner of PyTorch 2.11 keeps what a checkpoint would recompute")
     inputs = make_inputs(case, bias=False)
     # Inductor lays convolution weights out in channels_last and would keep its copy, as it does for nn.Conv2d.
     inputs.weight_gwc = inputs.weight_gwc.detach().contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -1,19 +1,25 @@
 """The operators ``torch.ops.spconv_triton.*``: schemas, fakes, autograd, FLOP formulas.
 
-They are the Triton kernels as PyTorch sees them; the ATen path needs no operator of its own. Without triton nothing is
-registered here, and :func:`spconv_triton.dispatch.choose` never leads here.
+They are the Triton kernels as PyTorch sees them, and the ATen path with gradients as a compiled layer calls it on a
+CPU. Without triton only the latter is registered, and :func:`spconv_triton.dispatch.choose` leads to no other.
 """
 
-from . import opaque
-from .branch import representative_branch, representative_branch_backward
-from .branch_norm import spconv2d_batch_norm, spconv2d_batch_norm_backward
-from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
-from .inference import spconv2d_inference
-from .layer import spconv2d, spconv2d_backward
+from ..dispatch import HAS_TRITON
+from .native import native_spconv2d, native_spconv2d_backward
+
+if HAS_TRITON:
+    from . import opaque
+    from .branch import representative_branch, representative_branch_backward
+    from .branch_norm import spconv2d_batch_norm, spconv2d_batch_norm_backward
+    from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
+    from .inference import spconv2d_inference
+    from .layer import spconv2d, spconv2d_backward
 
 __all__ = [
     "gap_softmax_fusion",
     "gap_softmax_fusion_backward",
+    "native_spconv2d",
+    "native_spconv2d_backward",
     "opaque",
     "representative_branch",
     "representative_branch_backward",
