@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import math
 import os
 import platform
 import statistics
@@ -19,7 +18,9 @@ from pathlib import Path
 import torch
 from cases import RESNET50, Case
 
-from benchmarks.competitors import DEVICE, DIRECTIONS, DTYPE, NAMES, Competitor, build, count_macs, with_batch
+from benchmarks.competitors import COMPILED, DEVICE, DIRECTIONS, DTYPE, NAMES, Competitor, build, count_macs, with_batch
+
+COMPILED_TOO = (f"reference{COMPILED}", f"native{COMPILED}")
 
 SAMPLE_SECONDS = 0.02
 """A sample repeats its call until it takes about this long: the clock and the loop then cost nothing."""
@@ -30,32 +31,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=25, help="rounds per row (default: %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: %(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="SPConv and its reference through torch.compile too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    names = (*NAMES, *(COMPILED_TOO if options.compiled else ()))
     print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")
-    others = NAMES[1:]
+    others = names[1:]
     print("| layer | N | direction | conv2d ms |", *(f"{name} x |" for name in others), "MACs x |")
     print("|---|---|---|---|" + "---|" * (len(others) + 1))
-    medians: dict[tuple[str, str], list[float]] = {}
+    medians: dict[tuple[str, int, str], list[float]] = {}
     for direction in DIRECTIONS:
         for case in (with_batch(case, batch) for batch in options.batches for case in RESNET50):
-            milliseconds, ratios = measure(case, direction, options.rounds)
+            milliseconds, ratios = measure(case, direction, options.rounds, names)
             cells = []
             for name in others:
                 p20, p50, p80 = quantiles(ratios[name])
-                medians.setdefault((direction, name), []).append(p50)
+                medians.setdefault((direction, case.batch, name), []).append(p50)
                 cells.append(f"{p50:.2f} ({p20:.2f} to {p80:.2f})")
             bound = count_macs(case, "conv2d", direction) / count_macs(case, "native", direction)
             row = [case.name, str(case.batch), direction, f"{milliseconds:.2f}", *cells, f"{bound:.2f}"]
             print("|", " | ".join(row), "|", flush=True)
     for direction in DIRECTIONS:
-        means = [f"{math.exp(statistics.fmean(map(math.log, medians[direction, name]))):.2f}" for name in others]
-        print(f"| geometric mean | | {direction} | |", " | ".join(means), "| |")
+        for batch in options.batches:
+            means = [f"{statistics.geometric_mean(medians[direction, batch, name]):.2f}" for name in others]
+            print(f"| geometric mean | {batch} | {direction} | |", " | ".join(means), "| |")
 
 
-def measure(case: Case, direction: str, rounds: int) -> tuple[float, dict[str, list[float]]]:
+def measure(
+    case: Case, direction: str, rounds: int, names: Sequence[str] = NAMES
+) -> tuple[float, dict[str, list[float]]]:
     """Median milliseconds of nn.Conv2d, and per competitor its speed in each round as a multiple of nn.Conv2d's."""
-    field = [build(case, name, direction) for name in NAMES]
+    torch.compiler.reset()
+    field = [build(case, name, direction) for name in names]
     repeats = {competitor.name: repeats_of(competitor) for competitor in field}
     seconds: dict[str, list[float]] = {competitor.name: [] for competitor in field}
     for turn in range(rounds):

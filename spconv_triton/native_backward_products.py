@@ -35,9 +35,11 @@ from .native_gate import gate_comes_first
 
 
 class Products(NamedTuple):
-    """Attributes:
-    gated: sum_n beta_n Gg_n, [M, k k alpha L / G] in the order of taps; None where not made.
-    pointwise: G_n, [N, M, L].
+    """Weight gradients by g alone.
+
+    Attributes:
+        gated: sum_n beta_n Gg_n, [M, k k alpha L / G] in the order of taps; None where not made.
+        pointwise: G_n, [N, M, L].
     """
 
     gated: Tensor | None

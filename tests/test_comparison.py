@@ -24,7 +24,7 @@ SMALLEST = layers.shapes("resnet20")[-1]
 
 
 def cell(direction: str, dtype: torch.dtype = torch.float32) -> layers.Cell:
-    return layers.Cell("resnet20", replace(SMALLEST, batch=3), direction, dtype, compiled=False)
+    return layers.Cell("resnet20", replace(SMALLEST, batch=3), direction, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

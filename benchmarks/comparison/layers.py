@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,14 +29,14 @@ class Cell:
     Attributes:
         network: whose convolution it is.
         case: its shape, with the batch.
-        compiled: whether compiled competitors run too, which takes seconds to prepare.
+        compiled: who runs compiled too, which takes seconds to prepare.
     """
 
     network: str
     case: Case
     direction: str
     dtype: torch.dtype
-    compiled: bool
+    compiled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
@@ -44,7 +44,9 @@ class Cell:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name in NAMES if self.compiled or not name.endswith(COMPILED))
+        return tuple(
+            name for name in NAMES if not name.endswith(COMPILED) or name.removesuffix(COMPILED) in self.compiled
+        )
 
 
 def shapes(network: str) -> tuple[Case, ...]:
@@ -63,13 +65,13 @@ def cells(
     dtype: torch.dtype,
     *,
     stages_only: bool,
-    compiled: Sequence[str] = (),
+    compiled: Mapping[tuple[str, int], tuple[str, ...]] | None = None,
 ) -> tuple[Cell, ...]:
     """Comparisons.
 
     Args:
         stages_only: of each network only the convolutions without a stride that keep the number of channels.
-        compiled: directions in which compiled competitors run too, on ResNet-50's four stages.
+        compiled: who runs compiled too on ResNet-50's four stages, by direction and batch.
     """
     return tuple(
         Cell(
@@ -77,7 +79,7 @@ def cells(
             replace(case, batch=batch),
             direction,
             dtype,
-            network == "resnet50" and is_stage(case) and direction in compiled,
+            (compiled or {}).get((direction, batch), ()) if network == "resnet50" and is_stage(case) else (),
         )
         for network in networks
         for case in shapes(network)

@@ -31,9 +31,6 @@ DEPLOYED = {
 }
 """What is done before inference: ``spconv_triton.fuse``, which folds the norms behind plain convolutions too."""
 
-COMPILED_TOO = {"conv2d compiled": "nn.Conv2d, compiled", "spconv compiled": "SPConv, alpha 1/2, compiled"}
-"""Whole networks that are compiled beside the reference's."""
-
 CHECKED = 2
 """Images whose logits are compared with float64."""
 

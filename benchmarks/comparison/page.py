@@ -27,6 +27,8 @@ METHOD = """\
   float64 before, for the first two images. A network's logits are compared with those of its eager copy in float64.
 - **In turns**: each round times every competitor, each round starts with another one, and a speed is nn.Conv2d's time
   over the competitor's *in the same round*. A cell is the median of the rounds, with their 20 % and 80 % quantiles.
+- **Free memory stays with the process** (`benchmarks/allocator.py`), as in any that has held a batch of images; else
+  small processes are timed by their page faults.
 - **Memory**: *kept* is what autograd holds for the backward, input and weights included, each storage once; *peak* is
   the most that PyTorch's allocator had given out during the call. On a CPU, oneDNN's scratch memory is not seen.
 - **MACs** are multiply-accumulates of the equations; norms, activations and the gate are not counted."""

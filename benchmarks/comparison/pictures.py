@@ -21,9 +21,12 @@ PAPER, GRID, INK = "#f4f4f1", "#d5d5d0", "#333333"
 STYLES = {
     "conv2d": ("o", "#333333"),
     "spconv": ("*", "#0057a8"),
+    "conv2d compiled": ("o", "#7f7f7f"),
+    "spconv compiled": ("*", "#3d85c6"),
     "reference": ("P", "#6fa8dc"),
     "reference compiled": ("X", "#9fc5e8"),
     "ghost": ("s", "#7a3b9a"),
+    "ghost compiled": ("s", "#b48bc8"),
     "hetconv-p4": ("^", "#c1272d"),
     "hetconv-p8": ("v", "#e06666"),
     "octconv": ("D", "#b8860b"),

@@ -13,6 +13,14 @@ from benchmarks.competitors import DIRECTIONS
 
 FORWARD = DIRECTIONS[:1]
 
+COMPILED_QUICK = {(DIRECTIONS[0], batch): ("spconv", "reference") for batch in (1, 8)}
+"""Who runs compiled too, by direction and batch: preparing one takes up to ten seconds."""
+
+COMPILED_FULL = {
+    **{(DIRECTIONS[0], batch): ("conv2d", "spconv", "reference", "ghost") for batch in (1, 8)},
+    **{(DIRECTIONS[1], batch): ("spconv", "reference") for batch in (1, 8)},
+}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -52,7 +60,7 @@ def quick() -> Plan:
     return Plan(
         "quick",
         (
-            *cells(("resnet50",), (1, 8), DIRECTIONS, single, stages_only=True, compiled=FORWARD),
+            *cells(("resnet50",), (1, 8), DIRECTIONS, single, stages_only=True, compiled=COMPILED_QUICK),
             *cells(("resnet20",), (8,), FORWARD, single, stages_only=True),
             *cells(("vgg16",), (8,), FORWARD, single, stages_only=True),
         ),
@@ -76,7 +84,7 @@ def full() -> Plan:
     return Plan(
         "full",
         (
-            *cells(networks, (1, 8, 64), DIRECTIONS, torch.float32, stages_only=False, compiled=DIRECTIONS),
+            *cells(networks, (1, 8, 64), DIRECTIONS, torch.float32, stages_only=False, compiled=COMPILED_FULL),
             *cells(networks, (1, 8, 64), DIRECTIONS, torch.bfloat16, stages_only=True),
         ),
         (

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.allocator import settle
 from benchmarks.ratios import quantiles
 
 SAMPLE_SECONDS = 0.02
@@ -49,6 +50,7 @@ class Timing:
 
 def take_turns(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, list[float]]:
     """Seconds of each call, round by round. Every call must have run before."""
+    settle()
     names = list(calls)
     repeats, together = {}, 0.0
     for name in names:

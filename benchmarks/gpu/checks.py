@@ -104,6 +104,7 @@ def operators(record: Record) -> None:
     found = _calls(device)
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{registration.NAMESPACE}::")}
     registered = {name.partition("::")[2].partition(".")[0] for name in names}
+    registered = {name for name in registered if not name.startswith("native")}  # which are for a CPU
     for name in sorted(registered - found.keys()):
         if "descriptor" in name and not has_descriptors(device):
             record.note(f"{name}: this device has no tensor maps")

@@ -16,10 +16,13 @@ Maker = Callable[[int, int, int, int], nn.Module]
 
 TITLES = {
     "conv2d": "nn.Conv2d",
+    "conv2d compiled": "nn.Conv2d, compiled",
     "spconv": "SPConv, alpha 1/2",
+    "spconv compiled": "SPConv, alpha 1/2, compiled",
     "reference": "SPConv reference, eager",
     "reference compiled": "SPConv reference, compiled",
     "ghost": "Ghost module, s 2",
+    "ghost compiled": "Ghost module, s 2, compiled",
     "hetconv-p4": "HetConv, P 4",
     "hetconv-p8": "HetConv, P 8",
     "octconv": "OctConv, alpha 1/2",
