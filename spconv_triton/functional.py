@@ -28,6 +28,7 @@ from .dispatch import choose, is_transformed
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
 from .native import Epilogue
+from .native_packing import Packing
 
 __all__ = [
     "gap_softmax_fusion",
@@ -203,9 +204,15 @@ def spconv2d(
     return _spconv2d(arguments, (stride, padding, dilation, groups), backend, _check_layer)
 
 
-def layer_forward(arguments: Arguments, window: Window, backend: str) -> Tensor:
-    """:func:`spconv2d` for a layer that is called again and again: what was found to fit fits again, unchecked."""
-    return _spconv2d(arguments, window, backend, _check_layer if torch.compiler.is_compiling() else _recall)
+def layer_forward(arguments: Arguments, window: Window, backend: str, packing: Packing | None = None) -> Tensor:
+    """:func:`spconv2d` for a layer that is called again and again: what was found to fit fits again, unchecked.
+
+    Args:
+        arguments, window, backend: as of :func:`spconv2d`.
+        packing: what the layer keeps of its weights from one inference to the next.
+    """
+    check = _check_layer if torch.compiler.is_compiling() else _recall
+    return _spconv2d(arguments, window, backend, check, packing)
 
 
 FOUND = 4096
@@ -230,7 +237,11 @@ def _recall(arguments: Arguments, window: Window) -> Geometry:
 
 
 def _spconv2d(
-    arguments: Arguments, window: Window, backend: str, check: Callable[[Arguments, Window], Geometry]
+    arguments: Arguments,
+    window: Window,
+    backend: str,
+    check: Callable[[Arguments, Window], Geometry],
+    packing: Packing | None = None,
 ) -> Tensor:
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
     check_input("x", x)
@@ -252,7 +263,7 @@ def _spconv2d(
             branch_bias=branch_bias,
         )
     elif chosen == "native":
-        y = _on_aten(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
+        y = _on_aten(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, packing)
     else:
         y = _on_triton(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y.contiguous(memory_format=memory_format(x))
@@ -298,9 +309,19 @@ def spconv2d_inference(
 
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4; batch norm: Ioffe and Szegedy, ICML 2015.
     """
+    arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
+    after = Epilogue(norm_scale, residual, activation)
+    return inference_forward(arguments, (stride, padding, dilation, groups), after, backend)
+
+
+def inference_forward(
+    arguments: Arguments, window: Window, after: Epilogue, backend: str, packing: Packing | None = None
+) -> Tensor:
+    """:func:`spconv2d_inference`; ``packing`` is what a layer keeps of its weights from one inference to the next."""
+    x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
+    norm_scale, residual, activation = after
     check_input("x", x)
     x, weight_gwc, weight_pwc, weight_redundant, residual = cast(x, weight_gwc, weight_pwc, weight_redundant, residual)
-    window = (stride, padding, dilation, groups)
     geometry = _check_weights(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
     outputs = weight_gwc.shape[0]
     check_bias("bias", bias, (outputs,), x, or_float32=True)
@@ -322,7 +343,7 @@ def spconv2d_inference(
     weights = (weight_gwc, weight_pwc, weight_redundant)
     chosen = choose(x, backend)
     if chosen == "native":
-        y = native_onepass.spconv2d_inference(x, *weights, bias, branch_bias, geometry, after)
+        y = native_onepass.spconv2d_inference(x, *weights, bias, branch_bias, geometry, after, packing)
     elif chosen == "triton" and weight_redundant is not None:
         y = ops.spconv2d_inference(x, *weights, bias, branch_bias, *after, *geometry[1:])
     elif chosen == "triton":
@@ -334,7 +355,7 @@ def spconv2d_inference(
             stride=geometry.stride,
             padding=geometry.padding,
             dilation=geometry.dilation,
-            groups=groups,
+            groups=geometry.groups,
             branch_bias=branch_bias,
         )
         y = after(y, bias)
@@ -437,13 +458,14 @@ def _on_aten(
     bias: Tensor | None,
     branch_bias: Tensor | None,
     geometry: Geometry,
+    packing: Packing | None,
 ) -> Tensor:
     tensors = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not is_transformed()
     if traced and x.is_cpu and weight_redundant is not None and native_onepass.differentiates(tensors):
         weights = (weight_gwc, weight_pwc, weight_redundant)
         return ops.native_spconv2d(x, *weights, bias, branch_bias, *geometry[1:])[0]
-    return native_onepass.spconv2d(*tensors, geometry)
+    return native_onepass.spconv2d(*tensors, geometry, packing)
 
 
 def _on_triton(

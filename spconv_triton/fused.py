@@ -13,6 +13,8 @@ from .checks import ACTIVATIONS, check_input
 from .geometry import Geometry
 from .layout import memory_format
 from .modules import SPConv2d
+from .native import Epilogue
+from .native_packing import Packing
 
 
 class FusedSPConv2d(nn.Module):
@@ -69,6 +71,7 @@ class FusedSPConv2d(nn.Module):
         self.activation = activation
         self.has_residual = residual
         self.has_norm = norm is not None
+        self._packing = Packing()
         with torch.no_grad():
             for name, tensor in _folded(layer, norm).items():
                 self.register_buffer(name, None if tensor is None else tensor.detach().clone())
@@ -84,21 +87,14 @@ class FusedSPConv2d(nn.Module):
             edges = (padding[1], padding[1], padding[0], padding[0])
             x = F.pad(x, edges, mode=self.padding_mode).contiguous(memory_format=layout)
             padding = (0, 0)
-        y = functional.spconv2d_inference(
-            x,
-            self.weight_gwc,
-            self.weight_pwc,
-            self.weight_redundant,
-            self.bias,
-            stride=self.geometry.stride,
-            padding=padding,
-            dilation=self.geometry.dilation,
-            groups=self.geometry.groups,
-            branch_bias=self.branch_bias,
-            norm_scale=self.norm_scale,
-            residual=residual if fits else None,
-            activation=self.activation if fits else "none",
-            backend=self.backend,
+        weights = (self.weight_gwc, self.weight_pwc, self.weight_redundant)
+        after = Epilogue(self.norm_scale, residual if fits else None, self.activation if fits else "none")
+        y = functional.inference_forward(
+            (x, *weights, self.bias, self.branch_bias),
+            (self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups),
+            after,
+            self.backend,
+            None if torch.compiler.is_compiling() else self._packing,
         )
         if fits or residual is None:
             return y

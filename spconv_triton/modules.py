@@ -15,6 +15,7 @@ from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS, choose
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
+from .native_packing import Packing
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -48,9 +49,15 @@ class SPConv2d(nn.Module):
         the memory format of the input; channels_last is the fast one.
 
     Concurrency:
-        A call keeps no state, so threads may share a layer in eval, and train it with gradients of their own. (Batch
-        norms in training mode track statistics, as PyTorch's do.) Kernels run on the current CUDA stream of the
+        Threads may share a layer in eval, and train it with gradients of their own. (Batch norms in training mode track
+        statistics, as PyTorch's do.) Kernels run on the current CUDA stream of the
         calling thread: whoever computes on another stream waits for the tensors' own first, as for any operation.
+
+    Packed weights:
+        In eval, without gradients, on a CPU, a layer keeps a copy of ``weight_gwc`` in oneDNN's order until the weight
+        changes or the layer trains. In-place operations, optimizers, ``load_state_dict`` and ``.to()`` are changes. So
+        is what is written through ``.data``, but for single values of a weight of more than 16384: only a sample of
+        those is compared (:mod:`spconv_triton.native_packing`).
 
     Not finite:
         NaN and infinities come out as of the softmax over the means: an infinite S3 or S1 makes its plane NaN. One of
@@ -124,6 +131,7 @@ class SPConv2d(nn.Module):
         self.representative_channels = representative
         self.redundant_channels = in_channels - representative
         self._window_padding = geometry.padding
+        self._packing = Packing()
 
         if dtype is not None and dtype not in FLOATING:
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -260,7 +268,14 @@ class SPConv2d(nn.Module):
                 return self._forward_branch_norm(x, parts)
             gwc, pwc, redundant, branch_bias = fold_branch_norms(self)
         window = (self.stride, padding, self.dilation, self.groups)
-        return functional.layer_forward((x, gwc, pwc, redundant, self.bias, branch_bias), window, self.backend)
+        packing = None
+        if not torch.compiler.is_compiling():
+            if self.training:
+                self._packing.forget()
+            elif branch_bias is None:  # else the weights have just been folded
+                packing = self._packing
+        arguments = (x, gwc, pwc, redundant, self.bias, branch_bias)
+        return functional.layer_forward(arguments, window, self.backend, packing)
 
     def _forward_branch_norm(self, x: Tensor, window: dict[str, Any]) -> Tensor:
         """The layer with norms that do not fold: by the kernels where they compute the norms, else part by part.

@@ -100,16 +100,22 @@ def readable(
     padding as a whole, and read what was never written where a group has one channel and columns have a stride, and,
     for gradients of bfloat16 weights, where the stride is longer than a row.
     """
-    if not x.is_cpu:
-        return x, weight
-    try:
-        sound = _is_sound(x.shape, weight.shape, stride, padding, dilation)
-    except TypeError:  # sizes that are symbols have no hash
-        sound = _is_sound.__wrapped__(x.shape, weight.shape, stride, padding, dilation)
-    if sound:
+    if are_readable(x, weight, stride, padding, dilation):
         return x, weight
     # Not contiguous(), which leaves what is NCHW and channels_last at once as it is, to be read as the latter.
     return x.clone(memory_format=torch.contiguous_format), weight.clone(memory_format=torch.contiguous_format)
+
+
+def are_readable(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> bool:
+    """Whether oneDNN reads nothing but ``x`` and ``weight`` as they are."""
+    if not x.is_cpu:
+        return True
+    try:
+        return _is_sound(x.shape, weight.shape, stride, padding, dilation)
+    except TypeError:  # sizes that are symbols have no hash
+        return _is_sound.__wrapped__(x.shape, weight.shape, stride, padding, dilation)
 
 
 @functools.lru_cache(maxsize=256)

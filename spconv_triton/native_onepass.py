@@ -35,6 +35,7 @@ from .native_gate import (
     gate_comes_first,
     gate_difference,
 )
+from .native_packing import Packing
 
 
 def spconv2d(
@@ -45,6 +46,7 @@ def spconv2d(
     bias: Tensor | None,
     branch_bias: Tensor | None,
     geometry: Geometry,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Y = beta U3 + gamma U1 + bias, on arguments that :func:`spconv_triton.functional.spconv2d` has checked.
 
@@ -55,6 +57,7 @@ def spconv2d(
         weight_redundant: [M, L - alpha L, 1, 1]; None where alpha = 1, and then Y = U3 + bias.
         bias: [M] or None, added after the gate.
         branch_bias: [2, M] or None, dtype of ``x`` or float32; added to U3 and U1 before the gate.
+        packing: of the layer in inference; what it keeps of ``weight_gwc``.
 
     Returns:
         [N, M, H_out, W_out], dtype of ``x``, in channels_last on a CPU.
@@ -73,7 +76,7 @@ def spconv2d(
         return native_compiled.compose(*arguments)
     if differentiated:
         return OnePass.apply(*arguments)
-    y, _ = forward(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
+    y, _ = forward(*arguments, packing=packing)
     return y
 
 
@@ -91,6 +94,7 @@ def spconv2d_inference(
     branch_bias: Tensor | None,
     geometry: Geometry,
     after: Epilogue,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Y = activation(norm_scale (beta U3 + gamma U1) + bias + residual), without gradients.
 
@@ -101,7 +105,7 @@ def spconv2d_inference(
         return native.compose(*arguments)
     if torch.compiler.is_compiling():
         return native_compiled.compose(*arguments)
-    y, _ = forward(*arguments)
+    y, _ = forward(*arguments, packing=packing)
     return y
 
 
@@ -133,6 +137,8 @@ def forward(
     branch_bias: Tensor | None,
     geometry: Geometry,
     after: Epilogue = NOTHING,
+    *,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better; None without a redundant part. Without gradients."""
     representative = weight_pwc.shape[1]
@@ -141,11 +147,11 @@ def forward(
     x3 = x.narrow(1, 0, representative)  # which takes half the time of an index
     z3 = x3 if z is x else z.narrow(1, 0, representative)
     if weight_redundant is None:
-        y = add_convolution(convolve(x3, weight_gwc, None, *geometry[1:]), z3, weight_pwc)
+        y = add_convolution(_gwc(x3, weight_gwc, None, geometry, packing), z3, weight_pwc)
         return _finish(y, _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
 
     if gate_comes_first(x, geometry):
-        y = convolve(x3, weight_gwc, None, *geometry[1:])
+        y = _gwc(x3, weight_gwc, None, geometry, packing)
         d = gate_difference(y, z, weight_pwc, weight_redundant)
         if branch_bias is not None:
             d += bias_difference(branch_bias, d.dtype)
@@ -170,7 +176,7 @@ def forward(
     # infinite one would make NaN.
     joins = branch_bias is None and after.norm_scale is None and is_matrix_product(x)
     joins = joins and bias is not None and bias.dtype == x.dtype and math.isfinite(bias.sum())
-    u3 = convolve(x3, weight_gwc, bias if joins else None, *geometry[1:])
+    u3 = _gwc(x3, weight_gwc, bias if joins else None, geometry, packing)
     u3 = add_convolution(u3, z3, weight_pwc)
     z1 = z.narrow(1, representative, z.shape[1] - representative)
     u1 = pointwise(z1, weight_redundant, bias if joins else None)
@@ -181,6 +187,12 @@ def forward(
     d = exponent(s3, s1)
     y = u1.lerp_(u3, torch.sigmoid(d))
     return _finish(y, None if joins else _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
+
+
+def _gwc(x3: Tensor, weight_gwc: Tensor, bias: Tensor | None, geometry: Geometry, packing: Packing | None) -> Tensor:
+    """GWC(x3) + bias as a new tensor, in float32 or better."""
+    y = None if packing is None else packing.convolve(x3, weight_gwc, bias, *geometry[1:])
+    return convolve(x3, weight_gwc, bias, *geometry[1:]) if y is None else y
 
 
 def _finish(y: Tensor, offset: Tensor | None, after: Epilogue, dtype: torch.dtype) -> Tensor:
