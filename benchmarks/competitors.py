@@ -142,7 +142,7 @@ class Trial:
         """
         memory_format = LAYOUTS[layout]
         # A layer of its own: nn.Module.to moves parameters in place.
-        module = copy.deepcopy(self.layer).to(memory_format=memory_format)
+        module = copy.deepcopy(self.layer).to(memory_format=memory_format).train(self.direction != DIRECTIONS[0])
         base = name.removesuffix(COMPILED)
         if isinstance(module, SPConv2d):
             module.backend = "triton" if base in ("separate", "flat") else base
