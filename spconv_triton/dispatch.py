@@ -126,6 +126,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces: as of ``torch.compiler``, but the compiler of PyTorch 2.11 always says yes."""
+    return torch.compiler._is_exporting_flag
+
+
 def why_no_triton() -> str | None:
     """Why triton cannot be imported, None if it can: it may be missing, or installed and broken."""
     if not HAS_TRITON:

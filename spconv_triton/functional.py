@@ -24,7 +24,7 @@ from .checks import (
     check_window,
     shape,
 )
-from .dispatch import choose, is_transformed
+from .dispatch import choose, is_exporting, is_transformed
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
 from .native import Epilogue
@@ -461,7 +461,7 @@ def _on_aten(
     packing: Packing | None,
 ) -> Tensor:
     tensors = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
-    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not is_transformed()
+    traced = torch.compiler.is_compiling() and not is_exporting() and not is_transformed()
     if traced and x.is_cpu and weight_redundant is not None and native_onepass.differentiates(tensors):
         weights = (weight_gwc, weight_pwc, weight_redundant)
         return ops.native_spconv2d(x, *weights, bias, branch_bias, *geometry[1:])[0]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .dispatch import is_exporting
 from .geometry import Geometry
 from .native_convolution import readable
 
@@ -75,7 +76,7 @@ def _exports_symbols(x: Tensor) -> bool:
 
     Pooling in ceil mode asks whether 2 ((H - 1) // 2) < H, and ``torch.export`` cannot tell that it holds for any H.
     """
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         return False
     return torch.compiler.is_dynamo_compiling() or not all(type(size) is int for size in x.shape[2:])
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, reference
+from .dispatch import is_exporting
 from .geometry import Geometry
 from .native import Epilogue
 from .native_convolution import are_products_precise, pixels, rows
@@ -74,4 +75,4 @@ def _both_branches(
 
 def _is_matrix_product(x: Tensor) -> bool:
     """Whether 1 x 1 convolutions of ``x`` may be: as precise as they are, and no model to be exported."""
-    return x.is_cpu and not torch.compiler.is_exporting() and are_products_precise(x.dtype)
+    return x.is_cpu and not is_exporting() and are_products_precise(x.dtype)

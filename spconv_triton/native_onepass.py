@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import native, native_compiled
 from .autocast import without_autocast
-from .dispatch import is_transformed
+from .dispatch import is_exporting, is_transformed
 from .geometry import Geometry
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
@@ -71,7 +71,7 @@ def spconv2d(
     if torch.compiler.is_compiling():
         # What the backward below recomputes depends on no gradient, so the partitioner would move it into the forward
         # and keep it; a checkpoint tells it not to. On a CPU there is an operator for this.
-        if differentiated and not torch.compiler.is_exporting():
+        if differentiated and not is_exporting():
             return checkpoint(native.compose, *arguments, use_reentrant=False, preserve_rng_state=False)
         return native_compiled.compose(*arguments)
     if differentiated:

@@ -95,7 +95,7 @@ def test_agrees_in_every_order(case: Case, gate_first: bool, backward: str, monk
         assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
     assert_agrees(native, make_inputs(case, mean=100.0), condition=MEAN_100, perturbations=4)
     for gate in (-80.0, -30.0, -8.0, 8.0, 30.0, 80.0):
-        assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate))
+        assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate), perturbations=4)
 
 
 def test_agrees_with_float32_branch_biases() -> None:
