@@ -263,7 +263,7 @@ def _spconv2d(
             branch_bias=branch_bias,
         )
     elif chosen == "native":
-        y = _on_aten(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, packing)
+        y = _on_aten((x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias), geometry, packing)
     else:
         y = _on_triton(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y.contiguous(memory_format=memory_format(x))
@@ -450,22 +450,13 @@ def _or_none(weight_redundant: Tensor | None) -> Tensor | None:
     return None if weight_redundant is None or weight_redundant.shape[1] == 0 else weight_redundant
 
 
-def _on_aten(
-    x: Tensor,
-    weight_gwc: Tensor,
-    weight_pwc: Tensor,
-    weight_redundant: Tensor | None,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    geometry: Geometry,
-    packing: Packing | None,
-) -> Tensor:
-    tensors = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
+def _on_aten(arguments: Arguments, geometry: Geometry, packing: Packing | None) -> Tensor:
+    x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
     traced = torch.compiler.is_compiling() and not is_exporting() and not is_transformed()
-    if traced and x.is_cpu and weight_redundant is not None and native_onepass.differentiates(tensors):
+    if traced and x.is_cpu and weight_redundant is not None and native_onepass.differentiates(arguments):
         weights = (weight_gwc, weight_pwc, weight_redundant)
         return ops.native_spconv2d(x, *weights, bias, branch_bias, *geometry[1:])[0]
-    return native_onepass.spconv2d(*tensors, geometry, packing)
+    return native_onepass.spconv2d(*arguments, geometry, packing)
 
 
 def _on_triton(

@@ -36,3 +36,18 @@ def layer_flops(
     height, width = Geometry(kernel_size, stride, padding, dilation, groups).output_size(*x_shape[2:])
     pointwise = 2 * x_shape[0] * height * width * redundant_shape[0] * redundant_shape[1]
     return branch_flops(representative, gwc_shape, window) + pointwise
+
+
+def forward_flops(
+    x_shape: Any,
+    gwc_shape: Any,
+    pwc_shape: Any,
+    redundant_shape: Any,
+    bias: Any,
+    branch_bias: Any,
+    *window: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """A formula for the operators that take a layer's tensors and its window."""
+    return layer_flops(x_shape, gwc_shape, redundant_shape, window)

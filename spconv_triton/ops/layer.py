@@ -12,7 +12,7 @@ from .. import launch, native
 from ..autocast import cast
 from ..flop_formulas import flop_formula
 from ..registration import NAMESPACE, register_autocast, traceable_op
-from .common import geometry_of, layer_flops
+from .common import forward_flops, geometry_of, layer_flops
 from .second_order import differentiate_pullback, register_second_order
 
 
@@ -149,19 +149,7 @@ def _second_order(
 register_second_order(spconv2d_backward, _second_order)
 
 
-@flop_formula(getattr(torch.ops, NAMESPACE).spconv2d)
-def _(
-    x_shape: Any,
-    gwc_shape: Any,
-    pwc_shape: Any,
-    redundant_shape: Any,
-    bias: Any,
-    branch_bias: Any,
-    *window: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    return layer_flops(x_shape, gwc_shape, redundant_shape, window)
+flop_formula(getattr(torch.ops, NAMESPACE).spconv2d)(forward_flops)
 
 
 @flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_backward)

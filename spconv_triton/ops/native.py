@@ -18,7 +18,7 @@ from ..autocast import without_autocast
 from ..flop_formulas import flop_formula
 from ..native_backward import gradients
 from ..registration import NAMESPACE
-from .common import geometry_of, layer_flops
+from .common import forward_flops, geometry_of, layer_flops
 from .second_order import differentiate_pullback, register_second_order
 
 
@@ -162,19 +162,7 @@ def _second_order(cotangents: tuple[Tensor | None, ...], grad: Tensor, *argument
 register_second_order(native_spconv2d_backward, _second_order)
 
 
-@flop_formula(getattr(torch.ops, NAMESPACE).native_spconv2d)
-def _(
-    x_shape: Any,
-    gwc_shape: Any,
-    pwc_shape: Any,
-    redundant_shape: Any,
-    bias: Any,
-    branch_bias: Any,
-    *window: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    return layer_flops(x_shape, gwc_shape, redundant_shape, window)
+flop_formula(getattr(torch.ops, NAMESPACE).native_spconv2d)(forward_flops)
 
 
 @flop_formula(getattr(torch.ops, NAMESPACE).native_spconv2d_backward)
