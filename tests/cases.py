@@ -188,11 +188,9 @@ def assert_within_budget(
         condition: how much the result amplifies one rounding of what it is computed from.
         sensitivity: the same measured, as an absolute error.
     """
-    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-    assert got.dtype == same_dtype.dtype, f"{name}: dtype {got.dtype}, expected {same_dtype.dtype}"
+    _assert_comparable(name, got, same_dtype, exact)
     if exact.numel() == 0:
         return
-    assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite"
     error = (got.double() - exact).abs().max().item()
     reference_error = (same_dtype.double() - exact).abs().max().item()
     # Float64 has no better judge, so its reference error is 0: allow a sum's worth of roundings instead of one.
@@ -203,6 +201,12 @@ def assert_within_budget(
         f"{name}: error {error:.3e} against float64, allowed {allowed:.3e} "
         f"(reference in {got.dtype}: {reference_error:.3e}, rounding: {rounding:.3e})"
     )
+
+
+def _assert_comparable(name: str, got: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    assert got.dtype == same_dtype.dtype, f"{name}: dtype {got.dtype}, expected {same_dtype.dtype}"
+    assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite"
 
 
 def assert_agrees(
@@ -265,7 +269,7 @@ def assert_within_budget_over_draws(
     logarithms: dict[str, list[float]] = {}
     for got, same_dtype, exact in draws:
         for name, judge in exact.items():
-            assert got[name].isfinite().all(), f"{name} is not finite"
+            _assert_comparable(name, got[name], same_dtype[name], judge)
             roundings = 16 if got[name].dtype == torch.float64 else 1  # as of single draws
             rounding = condition * roundings * torch.finfo(got[name].dtype).eps * judge.abs().max().item()
             budget = 2 * (_largest_error(same_dtype[name], judge) + rounding) + GATE_CLAMP

@@ -12,7 +12,6 @@ import torch
 from cases import (
     SMALL,
     Case,
-    assert_within_budget,
     assert_within_budget_over_draws,
     kept_bytes,
     make_inputs,
@@ -241,8 +240,8 @@ def make_pair(device: str, **options: Any) -> tuple[SPConv2d, SPConv2d]:
     return ours, twin
 
 
-def assert_step_agrees(ours: SPConv2d, twin: SPConv2d, x: Tensor) -> None:
-    """One call of each in the mode they are in: output, gradients and state."""
+def step(ours: SPConv2d, twin: SPConv2d, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """One call of each in the mode they are in, and of the twin in float64: output, gradients and state."""
     results = []
     for module in (ours, twin, copy.deepcopy(twin).double()):
         leaf = x.detach().to(module.weight_gwc.dtype).requires_grad_()
@@ -251,14 +250,17 @@ def assert_step_agrees(ours: SPConv2d, twin: SPConv2d, x: Tensor) -> None:
         grads = torch.autograd.grad(
             (y * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum(), wanted.values()
         )
-        state = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+        state = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
         results.append({"y": y.detach(), **dict(zip(wanted, grads, strict=True)), **state})
-    got, same_dtype, exact = results
-    for name, value in exact.items():
-        assert_within_budget(name, got[name], same_dtype[name], value, condition=2)
     for name in ("norm_representative", "norm_redundant"):
         ours_tracked, twins_tracked = (getattr(getattr(m, name), "num_batches_tracked", None) for m in (ours, twin))
         assert ours_tracked is twins_tracked is None or torch.equal(ours_tracked, twins_tracked)
+    got, same_dtype, exact = results
+    return got, same_dtype, exact
+
+
+DRAWS = 6
+"""Of a layer and its input: errors of single draws are luck, as in :func:`check_over_draws`."""
 
 
 @pytest.fixture
@@ -277,24 +279,30 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("options", list(MODULES.values()), ids=list(MODULES))
 def test_several_steps_are_the_modules(options: dict[str, Any], device: str, by_kernels: list[str]) -> None:
-    ours, twin = make_pair(device, **options)
-    for step in range(2):
-        assert_step_agrees(ours, twin, torch.randn(3, 8, 5, 6, device=device) * (1 + step) + step)
-    assert by_kernels == ["triton"] * 2
-    ours.eval()
-    twin.eval()
-    assert_step_agrees(ours, twin, torch.randn(3, 8, 5, 6, device=device))
+    steps: list[Any] = [[], [], []]  # two in training, one in eval
+    for _ in range(DRAWS):
+        ours, twin = make_pair(device, **options)
+        for number in range(2):
+            x = torch.randn(3, 8, 5, 6, device=device) * (1 + number) + number
+            steps[number].append(step(ours, twin, x))
+        steps[2].append(step(ours.eval(), twin.eval(), torch.randn(3, 8, 5, 6, device=device)))
+    for draws, condition in zip(steps, (2, 4, 2), strict=True):  # a mean of x grows a rounding of the shared constants
+        assert_within_budget_over_draws(draws, condition=condition)
     untracked = options.get("track_running_stats") is False
-    assert by_kernels == ["triton"] * (2 + untracked), "without running statistics eval normalises by the batch too"
+    in_operator = 2 + untracked  # without running statistics eval normalises by the batch too
+    assert by_kernels == ["triton"] * (in_operator * DRAWS)
 
 
 def test_frozen_norms_and_parameters(device: str, by_kernels: list[str]) -> None:
     """A norm on its running statistics is not the batch's affair; a parameter without gradient is."""
-    ours, twin = make_pair(device)
-    x = torch.randn(3, 8, 5, 6, device=device)
-    for module in (ours, twin):
-        module.norm_redundant.eval()
-    assert_step_agrees(ours, twin, x)
+    draws = []
+    for _ in range(DRAWS):
+        ours, twin = make_pair(device)
+        x = torch.randn(3, 8, 5, 6, device=device)
+        for module in (ours, twin):
+            module.norm_redundant.eval()
+        draws.append(step(ours, twin, x))
+    assert_within_budget_over_draws(draws, condition=2)
     assert not by_kernels
     for module in (ours, twin):
         module.norm_redundant.train().requires_grad_(False)
@@ -306,17 +314,24 @@ def test_frozen_norms_and_parameters(device: str, by_kernels: list[str]) -> None
 
 @pytest.mark.parametrize("other", [nn.GroupNorm(3, 12), nn.InstanceNorm2d(12, affine=True)], ids=repr)
 def test_other_norms_are_called_as_they_are(other: nn.Module, device: str, by_kernels: list[str]) -> None:
-    ours, twin = make_pair(device)
-    for module in (ours, twin):
-        module.norm_redundant = copy.deepcopy(other).to(device)
-    assert_step_agrees(ours, twin, torch.randn(3, 8, 5, 6, device=device))
+    draws = []
+    for _ in range(DRAWS):
+        ours, twin = make_pair(device)
+        for module in (ours, twin):
+            module.norm_redundant = copy.deepcopy(other).to(device)
+        draws.append(step(ours, twin, torch.randn(3, 8, 5, 6, device=device)))
+    assert_within_budget_over_draws(draws, condition=2)
     assert not by_kernels
 
 
 def test_sync_batch_norm_without_a_process_group(device: str, by_kernels: list[str]) -> None:
-    ours, twin = make_pair(device)
-    assert_step_agrees(nn.SyncBatchNorm.convert_sync_batchnorm(ours), twin, torch.randn(3, 8, 5, 6, device=device))
-    assert by_kernels == ["triton"]
+    draws = []
+    for _ in range(DRAWS):
+        ours, twin = make_pair(device)
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+        draws.append(step(synchronised, twin, torch.randn(3, 8, 5, 6, device=device)))
+    assert_within_budget_over_draws(draws, condition=2)
+    assert by_kernels == ["triton"] * DRAWS
 
 
 def test_sync_batch_norm_in_a_process_group_is_called(
