@@ -27,8 +27,8 @@ from benchmarks.ratios import machine, quantiles
 from spconv_triton import SPConv2d
 
 CASES = {
-    "gate first": (16, 16, 8),
-    "gate first, wider": (64, 64, 14),
+    "gate first": (16, 16, 12),
+    "gate first, wider": (32, 32, 18),
     "both branches": (128, 128, 7),
 }
 """Input channels, output channels, height and width of the map: every form of the native path."""
@@ -63,10 +63,12 @@ def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
     """Whether ``result`` lies where an argument does, and nothing was written there."""
     if func._schema.is_mutable or not isinstance(result, Tensor):
         return False
-    return any(isinstance(a, Tensor) and a.untyped_storage()._cdata == result.untyped_storage()._cdata for a in args)
+    tensors = (a for a in args if isinstance(a, Tensor) and a.layout is torch.strided)  # oneDNN's have no storage
+    return any(a.untyped_storage()._cdata == result.untyped_storage()._cdata for a in tensors)
 
 
 def record(call: Callable[[], Any]) -> list[Callable[[], Any]]:
+    call()  # what the layer remembers from then on is not done again
     # The path takes other kernels where a mode looks on, and is told that none does.
     with Recording() as recording, mock.patch.object(torch._C, "_len_torch_dispatch_stack", return_value=0):
         call()

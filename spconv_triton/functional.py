@@ -27,8 +27,9 @@ from .checks import (
 from .dispatch import choose, is_exporting, is_transformed
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
-from .native import Epilogue
-from .native_packing import Packing
+from .native import NOTHING, Epilogue
+from .native_inference import Inference
+from .native_onepass import Arguments, Memory
 
 __all__ = [
     "gap_softmax_fusion",
@@ -41,9 +42,6 @@ __all__ = [
 
 Window = tuple[IntPair, IntPair | str, IntPair, int]
 """Stride, padding, dilation and groups."""
-
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
 
 
 def representative_branch(
@@ -204,15 +202,21 @@ def spconv2d(
     return _spconv2d(arguments, (stride, padding, dilation, groups), backend, _check_layer)
 
 
-def layer_forward(arguments: Arguments, window: Window, backend: str, packing: Packing | None = None) -> Tensor:
+def layer_forward(arguments: Arguments, window: Window, backend: str, inference: Inference | None = None) -> Tensor:
     """:func:`spconv2d` for a layer that is called again and again: what was found to fit fits again, unchecked.
 
     Args:
         arguments, window, backend: as of :func:`spconv2d`.
-        packing: what the layer keeps of its weights from one inference to the next.
+        inference: what the layer remembers from one inference to the next.
     """
+    memory = None
+    if inference is not None:
+        memory = Memory(inference, (window, backend))
+        y = native_onepass.recall(arguments, NOTHING, memory)
+        if y is not None:
+            return y
     check = _check_layer if torch.compiler.is_compiling() else _recall
-    return _spconv2d(arguments, window, backend, check, packing)
+    return _spconv2d(arguments, window, backend, check, memory)
 
 
 FOUND = 4096
@@ -241,7 +245,7 @@ def _spconv2d(
     window: Window,
     backend: str,
     check: Callable[[Arguments, Window], Geometry],
-    packing: Packing | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
     check_input("x", x)
@@ -263,7 +267,7 @@ def _spconv2d(
             branch_bias=branch_bias,
         )
     elif chosen == "native":
-        y = _on_aten((x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias), geometry, packing)
+        y = _on_aten((x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias), geometry, memory)
     else:
         y = _on_triton(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y.contiguous(memory_format=memory_format(x))
@@ -315,9 +319,15 @@ def spconv2d_inference(
 
 
 def inference_forward(
-    arguments: Arguments, window: Window, after: Epilogue, backend: str, packing: Packing | None = None
+    arguments: Arguments, window: Window, after: Epilogue, backend: str, inference: Inference | None = None
 ) -> Tensor:
-    """:func:`spconv2d_inference`; ``packing`` is what a layer keeps of its weights from one inference to the next."""
+    """:func:`spconv2d_inference`; ``inference`` is what a layer remembers from one to the next."""
+    memory = None
+    if inference is not None:
+        memory = Memory(inference, (window, backend))
+        y = native_onepass.recall(arguments, after, memory)
+        if y is not None:
+            return y
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
     norm_scale, residual, activation = after
     check_input("x", x)
@@ -343,7 +353,7 @@ def inference_forward(
     weights = (weight_gwc, weight_pwc, weight_redundant)
     chosen = choose(x, backend)
     if chosen == "native":
-        y = native_onepass.spconv2d_inference(x, *weights, bias, branch_bias, geometry, after, packing)
+        y = native_onepass.spconv2d_inference(x, *weights, bias, branch_bias, geometry, after, memory)
     elif chosen == "triton" and weight_redundant is not None:
         y = ops.spconv2d_inference(x, *weights, bias, branch_bias, *after, *geometry[1:])
     elif chosen == "triton":
@@ -450,13 +460,13 @@ def _or_none(weight_redundant: Tensor | None) -> Tensor | None:
     return None if weight_redundant is None or weight_redundant.shape[1] == 0 else weight_redundant
 
 
-def _on_aten(arguments: Arguments, geometry: Geometry, packing: Packing | None) -> Tensor:
+def _on_aten(arguments: Arguments, geometry: Geometry, memory: Memory | None) -> Tensor:
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
     traced = torch.compiler.is_compiling() and not is_exporting() and not is_transformed()
     if traced and x.is_cpu and weight_redundant is not None and native_onepass.differentiates(arguments):
         weights = (weight_gwc, weight_pwc, weight_redundant)
         return ops.native_spconv2d(x, *weights, bias, branch_bias, *geometry[1:])[0]
-    return native_onepass.spconv2d(*arguments, geometry, packing)
+    return native_onepass.spconv2d(*arguments, geometry, memory)
 
 
 def _on_triton(

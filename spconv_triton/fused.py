@@ -14,7 +14,7 @@ from .geometry import Geometry
 from .layout import memory_format
 from .modules import SPConv2d
 from .native import Epilogue
-from .native_packing import Packing
+from .native_inference import Inference
 
 
 class FusedSPConv2d(nn.Module):
@@ -71,7 +71,7 @@ class FusedSPConv2d(nn.Module):
         self.activation = activation
         self.has_residual = residual
         self.has_norm = norm is not None
-        self._packing = Packing()
+        self._inference = Inference()
         with torch.no_grad():
             for name, tensor in _folded(layer, norm).items():
                 self.register_buffer(name, None if tensor is None else tensor.detach().clone())
@@ -94,7 +94,7 @@ class FusedSPConv2d(nn.Module):
             (self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups),
             after,
             self.backend,
-            None if torch.compiler.is_compiling() else self._packing,
+            None if torch.compiler.is_compiling() else self._inference,
         )
         if fits or residual is None:
             return y

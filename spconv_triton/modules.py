@@ -15,7 +15,10 @@ from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS, choose
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
-from .native_packing import Packing
+from .native_inference import Inference
+
+TENSORS = dict.fromkeys(("weight_gwc", "weight_pwc", "weight_redundant", "bias")).keys()
+"""The parameters of a layer besides those of its norms, in this order."""
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -53,11 +56,11 @@ class SPConv2d(nn.Module):
         statistics, as PyTorch's do.) Kernels run on the current CUDA stream of the
         calling thread: whoever computes on another stream waits for the tensors' own first, as for any operation.
 
-    Packed weights:
-        In eval, without gradients, on a CPU, a layer keeps a copy of ``weight_gwc`` in oneDNN's order until the weight
-        changes or the layer trains. In-place operations, optimizers, ``load_state_dict`` and ``.to()`` are changes. So
-        is what is written through ``.data``, but for single values of a weight of more than 16384: only a sample of
-        those is compared (:mod:`spconv_triton.native_packing`).
+    Prepared weights:
+        In eval, without gradients, on a CPU, a layer keeps its weights in oneDNN's order too, until they change or the
+        layer trains. In-place operations, optimizers, ``load_state_dict`` and ``.to()`` are changes. So is what is
+        written through ``.data``, but for single values of a weight of more than 512: only a sample of those is
+        compared (:mod:`spconv_triton.native_inference`).
 
     Not finite:
         NaN and infinities come out as of the softmax over the means: an infinite S3 or S1 makes its plane NaN. One of
@@ -131,7 +134,7 @@ class SPConv2d(nn.Module):
         self.representative_channels = representative
         self.redundant_channels = in_channels - representative
         self._window_padding = geometry.padding
-        self._packing = Packing()
+        self._inference = Inference()
 
         if dtype is not None and dtype not in FLOATING:
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -260,22 +263,23 @@ class SPConv2d(nn.Module):
             edges = (padding[1], padding[1], padding[0], padding[0])
             x = F.pad(x, edges, mode=self.padding_mode).contiguous(memory_format=layout)
             padding = (0, 0)
-        gwc, pwc, redundant = self.weight_gwc, self.weight_pwc, self.weight_redundant
-        branch_bias = None
+        inference = branch_bias = None
+        parameters: dict[str, Any] = self._parameters
+        if torch.compiler.is_compiling() or not parameters.keys() >= TENSORS:
+            gwc, pwc, redundant, bias = self.weight_gwc, self.weight_pwc, self.weight_redundant, self.bias
+        else:  # they need not be searched for, nor are they new in every call
+            gwc, pwc, redundant, bias = map(parameters.__getitem__, TENSORS)
+            if self.training:
+                self._inference.forget()
+            elif not self.branch_norm:
+                inference = self._inference
         if self.branch_norm:
             if not folds(self):
                 parts = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
                 return self._forward_branch_norm(x, parts)
             gwc, pwc, redundant, branch_bias = fold_branch_norms(self)
         window = (self.stride, padding, self.dilation, self.groups)
-        packing = None
-        if not torch.compiler.is_compiling():
-            if self.training:
-                self._packing.forget()
-            elif branch_bias is None:  # else the weights have just been folded
-                packing = self._packing
-        arguments = (x, gwc, pwc, redundant, self.bias, branch_bias)
-        return functional.layer_forward(arguments, window, self.backend, packing)
+        return functional.layer_forward((x, gwc, pwc, redundant, bias, branch_bias), window, self.backend, inference)
 
     def _forward_branch_norm(self, x: Tensor, window: dict[str, Any]) -> Tensor:
         """The layer with norms that do not fold: by the kernels where they compute the norms, else part by part.

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .geometry import Geometry
+
 ACCUMULATES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
 
 LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -30,6 +32,47 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *window: Any
     """A convolution as a new tensor, in float32 or better."""
     y = F.conv2d(*readable(x, weight, *window), bias, *window)
     return channels_last(y if is_precise(y.dtype) else y.float())
+
+
+FEW_CHANNELS = 128
+"""Up to which x3 is read where it is in x."""
+
+
+def representative(
+    x: Tensor, weight: Tensor, geometry: Geometry
+) -> tuple[Tensor, tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]]:
+    """x3 = x[:, :alpha L] for the group-wise convolution, and its stride, padding, dilation and groups.
+
+    ATen copies a slice of channels. What it need not copy is all of x: where alpha L divides L, a row of W pixels is a
+    row of W L / (alpha L) pixels of alpha L channels, and x3 is every so manieth of them. With many channels the pixels
+    of x3 lie so far apart that the copy takes less time.
+
+    Args:
+        x: [N, L, H, W], in channels_last on a CPU.
+        weight: [M, alpha L / G, k, k].
+    """
+    channels, count = x.shape[1], weight.shape[1] * geometry.groups
+    if x.is_cpu and x.dtype == torch.float32 and channels <= FEW_CHANNELS:
+        found = _long_rows(x.shape, weight.shape, geometry)
+        if found is not None:
+            shape, strides, window = found
+            return x.as_strided(shape, strides), window
+    return x.narrow(1, 0, count), geometry[1:]  # which takes half the time of an index
+
+
+@functools.lru_cache(maxsize=256)
+def _long_rows(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> tuple[Any, Any, Any] | None:
+    """Shape, strides and window of x3 as pixels of longer rows; None where it is not, or not soundly."""
+    _, stride, padding, dilation, groups = geometry
+    batch, channels, height, width = x
+    count = weight[1] * groups
+    ratio, rest = divmod(channels, count)
+    shape = (batch, count, height, width * ratio)
+    window = ((stride[0], stride[1] * ratio), (padding[0], padding[1] * ratio), (dilation[0], dilation[1] * ratio))
+    if rest or not _is_sound(shape, weight, *window):
+        return None
+    row = width * channels
+    return shape, (height * row, 1, row, count), (*window, groups)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -120,8 +163,8 @@ def are_readable(
 
 @functools.lru_cache(maxsize=256)
 def _is_sound(
-    x_shape: torch.Size,
-    weight_shape: torch.Size,
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],

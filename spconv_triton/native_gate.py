@@ -16,6 +16,9 @@ from torch import Tensor
 from .geometry import Geometry
 from .native_convolution import is_matrix_product
 
+GATE_FIRST = 1
+"""Output pixels per input channel above which the gate comes first."""
+
 
 def gate_difference(gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant: Tensor) -> Tensor:
     """S3 - S1 without biases, [N, M, 1, 1].
@@ -25,13 +28,19 @@ def gate_difference(gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant
         z: input of the point-wise convolutions, [N, L, H, W], of the same dtype.
         weight_pwc, weight_redundant: [M, alpha L, 1, 1], [M, L - alpha L, 1, 1].
     """
+    return difference_of_means(gwc, z, gate_weights(weight_pwc, weight_redundant))
+
+
+def gate_weights(weight_pwc: Tensor, weight_redundant: Tensor) -> Tensor:
+    """[Wp, -W1] transposed, [L, M], in float64."""
+    return torch.cat((weight_pwc, -weight_redundant), 1).flatten(1).t().double()
+
+
+def difference_of_means(gwc: Tensor, z: Tensor, weights: Tensor) -> Tensor:
+    """:func:`gate_difference` with the weights of :func:`gate_weights`."""
     batch, outputs, height, width = gwc.shape
-    sums, representative, redundant = pixel_sums(z), weight_pwc.shape[1], weight_redundant.shape[1]
-    difference = pixel_sums(gwc)
-    difference.addmm_(sums.narrow(1, 0, representative), weight_pwc.double().view(outputs, -1).t())
-    z1 = sums.narrow(1, representative, redundant)
-    difference.addmm_(z1, weight_redundant.double().view(outputs, -1).t(), alpha=-1)
-    return difference.div_(height * width).to(gwc.dtype).view(batch, outputs, 1, 1)
+    sums = torch.addmm(pixel_sums(gwc), pixel_sums(z), weights)
+    return sums.div_(height * width).to(gwc.dtype).view(batch, outputs, 1, 1)
 
 
 def exponent_of_infinities(
@@ -70,7 +79,7 @@ def bias_difference(branch_bias: Tensor, dtype: torch.dtype) -> Tensor:
     return (shift3 - shift1)[:, None, None]
 
 
-def gate_comes_first(x: Tensor, geometry: Geometry) -> bool:
+def gate_comes_first(x: Tensor, geometry: Geometry, pixels_per_channel: int = GATE_FIRST) -> bool:
     """Whether the weights of every sample, scaled by its gate, are a smaller thing than one more map."""
     height, width = geometry.output_size(x.shape[2], x.shape[3])
-    return height * width > x.shape[1] and is_matrix_product(x)
+    return height * width > pixels_per_channel * x.shape[1] and is_matrix_product(x)

@@ -7,7 +7,8 @@ gate comes before the point-wise convolutions (:mod:`spconv_triton.native_gate`)
     Y = scale GWC(x3) + offset + [scale Wp | a gamma W1] z,   scale = a beta,   offset = a (beta b3 + gamma b1) + bias
 
 Else U3 and U1 are made side by side, the gate comes from their means, and the blend is written over U1. In inference
-a is the scale of a norm that follows, and a residual and an activation follow in place; else a is 1.
+a is the scale of a norm that follows, and a residual and an activation follow in place; else a is 1. There the weights
+are prepared (:mod:`spconv_triton.native_weights`), with which U3 takes less, and the gate comes first on larger maps.
 
 The backward is :mod:`spconv_triton.native_backward`.
 """
@@ -15,7 +16,7 @@ The backward is :mod:`spconv_triton.native_backward`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,15 +28,20 @@ from .dispatch import is_exporting, is_transformed
 from .geometry import Geometry
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
-from .native_convolution import add_convolution, channels_last, convolve, is_matrix_product, pixels, pointwise
-from .native_gate import (
-    bias_difference,
-    exponent,
-    exponent_of_infinities,
-    gate_comes_first,
-    gate_difference,
-)
-from .native_packing import Packing
+from .native_convolution import channels_last, is_matrix_product, pixels
+from .native_gate import bias_difference, exponent, exponent_of_infinities, gate_comes_first
+from .native_inference import Inference
+from .native_weights import Weights
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
+
+
+class Memory(NamedTuple):
+    """What a layer remembers, and how this call differs from others on the same tensors."""
+
+    inference: Inference
+    call: Any
 
 
 def spconv2d(
@@ -46,7 +52,7 @@ def spconv2d(
     bias: Tensor | None,
     branch_bias: Tensor | None,
     geometry: Geometry,
-    packing: Packing | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """Y = beta U3 + gamma U1 + bias, on arguments that :func:`spconv_triton.functional.spconv2d` has checked.
 
@@ -57,7 +63,7 @@ def spconv2d(
         weight_redundant: [M, L - alpha L, 1, 1]; None where alpha = 1, and then Y = U3 + bias.
         bias: [M] or None, added after the gate.
         branch_bias: [2, M] or None, dtype of ``x`` or float32; added to U3 and U1 before the gate.
-        packing: of the layer in inference; what it keeps of ``weight_gwc``.
+        memory: of the layer, in inference.
 
     Returns:
         [N, M, H_out, W_out], dtype of ``x``, in channels_last on a CPU.
@@ -65,9 +71,9 @@ def spconv2d(
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
     """
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
-    if weight_redundant is None or is_transformed():
-        return native.compose(*arguments)
     differentiated = differentiates(arguments)
+    if is_transformed() or (weight_redundant is None and differentiated):
+        return native.compose(*arguments)
     if torch.compiler.is_compiling():
         # What the backward below recomputes depends on no gradient, so the partitioner would move it into the forward
         # and keep it; a checkpoint tells it not to. On a CPU there is an operator for this.
@@ -76,8 +82,7 @@ def spconv2d(
         return native_compiled.compose(*arguments)
     if differentiated:
         return OnePass.apply(*arguments)
-    y, _ = forward(*arguments, packing=packing)
-    return y
+    return _infer(*arguments, NOTHING, memory)
 
 
 def differentiates(arguments: tuple[Any, ...]) -> bool:
@@ -94,7 +99,7 @@ def spconv2d_inference(
     branch_bias: Tensor | None,
     geometry: Geometry,
     after: Epilogue,
-    packing: Packing | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """Y = activation(norm_scale (beta U3 + gamma U1) + bias + residual), without gradients.
 
@@ -105,8 +110,43 @@ def spconv2d_inference(
         return native.compose(*arguments)
     if torch.compiler.is_compiling():
         return native_compiled.compose(*arguments)
-    y, _ = forward(*arguments, packing=packing)
+    return _infer(*arguments, memory)
+
+
+def _infer(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+    after: Epilogue,
+    memory: Memory | None,
+) -> Tensor:
+    if memory is None:
+        return forward(x, Weights(weight_gwc, weight_pwc, weight_redundant, geometry), bias, branch_bias, after)[0]
+    inference, call = memory
+    weights = inference.weights(x, (weight_gwc, weight_pwc, weight_redundant), geometry)
+    y, _ = forward(x, weights, bias, branch_bias, after)
+    inference.learn((call, after.activation), x, weights, (bias, branch_bias, after.norm_scale, after.residual))
     return y
+
+
+def recall(arguments: Arguments, after: Epilogue, memory: Memory) -> Tensor | None:
+    """Y of a call like one that the layer has made before, in the memory format of ``x``; None if it has not.
+
+    Args:
+        arguments: of :func:`spconv2d`, unchecked.
+    """
+    x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
+    inference, call = memory
+    others = (bias, branch_bias, after.norm_scale, after.residual)
+    found = inference.recall((call, after.activation), x, (weight_gwc, weight_pwc, weight_redundant), others)
+    if found is None:
+        return None
+    weights, layout = found
+    return forward(x, weights, bias, branch_bias, after)[0].contiguous(memory_format=layout)
 
 
 class OnePass(torch.autograd.Function):
@@ -115,7 +155,8 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.geometry = arguments
-        y, d = forward(*arguments)
+        x, gwc, pwc, redundant, bias, branch_bias = tensors
+        y, d = forward(x, Weights(gwc, pwc, redundant, ctx.geometry), bias, branch_bias)
         ctx.save_for_backward(*tensors, d)
         return y.data  # a view of nothing: autograd forbids an in-place ReLU behind a Function that returns a view
 
@@ -129,70 +170,62 @@ class OnePass(torch.autograd.Function):
 
 
 def forward(
-    x: Tensor,
-    weight_gwc: Tensor,
-    weight_pwc: Tensor,
-    weight_redundant: Tensor | None,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    geometry: Geometry,
-    after: Epilogue = NOTHING,
-    *,
-    packing: Packing | None = None,
+    x: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue = NOTHING
 ) -> tuple[Tensor, Tensor | None]:
     """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better; None without a redundant part. Without gradients."""
-    representative = weight_pwc.shape[1]
     x = channels_last(x)
-    z = native.pointwise_input(x, geometry)
-    x3 = x.narrow(1, 0, representative)  # which takes half the time of an index
-    z3 = x3 if z is x else z.narrow(1, 0, representative)
-    if weight_redundant is None:
-        y = add_convolution(_gwc(x3, weight_gwc, None, geometry, packing), z3, weight_pwc)
-        return _finish(y, _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
+    z = weights.pointwise_input(x)
+    if not weights.has_gate:
+        joins = bias is not None and bias.dtype == x.dtype and branch_bias is None and after.norm_scale is None
+        y = weights.u3(x, z, bias if joins else None)
+        return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
+    if gate_comes_first(x, weights.geometry, weights.gate_first):
+        return _gate_first(x, z, weights, bias, branch_bias, after)
+    return _both_branches(x, z, weights, bias, branch_bias, after)
 
-    if gate_comes_first(x, geometry):
-        y = _gwc(x3, weight_gwc, None, geometry, packing)
-        d = gate_difference(y, z, weight_pwc, weight_redundant)
-        if branch_bias is not None:
-            d += bias_difference(branch_bias, d.dtype)
-        if not math.isfinite(d.sum()):
-            d = exponent_of_infinities(y, z, weight_pwc, weight_redundant, branch_bias)
-        beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
-        if after.norm_scale is not None:
-            beta, gamma = (gate * after.norm_scale.to(d.dtype)[:, None, None] for gate in (beta, gamma))
-        offset = _offset(d, bias, branch_bias, after, d.dtype)
-        y = y.mul_(beta) if offset is None else torch.addcmul(offset, y, beta, out=y)
-        if after.residual is not None:
-            y += after.residual
-        weights = y.new_empty((y.shape[0], y.shape[1], z.shape[1]))
-        of_z3 = weights.narrow(2, 0, representative)
-        of_z1 = weights.narrow(2, representative, z.shape[1] - representative)
-        torch.mul(weight_pwc.flatten(1), beta.squeeze(3), out=of_z3)
-        torch.mul(weight_redundant.flatten(1), gamma.squeeze(3), out=of_z1)
-        pixels(y).baddbmm_(pixels(z), weights.transpose(1, 2))
-        return native.activate(y, after.activation, inplace=True), d
 
-    # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference, which an
-    # infinite one would make NaN.
-    joins = branch_bias is None and after.norm_scale is None and is_matrix_product(x)
-    joins = joins and bias is not None and bias.dtype == x.dtype and math.isfinite(bias.sum())
-    u3 = _gwc(x3, weight_gwc, bias if joins else None, geometry, packing)
-    u3 = add_convolution(u3, z3, weight_pwc)
-    z1 = z.narrow(1, representative, z.shape[1] - representative)
-    u1 = pointwise(z1, weight_redundant, bias if joins else None)
+def _gate_first(
+    x: Tensor, z: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue
+) -> tuple[Tensor, Tensor]:
+    y = weights.convolve(x)
+    d = weights.gate_difference(y, z)
+    if branch_bias is not None:
+        d += bias_difference(branch_bias, d.dtype)
+    if not math.isfinite(d.sum()):
+        d = exponent_of_infinities(y, z, weights.pwc, weights.redundant, branch_bias)
+    beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
+    if after.norm_scale is not None:
+        beta, gamma = (gate * after.norm_scale.to(d.dtype)[:, None, None] for gate in (beta, gamma))
+    offset = _offset(d, bias, branch_bias, after, d.dtype)
+    y = y.mul_(beta) if offset is None else torch.addcmul(offset, y, beta, out=y)
+    if after.residual is not None:
+        y += after.residual
+    of_sample = (weights.pwc.flatten(1) * beta.squeeze(3), weights.redundant.flatten(1) * gamma.squeeze(3))
+    pixels(y).baddbmm_(pixels(z), torch.cat(of_sample, 2).transpose(1, 2))
+    return native.activate(y, after.activation, inplace=True), d
+
+
+def _both_branches(
+    x: Tensor, z: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue
+) -> tuple[Tensor, Tensor]:
+    # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
+    joins = branch_bias is None and after.norm_scale is None and bias is not None and bias.dtype == x.dtype
+    joined = bias if joins and is_matrix_product(x) else None
+    u3, u1 = weights.u3(x, z, joined), weights.u1(z, joined)
     s3, s1 = u3.mean((2, 3), keepdim=True), u1.mean((2, 3), keepdim=True)
     if branch_bias is not None:
         s3 += branch_bias[0, :, None, None]
         s1 += branch_bias[1, :, None, None]
-    d = exponent(s3, s1)
+    if joined is None:
+        d = exponent(s3, s1)
+    else:
+        d = s3 - s1
+        if not math.isfinite(d.sum()):  # the gate does not see the bias
+            y, d = _both_branches(x, z, weights, None, None, NOTHING)
+            return _finish(y, _offset(d, bias, None, after, d.dtype), after, x.dtype), d
     y = u1.lerp_(u3, torch.sigmoid(d))
-    return _finish(y, None if joins else _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
-
-
-def _gwc(x3: Tensor, weight_gwc: Tensor, bias: Tensor | None, geometry: Geometry, packing: Packing | None) -> Tensor:
-    """GWC(x3) + bias as a new tensor, in float32 or better."""
-    y = None if packing is None else packing.convolve(x3, weight_gwc, bias, *geometry[1:])
-    return convolve(x3, weight_gwc, bias, *geometry[1:]) if y is None else y
+    offset = None if joined is not None else _offset(d, bias, branch_bias, after, d.dtype)
+    return _finish(y, offset, after, x.dtype), d
 
 
 def _finish(y: Tensor, offset: Tensor | None, after: Epilogue, dtype: torch.dtype) -> Tensor:

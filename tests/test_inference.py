@@ -73,7 +73,7 @@ def tensors_of(after: dict[str, Any]) -> dict[str, Tensor]:
 def test_agrees_with_float64(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for gate_first in (False, True):
         if dtype in (torch.float32, torch.float64):
-            monkeypatch.setattr(native_onepass, "gate_comes_first", lambda x, geometry, first=gate_first: first)
+            monkeypatch.setattr(native_onepass, "gate_comes_first", lambda *_, first=gate_first: first)
         for activation in ACTIVATIONS:
             check(make_inputs(case, dtype, branch_bias=True), following(case, activation, dtype, residual=True))
         check(make_inputs(case, dtype, bias=False), following(case, "relu", dtype))

@@ -86,7 +86,7 @@ def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float) -> No
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
 def test_agrees_in_every_order(case: Case, gate_first: bool, backward: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates before or behind point-wise convolutions; products of samples in the backward: none, point-wise, all."""
-    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda x, geometry: gate_first)
+    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda *_: gate_first)
     monkeypatch.setattr(native_backward_products, "pay", lambda given: backward != "maps")
     monkeypatch.setattr(native_backward_products, "gwc_pays", lambda given: backward == "all products")
     for options in ({"bias": False}, {"branch_bias": True}):

@@ -45,7 +45,7 @@ def test_compiled(backend: str) -> None:
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_inference(value: float, gate_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The activations keep NaN, the gate makes it: as :func:`functional.spconv2d`."""
-    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda x, geometry: gate_first)
+    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda *_: gate_first)
     inputs = make_inputs(Case("plain", 2, 8, 8, (5, 4)))
     inputs.x.data[0, int(torch.randint(8, ())), 2, 2] = value
     with torch.no_grad():
