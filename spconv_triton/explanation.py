@@ -24,6 +24,7 @@ from .checks import check_input, shape
 from .layout import memory_format
 from .modules import SPConv2d
 from .native_gate import GATE_FIRST, gate_comes_first
+from .native_weights import prepare
 
 
 @dataclass(frozen=True)
@@ -195,18 +196,12 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
     kept = sum(storages.values())
     backend = dispatch.choose(x, module.backend)
     gated = module.weight_redundant is not None and (not module.branch_norm or folds(module))
-    gate_first = gated and gate_comes_first(x, module.geometry, _pixels_per_channel(module, x))
+    given = (module.weight_gwc, module.weight_pwc, module.weight_redundant)
+    pixels_per_channel = GATE_FIRST if module.branch_norm else prepare(x, *given, module.geometry).gate_first
+    gate_first = gated and gate_comes_first(x, module.geometry, pixels_per_channel)
     name = ("gate first" if gate_first else "both branches") if backend == "native" else backend
     path = next(p for p in dispatch.PATHS if p.backend == backend and p.name == name)
     return Explanation(repr(module), _describe(x, "cpu"), path, launches, kept, x.numel() * x.itemsize)
-
-
-def _pixels_per_channel(module: SPConv2d, x: Tensor) -> int:
-    """Output pixels per input channel above which inference takes the gate first."""
-    if module.branch_norm:
-        return GATE_FIRST
-    weights = (module.weight_gwc, module.weight_pwc, module.weight_redundant)
-    return module._inference.weights(x, weights, module.geometry).gate_first
 
 
 def _is_free(operation: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from .layout import memory_format
 from .modules import SPConv2d
 from .native import Epilogue
 from .native_inference import Inference
+
+BUFFERS = ("weight_gwc", "weight_pwc", "weight_redundant", "bias", "branch_bias", "norm_scale")
+"""Of a fused layer, in the order of what takes them."""
 
 
 class FusedSPConv2d(nn.Module):
@@ -87,14 +92,15 @@ class FusedSPConv2d(nn.Module):
             edges = (padding[1], padding[1], padding[0], padding[0])
             x = F.pad(x, edges, mode=self.padding_mode).contiguous(memory_format=layout)
             padding = (0, 0)
-        weights = (self.weight_gwc, self.weight_pwc, self.weight_redundant)
-        after = Epilogue(self.norm_scale, residual if fits else None, self.activation if fits else "none")
+        inference = None if torch.compiler.is_compiling() else self._inference
+        buffers: dict[str, Any] = self._buffers  # as attributes they would be searched for
+        *tensors, norm_scale = map(buffers.__getitem__, BUFFERS)
         y = functional.inference_forward(
-            (x, *weights, self.bias, self.branch_bias),
+            (x, *tensors),
             (self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups),
-            after,
+            Epilogue(norm_scale, residual if fits else None, self.activation if fits else "none"),
             self.backend,
-            None if torch.compiler.is_compiling() else self._inference,
+            inference,
         )
         if fits or residual is None:
             return y

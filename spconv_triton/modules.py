@@ -265,14 +265,17 @@ class SPConv2d(nn.Module):
             padding = (0, 0)
         inference = branch_bias = None
         parameters: dict[str, Any] = self._parameters
-        if torch.compiler.is_compiling() or not parameters.keys() >= TENSORS:
+        compiling = torch.compiler.is_compiling()
+        are_parameters = not compiling and parameters.keys() >= TENSORS  # else they may be new in every call
+        if are_parameters:
+            gwc, pwc, redundant, bias = map(parameters.__getitem__, TENSORS)  # as attributes they are searched for
+        else:
             gwc, pwc, redundant, bias = self.weight_gwc, self.weight_pwc, self.weight_redundant, self.bias
-        else:  # they need not be searched for, nor are they new in every call
-            gwc, pwc, redundant, bias = map(parameters.__getitem__, TENSORS)
+        if not compiling:
             if self.training:
                 self._inference.forget()
             elif not self.branch_norm:
-                inference = self._inference
+                inference = self._inference if are_parameters else Inference()
         if self.branch_norm:
             if not folds(self):
                 parts = {"stride": self.stride, "padding": padding, "dilation": self.dilation}

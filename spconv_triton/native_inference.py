@@ -13,7 +13,7 @@ from .dispatch import is_transformed
 from .geometry import Geometry
 from .layout import memory_format
 from .native_convolution import are_products_precise
-from .native_weights import PreparedWeights, Weights, are_preparable
+from .native_weights import PreparedWeights, Weights, are_preparable, prepare
 
 SAMPLE = 512
 """Values of a weight that are compared in every call, or as many as it has output channels."""
@@ -65,19 +65,16 @@ class Inference:
 
     def weights(self, x: Tensor, given: Given, geometry: Geometry) -> Weights:
         """The weights, prepared where that is possible."""
-        gwc, pwc, redundant = given
-        if not are_preparable(x, gwc, geometry) or any(w is not None and w.is_inference() for w in given):
-            return Weights(gwc, pwc, redundant, geometry)  # inference tensors have no version
-        state = _state(*given, geometry)
-        kept = self._kept
-        if kept is None or not _holds(kept, state):
-            gwc, pwc = gwc.detach(), pwc.detach()
-            redundant = None if redundant is None else redundant.detach()
-            some = [_sample(weight) for weight in (gwc, pwc, redundant) if weight is not None]
-            weights = PreparedWeights(gwc, pwc, redundant, geometry)
-            kept = _Kept(state, some, [values.clone() for values in some], weights, {})
-            self._kept = kept
-        return kept.weights
+        kept, state = self._kept, None
+        if not any(w is not None and w.is_inference() for w in given):  # those have no version
+            state = _state(*given, geometry)
+            if kept is not None and are_preparable(x, given[0], geometry) and _holds(kept, state):
+                return kept.weights
+        weights = prepare(x, *given, geometry)
+        if isinstance(weights, PreparedWeights) and state is not None:
+            some = [_sample(weight) for weight in weights.given if weight is not None]
+            self._kept = _Kept(state, some, [values.clone() for values in some], weights, {})
+        return weights
 
     def learn(self, call: Any, x: Tensor, weights: Weights, others: Others) -> None:
         """The call that has just been made fits, and so will the next of its kind.

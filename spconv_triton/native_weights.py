@@ -71,6 +71,10 @@ class Weights:
         return self._redundant is not None
 
     @property
+    def given(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.gwc, self.pwc, self._redundant
+
+    @property
     def redundant(self) -> Tensor:
         assert self._redundant is not None
         return self._redundant
@@ -197,12 +201,18 @@ class PreparedWeights(Weights):
         return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, None)
 
 
+def prepare(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry) -> Weights:
+    """The weights for an inference on ``x``, prepared where that is possible; they keep none of the autograd graph."""
+    kind = PreparedWeights if are_preparable(x, gwc, geometry) else Weights
+    return kind(gwc.detach(), pwc.detach(), None if redundant is None else redundant.detach(), geometry)
+
+
 def are_preparable(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
     """Whether oneDNN computes with prepared weights what it would with given ones, for this ``x``."""
     if not (AVAILABLE and x.dtype == torch.float32 and x.numel() > 0 and is_matrix_product(x)):
         return False
-    _, stride, padding, dilation, _ = geometry
-    x3 = x[:, : weight_gwc.shape[1] * geometry.groups]
+    _, stride, padding, dilation, groups = geometry
+    x3 = x.narrow(1, 0, weight_gwc.shape[1] * groups)
     return torch._C._get_mkldnn_enabled() and are_readable(x3, weight_gwc, stride, padding, dilation)
 
 
