@@ -23,7 +23,7 @@ from .branch_norm import folds
 from .checks import check_input, shape
 from .layout import memory_format
 from .modules import SPConv2d
-from .native_gate import GATE_FIRST, gate_comes_first
+from .native_gate import gate_comes_first
 from .native_weights import prepare
 
 
@@ -197,8 +197,7 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
     backend = dispatch.choose(x, module.backend)
     gated = module.weight_redundant is not None and (not module.branch_norm or folds(module))
     given = (module.weight_gwc, module.weight_pwc, module.weight_redundant)
-    pixels_per_channel = GATE_FIRST if module.branch_norm else prepare(x, *given, module.geometry).gate_first
-    gate_first = gated and gate_comes_first(x, module.geometry, pixels_per_channel)
+    gate_first = gated and gate_comes_first(x, module.geometry, prepare(x, *given, module.geometry).gate_first)
     name = ("gate first" if gate_first else "both branches") if backend == "native" else backend
     path = next(p for p in dispatch.PATHS if p.backend == backend and p.name == name)
     return Explanation(repr(module), _describe(x, "cpu"), path, launches, kept, x.numel() * x.itemsize)

@@ -13,6 +13,7 @@ from . import functional
 from .branch_norm import fold_branch_norms, folds, normalises_batch, track
 from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS, choose
+from .folded_norms import FoldedNorms
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
 from .native_inference import Inference
@@ -43,7 +44,7 @@ class SPConv2d(nn.Module):
         alpha: share of representative channels, in (0, 1]; ``int(in_channels * alpha)`` of them, a positive multiple of
             ``groups``. At alpha = 1 there is no redundant part and no gate: Y = U3.
         branch_norm: puts a BatchNorm2d on U3 and on U1 before the gate, as the reference implementation does. Other
-            norms may take their place. Batch norms in eval mode are folded into the weights, anew in every call.
+            norms may take their place. Batch norms in eval mode are folded into the weights.
         backend: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; see :mod:`spconv_triton.functional`.
 
     Shape:
@@ -57,10 +58,10 @@ class SPConv2d(nn.Module):
         calling thread: whoever computes on another stream waits for the tensors' own first, as for any operation.
 
     Prepared weights:
-        In eval, without gradients, on a CPU, a layer keeps its weights in oneDNN's order too, until they change or the
-        layer trains. In-place operations, optimizers, ``load_state_dict`` and ``.to()`` are changes. So is what is
-        written through ``.data``, but for single values of a weight of more than 512: only a sample of those is
-        compared (:mod:`spconv_triton.native_inference`).
+        In eval, without gradients, on a CPU, a layer keeps its weights in oneDNN's order too, and folded with the norms
+        of its branches, until they change or the layer trains. In-place operations, optimizers, ``load_state_dict``
+        and ``.to()`` are changes. So is what is written through ``.data``, but for single values of a weight of more
+        than 512: only a sample of those is compared (:mod:`spconv_triton.watch`).
 
     Not finite:
         NaN and infinities come out as of the softmax over the means: an infinite S3 or S1 makes its plane NaN. One of
@@ -135,6 +136,7 @@ class SPConv2d(nn.Module):
         self.redundant_channels = in_channels - representative
         self._window_padding = geometry.padding
         self._inference = Inference()
+        self._folded_norms = FoldedNorms()
 
         if dtype is not None and dtype not in FLOATING:
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -274,13 +276,18 @@ class SPConv2d(nn.Module):
         if not compiling:
             if self.training:
                 self._inference.forget()
+                self._folded_norms.forget()
             elif not self.branch_norm:
                 inference = self._inference if are_parameters else Inference()
         if self.branch_norm:
             if not folds(self):
                 parts = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
                 return self._forward_branch_norm(x, parts)
-            gwc, pwc, redundant, branch_bias = fold_branch_norms(self)
+            if are_parameters and not self.training:
+                (gwc, pwc, redundant, branch_bias), remembered = self._folded_norms.fold(self)
+                inference = self._inference if remembered else None
+            else:
+                gwc, pwc, redundant, branch_bias = fold_branch_norms(self)
         window = (self.stride, padding, self.dilation, self.groups)
         return functional.layer_forward((x, gwc, pwc, redundant, bias, branch_bias), window, self.backend, inference)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +13,7 @@ from .geometry import Geometry
 from .layout import memory_format
 from .native_convolution import are_products_precise
 from .native_weights import PreparedWeights, Weights, are_preparable, prepare
-
-SAMPLE = 512
-"""Values of a weight that are compared in every call, or as many as it has output channels."""
+from .watch import Watch, can_watch
 
 KINDS = 1024
 """How many kinds of calls are remembered."""
@@ -32,27 +29,18 @@ class _Kept(NamedTuple):
     """What is known of the weights.
 
     Attributes:
-        state: where they lie, their versions, and the window.
-        some, were: some values of each, as they are and as they were.
-        weights: prepared; they keep the memory from being given to others.
+        watch: over the weights as they were given.
+        weights: prepared.
         kinds: the calls that fitted, and the memory format of their results.
     """
 
-    state: tuple[Any, ...]
-    some: list[Tensor]
-    were: list[Tensor]
+    watch: Watch
     weights: PreparedWeights
     kinds: dict[Any, torch.memory_format]
 
 
 class Inference:
-    """The memory of a layer.
-
-    It holds for as long as the weights are what they were: at the same places and in the same versions, which in-place
-    operations, optimizers and ``load_state_dict`` move. What is written past the version, through ``weight.data`` or by
-    another process, is seen by a sample of the values, which has one of every output channel and goes through input
-    channels and taps. Copies and pickles of a layer remember nothing.
-    """
+    """The memory of a layer, while a :class:`.watch.Watch` over its weights holds. Copies and pickles forget."""
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None
@@ -65,15 +53,13 @@ class Inference:
 
     def weights(self, x: Tensor, given: Given, geometry: Geometry) -> Weights:
         """The weights, prepared where that is possible."""
-        kept, state = self._kept, None
-        if not any(w is not None and w.is_inference() for w in given):  # those have no version
-            state = _state(*given, geometry)
-            if kept is not None and are_preparable(x, given[0], geometry) and _holds(kept, state):
-                return kept.weights
+        kept, can_remember = self._kept, can_watch(given)
+        known = kept is not None and can_remember and kept.weights.geometry == geometry
+        if kept is not None and known and are_preparable(x, given[0], geometry) and kept.watch.holds(given):
+            return kept.weights
         weights = prepare(x, *given, geometry)
-        if isinstance(weights, PreparedWeights) and state is not None:
-            some = [_sample(weight) for weight in weights.given if weight is not None]
-            self._kept = _Kept(state, some, [values.clone() for values in some], weights, {})
+        if isinstance(weights, PreparedWeights) and can_remember:
+            self._kept = _Kept(Watch(given), weights, {})
         return weights
 
     def learn(self, call: Any, x: Tensor, weights: Weights, others: Others) -> None:
@@ -106,7 +92,7 @@ class Inference:
             return None
         try:
             layout = kept.kinds.get(_kind(call, x, others))
-            if layout is None or not _holds(kept, _state(*given, kept.weights.geometry)):
+            if layout is None or not kept.watch.holds(given):
                 return None
         except (AttributeError, RuntimeError, TypeError):  # no tensor, a weight without a version, a window of lists
             return None
@@ -128,26 +114,3 @@ def _is_observed() -> bool:
         or not torch._C._get_mkldnn_enabled()
         or not are_products_precise(torch.float32)
     )
-
-
-def _state(gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry) -> tuple[Any, ...]:
-    return geometry, *_place(gwc), *_place(pwc), *(() if redundant is None else _place(redundant))
-
-
-def _place(weight: Tensor) -> tuple[Any, ...]:
-    return weight.data_ptr(), weight._version, weight.shape, weight.stride()
-
-
-def _holds(kept: _Kept, state: tuple[Any, ...]) -> bool:
-    return kept.state == state and all(map(torch.equal, kept.some, kept.were))
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """Values of [M, ...], evenly spread over their memory; a view, and all of them where the memory has gaps."""
-    if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
-        return weight
-    length = weight[0].numel()
-    step = max(1, weight.numel() // max(SAMPLE, weight.shape[0]))
-    while math.gcd(step, length) > 1:  # else it would meet the same few places of every output channel
-        step -= 1
-    return weight.as_strided((-(-weight.numel() // step),), (step,))

@@ -44,7 +44,6 @@ AVAILABLE = torch.backends.mkldnn.is_available() and all(
 FOLDED_GATE_FIRST = 8
 """As :data:`.native_gate.GATE_FIRST`, where the branches are made with half of Wp."""
 
-
 LARGE_PRODUCT = 16e6
 """Multiply-accumulates from which oneDNN's matrix product, which copies a slice of channels, takes less time."""
 
@@ -71,17 +70,14 @@ class Weights:
         return self._redundant is not None
 
     @property
-    def given(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.gwc, self.pwc, self._redundant
-
-    @property
     def redundant(self) -> Tensor:
         assert self._redundant is not None
         return self._redundant
 
     def pointwise_input(self, x: Tensor) -> Tensor:
-        """What the point-wise convolutions read, [N, L, H_out, W_out]: ``x`` itself at stride 1."""
-        return native.pointwise_input(x, self.geometry)
+        """What the point-wise convolutions read, [N, L, H_out, W_out]: ``x`` itself, or in its layout."""
+        z = native.pointwise_input(x, self.geometry)
+        return z if z is x else channels_last(z)
 
     def convolve(self, x: Tensor) -> Tensor:
         """GWC(x3) as a new tensor, in float32 or better."""

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import SPConv2d, functional, fuse, native_onepass, reference
 from spconv_triton.geometry import Geometry
-from spconv_triton.native_inference import SAMPLE
 from spconv_triton.native_weights import AVAILABLE, PreparedWeights, are_preparable
+from spconv_triton.watch import SAMPLE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDNN")
 
@@ -296,12 +296,6 @@ def test_weights_that_are_new_in_every_call_are_not_prepared() -> None:
     torch.nn.utils.parametrizations.weight_norm(layer, "weight_gwc")
     infer(layer, x)
     assert prepared(layer) is None
-    normed = SPConv2d(8, 8, 3, padding=1, branch_norm=True, backend="native").eval()
-    infer(normed, x)
-    assert prepared(normed) is None
-    fused = fuse(torch.nn.Sequential(normed).eval())
-    infer(fused, x)
-    assert prepared(fused[0]) is not None
 
 
 def test_copies_and_pickles_keep_nothing() -> None:
@@ -342,3 +336,57 @@ def test_weights_with_gaps_in_their_memory_are_compared_as_a_whole() -> None:
     assert prepared(layer) is not None
     layer.weight_gwc.data[3, 1, 2, 0] += 1
     assert not torch.equal(before, infer(layer, x, 1))
+
+
+def make_normed() -> tuple[SPConv2d, Tensor]:
+    layer = SPConv2d(8, 8, 3, padding=1, branch_norm=True, backend="native")
+    for norm in (layer.norm_representative, layer.norm_redundant):
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            torch.nn.init.normal_(tensor)
+        torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    return layer.eval(), torch.randn(2, 8, 6, 5)
+
+
+def test_norms_are_folded_once() -> None:
+    for mode in (torch.no_grad, torch.inference_mode):
+        layer, x = make_normed()
+        with mode():
+            y = layer(x)
+            first = layer._folded_norms._kept
+            assert torch.equal(layer(x), y)
+        assert layer._folded_norms._kept is first is not None
+        assert prepared(layer) is not None
+        torch.testing.assert_close(y, fuse(torch.nn.Sequential(layer).eval())[0](x))
+        assert torch.equal(infer(copy.deepcopy(layer), x), y)
+        assert copy.deepcopy(layer)._folded_norms._kept is None
+
+
+NORM_CHANGES: dict[str, Callable[[SPConv2d], Any]] = {
+    "weight": lambda layer: layer.norm_representative.weight.data.neg_(),
+    "bias": lambda layer: layer.norm_redundant.bias.data.add_(1),
+    "mean": lambda layer: layer.norm_redundant.running_mean.add_(1),
+    "variance": lambda layer: layer.norm_representative.running_var.mul_(2),
+    "eps": lambda layer: setattr(layer.norm_redundant, "eps", 0.5),
+    "another norm": lambda layer: setattr(layer, "norm_redundant", torch.nn.BatchNorm2d(8).eval()),
+    "weights": lambda layer: layer.weight_pwc.data.neg_(),
+    "state dict": lambda layer: layer.load_state_dict(make_normed()[0].state_dict()),
+    "step": lambda layer: layer.train()(torch.randn(2, 8, 6, 5)),
+}
+
+
+@pytest.mark.parametrize("change", NORM_CHANGES.values(), ids=NORM_CHANGES)
+def test_changed_norms_are_folded_anew(change: Callable[[SPConv2d], Any]) -> None:
+    layer, x = make_normed()
+    before = infer(layer, x)
+    change(layer)
+    after = infer(layer.eval(), x, 1)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, infer(copy.deepcopy(layer), x, 1))
+
+
+def test_gradients_go_through_norms_that_were_folded() -> None:
+    layer, x = make_normed()
+    infer(layer, x)
+    layer(x).sum().backward()
+    assert layer.norm_representative.weight.grad is not None
+    assert layer.weight_gwc.grad is not None
