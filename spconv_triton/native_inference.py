@@ -57,9 +57,10 @@ class Inference:
         known = kept is not None and can_remember and kept.weights.geometry == geometry
         if kept is not None and known and are_preparable(x, given[0], geometry) and kept.watch.holds(given):
             return kept.weights
+        watch = Watch(given) if can_remember else None  # before they are read: what another thread changes then is seen
         weights = prepare(x, *given, geometry)
-        if isinstance(weights, PreparedWeights) and can_remember:
-            self._kept = _Kept(Watch(given), weights, {})
+        if watch is not None and isinstance(weights, PreparedWeights):
+            self._kept = _Kept(watch, weights, {})
         return weights
 
     def learn(self, call: Any, x: Tensor, weights: Weights, others: Others) -> None:

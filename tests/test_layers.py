@@ -24,7 +24,18 @@ import spconv_triton
 PACKAGE = Path(spconv_triton.__file__).parent
 
 CHAIN = ("modules", "functional", "ops", "launch", "kernels")
-HELPERS = ("autocast", "branch_norm", "checks", "dispatch", "flop_formulas", "geometry", "layout", "registration")
+HELPERS = (
+    "autocast",
+    "branch_norm",
+    "checks",
+    "dispatch",
+    "flop_formulas",
+    "folded_norms",
+    "geometry",
+    "layout",
+    "registration",
+    "watch",
+)
 
 # Imports inside functions, (importer, imported): why. Each one costs its callers an import they did not see coming.
 LATE_IMPORTS: dict[tuple[str, str], str] = {
