@@ -70,19 +70,19 @@ def spconv2d(
 
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
     """
-    arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
+    arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
     differentiated = differentiates(arguments)
     if is_transformed() or (weight_redundant is None and differentiated):
-        return native.compose(*arguments)
+        return native.compose(*arguments, geometry)
     if torch.compiler.is_compiling():
         # What the backward below recomputes depends on no gradient, so the partitioner would move it into the forward
         # and keep it; a checkpoint tells it not to. On a CPU there is an operator for this.
         if differentiated and not is_exporting():
-            return checkpoint(native.compose, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return native_compiled.compose(*arguments)
+            return checkpoint(native.compose, *arguments, geometry, use_reentrant=False, preserve_rng_state=False)
+        return native_compiled.compose(*arguments, geometry)
     if differentiated:
-        return OnePass.apply(*arguments)
-    return _infer(*arguments, NOTHING, memory)
+        return OnePass.apply(*arguments, geometry)
+    return _infer(arguments, geometry, NOTHING, memory)
 
 
 def differentiates(arguments: tuple[Any, ...]) -> bool:
@@ -105,29 +105,20 @@ def spconv2d_inference(
 
     Arguments and result as of :func:`spconv2d`; ``bias`` may also be float32.
     """
-    arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, after)
+    arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
     if is_transformed():
-        return native.compose(*arguments)
+        return native.compose(*arguments, geometry, after)
     if torch.compiler.is_compiling():
-        return native_compiled.compose(*arguments)
-    return _infer(*arguments, memory)
+        return native_compiled.compose(*arguments, geometry, after)
+    return _infer(arguments, geometry, after, memory)
 
 
-def _infer(
-    x: Tensor,
-    weight_gwc: Tensor,
-    weight_pwc: Tensor,
-    weight_redundant: Tensor | None,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    geometry: Geometry,
-    after: Epilogue,
-    memory: Memory | None,
-) -> Tensor:
+def _infer(arguments: Arguments, geometry: Geometry, after: Epilogue, memory: Memory | None) -> Tensor:
+    x, gwc, pwc, redundant, bias, branch_bias = arguments
     if memory is None:
-        return forward(x, Weights(weight_gwc, weight_pwc, weight_redundant, geometry), bias, branch_bias, after)[0]
+        return forward(x, Weights(gwc, pwc, redundant, geometry), bias, branch_bias, after)[0]
     inference, call = memory
-    weights = inference.weights(x, (weight_gwc, weight_pwc, weight_redundant), geometry)
+    weights = inference.weights(x, (gwc, pwc, redundant), geometry)
     y, _ = forward(x, weights, bias, branch_bias, after)
     inference.learn((call, after.activation), x, weights, (bias, branch_bias, after.norm_scale, after.residual))
     return y
