@@ -56,7 +56,7 @@ PATHS = (
         "native",
         "gate first",
         "CPU",
-        "float32, float64",
+        "float32, float64, bfloat16",
         "more output pixels than input channels; at stride 1, in inference, eight times as many",
         "",
     ),

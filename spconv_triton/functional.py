@@ -294,7 +294,8 @@ def spconv2d_inference(
 
     A batch norm on its running statistics, a u + t with a = weight / sqrt(running_var + eps) and
     t = norm's bias - a running_mean, is ``norm_scale`` = a and ``bias`` = t + a (the layer's bias). All of it happens
-    before the output is written, in float32 or better. There are no gradients.
+    before the output is written, in float32 or better; of bfloat16 on a CPU the parts are rounded. There are no
+    gradients.
 
     Args:
         x, weight_gwc, weight_pwc, weight_redundant, stride, padding, dilation, groups, branch_bias, backend: as of

@@ -97,7 +97,7 @@ def pointwise_input_adjoint(grad: Tensor, size: tuple[int, int], geometry: Geome
             grad = grad / (valid[:, None] if axis == 2 else valid)
     if geometry.stride != (1, 1):
         grad = F.interpolate(grad, scale_factor=tuple(map(float, geometry.stride)), mode="nearest")
-    return F.pad(grad, pads)
+    return F.pad(grad, pads) if any(pads) else grad
 
 
 def pointwise(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

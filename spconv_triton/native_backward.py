@@ -29,7 +29,7 @@ from . import native, native_backward_maps, native_backward_products
 from .geometry import Geometry
 from .native_backward_operands import operands
 from .native_backward_products import Products
-from .native_gate import bias_difference
+from .native_gate import bias_difference, sums_of_maps
 
 
 def gradients(
@@ -55,7 +55,7 @@ def gradients(
         a, made = native_backward_maps.gate_gradient(given)
     dbias = dbranch_bias = None
     if bias is not None or branch_bias is not None:
-        total = g.sum((2, 3), keepdim=True)
+        total = sums_of_maps(g)
         if bias is not None:
             dbias = total.sum((0, 2, 3)).to(bias.dtype)
         if branch_bias is not None:

@@ -18,13 +18,14 @@ from .native_convolution import (
     pointwise,
     rows,
 )
+from .native_gate import sums_of_maps
 
 
 def gate_gradient(given: Operands) -> tuple[Tensor, Tensor]:
-    """A, [N, M, 1, 1], and a map that is no longer used, [N, M, H_out, W_out], in the gate's dtype."""
+    """A, [N, M, 1, 1], and a map that is no longer used, [N, M, H_out, W_out]."""
     difference = torch.cat((given.weight_pwc, -given.weight_redundant), 1)
     scratch = add_convolution(pointwise(given.z, difference), given.x3, given.weight_gwc, *given.geometry[1:])
-    return scratch.mul_(given.g).sum((2, 3), keepdim=True), scratch
+    return sums_of_maps(scratch.mul_(given.g)), scratch
 
 
 def gradients(
@@ -35,6 +36,7 @@ def gradients(
     representative = x3.shape[1]
     dweight_gwc = dweight_pwc = dweight_redundant = None
     dx = torch.empty_like(z) if needed[0] else None  # of z, as yet
+    delta, beta, gamma = (gate.to(g.dtype) for gate in (delta, beta, gamma))
     e = torch.addcmul(delta, g, beta, out=scratch).to(x.dtype)
     if dx is not None or needed[1]:
         dx3, dweight_gwc = convolution_backward(e, x3, weight_gwc, needed[:2], *geometry[1:])

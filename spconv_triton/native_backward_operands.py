@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import native
 from .geometry import Geometry
-from .native_convolution import channels_last
+from .native_convolution import channels_last, map_dtype
 
 
 class Operands(NamedTuple):
@@ -19,7 +19,7 @@ class Operands(NamedTuple):
         x: [N, L, H, W].
         x3: its first alpha L channels, contiguous.
         z: what the point-wise convolutions read, [N, L, H_out, W_out]; ``x`` itself at stride 1.
-        g: dL/dY, [N, M, H_out, W_out], in the dtype of the gate.
+        g: dL/dY, [N, M, H_out, W_out], in the dtype of maps.
         beta, gamma: the gate, [N, M, 1, 1], float32 or better.
         weight_gwc, weight_pwc, weight_redundant: of the layer.
         geometry: of the layer.
@@ -52,7 +52,7 @@ def operands(
         x=x,
         x3=channels_last(x.narrow(1, 0, weight_pwc.shape[1])),  # else each of the convolutions copies it
         z=channels_last(native.pointwise_input(x, geometry)),  # one padded pixel of x comes out in NCHW
-        g=channels_last(grad).to(d.dtype),
+        g=channels_last(grad).to(map_dtype(x)),
         beta=torch.sigmoid(d),
         gamma=torch.sigmoid(-d),
         weight_gwc=weight_gwc,

@@ -31,11 +31,11 @@ from torch import Tensor
 from . import native
 from .native_backward_operands import Operands
 from .native_convolution import channels_last, convolution_backward, convolve, is_matrix_product, pixels
-from .native_gate import gate_comes_first
+from .native_gate import gate_comes_first, sums_of_maps
 
 
 class Products(NamedTuple):
-    """Weight gradients by g alone.
+    """Weight gradients by g alone, in the gate's dtype.
 
     Attributes:
         gated: sum_n beta_n Gg_n, [M, k k alpha L / G] in the order of taps; None where not made.
@@ -58,22 +58,27 @@ def pay(given: Operands) -> bool:
     batch, _, height, width = given.g.shape
     if not is_matrix_product(given.x):
         return False
-    return gate_comes_first(given.x, given.geometry) or (height * width > PASSES and batch > 1)
+    return gate_comes_first(given.x, given.geometry) or (height * width > PASSES and batch > 1 and _is_precise(given))
 
 
 def gwc_pays(given: Operands) -> bool:
     """Whether Gg_n do; else the group-wise convolution is done again, and G_n serve the point-wise ones alone."""
-    return (given.g.shape[2] * given.g.shape[3] - PASSES) * given.weight_gwc.numel() > CALLS
+    return _is_precise(given) and (given.g.shape[2] * given.g.shape[3] - PASSES) * given.weight_gwc.numel() > CALLS
+
+
+def _is_precise(given: Operands) -> bool:
+    """Not of bfloat16, whose products take half of the time, and passes over what they make in float32 do not."""
+    return given.g.dtype == given.beta.dtype
 
 
 def gate_gradient(given: Operands, *, of_gwc: bool) -> tuple[Tensor, Products]:
     """A, [N, M, 1, 1], and the products that it came from; Gg_n among them only if ``of_gwc``."""
     x3, z, g, weight_gwc, window = given.x3, given.z, given.g, given.weight_gwc, given.geometry[1:]
-    pointwise = torch.bmm(pixels(g).transpose(1, 2), pixels(z))
+    pointwise = torch.bmm(pixels(g).transpose(1, 2), pixels(z)).to(given.beta.dtype)
     a = (pointwise * torch.cat((given.weight_pwc, -given.weight_redundant), 1).flatten(1)).sum(2)
     if not (of_gwc and gwc_pays(given)):
         gwc = convolve(x3, weight_gwc, None, *window)
-        return gwc.mul_(g).sum((2, 3), keepdim=True).add_(a[:, :, None, None]), Products(None, pointwise)
+        return sums_of_maps(gwc.mul_(g)).add_(a[:, :, None, None]), Products(None, pointwise)
     weight, gated = _taps(weight_gwc), None
     samples = zip(x3.split(1), g.split(1), given.beta.flatten(1).unbind(), strict=True)
     for n, (sample, grad, gate) in enumerate(samples):
@@ -93,20 +98,21 @@ def gradients(
         dweight_gwc = _gwc_gradient(given, products.gated, shift)
     through_gwc = (needed[0], needed[1] and products.gated is None)
     if any(through_gwc):
-        e3 = torch.addcmul(delta, given.g, given.beta)
+        e3 = torch.addcmul(delta.to(given.g.dtype), given.g, given.beta.to(given.g.dtype))
         dx3, gradient = convolution_backward(e3, given.x3, given.weight_gwc, through_gwc, *given.geometry[1:])
         dweight_gwc = gradient if dweight_gwc is None else dweight_gwc
         del e3  # before the next map of its size
     if needed[2] or needed[3]:
-        sums = pixels(given.z).sum(1)
+        sums = sums_of_maps(given.z).flatten(1)
         parts = given.x3.shape[1], given.weight_redundant.shape[1]
         sums3, sums1 = sums.split(parts, 1)
         of3, of1 = products.pointwise.split(parts, 2)
         if needed[2]:
-            dweight_pwc = (of3 * given.beta[:, :, 0]).sum(0).addmm_(shift.T, sums3).view_as(given.weight_pwc)
+            dweight_pwc = (of3 * given.beta[:, :, 0]).sum(0).addmm_(shift.T, sums3)
+            dweight_pwc = dweight_pwc.view_as(given.weight_pwc).to(given.x.dtype)
         if needed[3]:
             dweight_redundant = (of1 * given.gamma[:, :, 0]).sum(0).addmm_(shift.T, sums1, alpha=-1)
-            dweight_redundant = dweight_redundant.view_as(given.weight_redundant)
+            dweight_redundant = dweight_redundant.view_as(given.weight_redundant).to(given.x.dtype)
     if needed[0]:
         dx = _input_gradient(given, dx3, delta)
     return dx, dweight_gwc, dweight_pwc, dweight_redundant
@@ -175,9 +181,9 @@ def _input_gradient(given: Operands, dx3: Any, delta: Tensor) -> Tensor:
     torch.mul(of1, gamma[:, :, 0], out=weights.narrow(2, representative, redundant))
     dz = torch.empty_like(z)
     dz3, dz1 = pixels(dz).split((representative, redundant), 2)
-    constant3, constant1 = delta.squeeze(3).mT @ of3, -delta.squeeze(3).mT @ of1
+    constant3, constant1 = (delta.squeeze(3).mT @ of.to(delta.dtype) for of in (of3, -of1))
     if z is x:
-        torch.add(pixels(channels_last(dx3)), constant3, out=dz3)
+        torch.add(pixels(channels_last(dx3)), constant3.to(dz.dtype), out=dz3)
     else:
         dz3.copy_(constant3.expand_as(dz3))
     dz1.copy_(constant1.expand_as(dz1))

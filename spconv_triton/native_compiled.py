@@ -74,5 +74,5 @@ def _both_branches(
 
 
 def _is_matrix_product(x: Tensor) -> bool:
-    """Whether 1 x 1 convolutions of ``x`` may be: as precise as they are, and no model to be exported."""
-    return x.is_cpu and not is_exporting() and are_products_precise(x.dtype)
+    """Whether 1 x 1 convolutions of ``x`` may be and gain by it: as precise, and no model to be exported."""
+    return x.is_cpu and not is_exporting() and x.dtype != torch.bfloat16 and are_products_precise(x.dtype)

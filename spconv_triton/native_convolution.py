@@ -1,6 +1,7 @@
-"""Convolutions of the native path: in channels_last, in float32 or better, the 1 x 1 ones as matrix products.
+"""Convolutions of the native path: in channels_last, the 1 x 1 ones as matrix products.
 
-The layouts and forms here are those that take the least time on a CPU; GPUs take any.
+The layouts and forms here are those that take the least time on a CPU; GPUs take any. Maps are in float32 or better,
+but in bfloat16 where a CPU multiplies that and adds in float32: what is read and written then decides its time.
 """
 
 from __future__ import annotations
@@ -19,8 +20,24 @@ ACCUMULATES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def is_precise(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float32, torch.float64)
+MULTIPLIES_BFLOAT16 = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+"""Whether oneDNN has bfloat16 on this processor. It adds in float32, and rounds a result once."""
+
+
+def map_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of maps that are made from ``x``: its own, or float32 where that would be slow or less precise."""
+    if x.dtype == torch.bfloat16 and x.is_cpu and MULTIPLIES_BFLOAT16:
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def are_of_onednn(x: Tensor) -> bool:
+    """Whether convolutions of ``x`` are oneDNN's, and maps stay in its dtype."""
+    return x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.dtype == map_dtype(x)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -29,9 +46,9 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *window: Any) -> Tensor:
-    """A convolution as a new tensor, in float32 or better."""
+    """A convolution as a new tensor, in the dtype of maps."""
     y = F.conv2d(*readable(x, weight, *window), bias, *window)
-    return channels_last(y if is_precise(y.dtype) else y.float())
+    return channels_last(y.to(map_dtype(y)))
 
 
 FEW_CHANNELS = 128
@@ -52,7 +69,7 @@ def representative(
         weight: [M, alpha L / G, k, k].
     """
     channels, count = x.shape[1], weight.shape[1] * geometry.groups
-    if x.is_cpu and x.dtype == torch.float32 and channels <= FEW_CHANNELS:
+    if channels <= FEW_CHANNELS and are_of_onednn(x):
         found = _long_rows(x.shape, weight.shape, geometry)
         if found is not None:
             shape, strides, window = found
@@ -200,10 +217,11 @@ def is_matrix_product(x: Tensor) -> bool:
 
 
 def are_products_precise(dtype: torch.dtype) -> bool:
-    """Whether matrix products are of at least float32, whatever ``torch.set_float32_matmul_precision`` allows."""
+    """Whether matrix products on a CPU are as precise as convolutions, whatever
+    ``torch.set_float32_matmul_precision`` allows."""
     if dtype == torch.float32:
         return torch.get_float32_matmul_precision() != "medium"
-    return dtype == torch.float64
+    return dtype == torch.float64 or (dtype == torch.bfloat16 and MULTIPLIES_BFLOAT16)
 
 
 # As torch.compiler.assume_constant_result has it, which imports the compiler. Graphs are guarded by the precision.
@@ -224,8 +242,8 @@ def _can_accumulate(y: Tensor, x: Tensor) -> bool:
     """Whether oneDNN convolves into ``y``; not under a dispatch mode (a FLOP counter, fakes): it would not know how."""
     return (
         ACCUMULATES
-        and y.dtype == x.dtype == torch.float32
-        and y.is_cpu
+        and y.dtype == x.dtype
+        and are_of_onednn(y)
         and y.numel() > 0
         and torch._C._len_torch_dispatch_stack() == 0
     )

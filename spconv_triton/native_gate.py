@@ -16,6 +16,9 @@ from torch import Tensor
 from .geometry import Geometry
 from .native_convolution import is_matrix_product
 
+COPIED = 1 << 19
+"""Elements that are copied at a time."""
+
 GATE_FIRST = 1
 """Output pixels per input channel above which the gate comes first."""
 
@@ -32,15 +35,16 @@ def gate_difference(gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant
 
 
 def gate_weights(weight_pwc: Tensor, weight_redundant: Tensor) -> Tensor:
-    """[Wp, -W1] transposed, [L, M], in float64."""
-    return torch.cat((weight_pwc, -weight_redundant), 1).flatten(1).t().double()
+    """[Wp, -W1] transposed, [L, M], in the dtype of sums."""
+    weights = torch.cat((weight_pwc, -weight_redundant), 1).flatten(1).t()
+    return weights.to(sum_dtype(weights))
 
 
 def difference_of_means(gwc: Tensor, z: Tensor, weights: Tensor) -> Tensor:
     """:func:`gate_difference` with the weights of :func:`gate_weights`."""
     batch, outputs, height, width = gwc.shape
     sums = torch.addmm(pixel_sums(gwc), pixel_sums(z), weights)
-    return sums.div_(height * width).to(gwc.dtype).view(batch, outputs, 1, 1)
+    return sums.div_(height * width).to(gate_dtype(gwc)).view(batch, outputs, 1, 1)
 
 
 def exponent_of_infinities(
@@ -49,12 +53,12 @@ def exponent_of_infinities(
     """As :func:`gate_difference`, biases included, with each mean by itself: for means that may be infinite."""
     z3, z1 = pixel_sums(z).split((weight_pwc.shape[1], weight_redundant.shape[1]), 1)
     pixels = gwc.shape[2] * gwc.shape[3]
-    s3 = torch.addmm(pixel_sums(gwc), z3, weight_pwc.double().flatten(1).T) / pixels
-    s1 = torch.mm(z1, weight_redundant.double().flatten(1).T) / pixels
+    s3 = torch.addmm(pixel_sums(gwc), z3, weight_pwc.to(z3.dtype).flatten(1).T) / pixels
+    s1 = torch.mm(z1, weight_redundant.to(z1.dtype).flatten(1).T) / pixels
     if branch_bias is not None:
         s3 += branch_bias[0]
         s1 += branch_bias[1]
-    return exponent(s3, s1)[:, :, None, None].to(gwc.dtype)
+    return exponent(s3, s1)[:, :, None, None].to(gate_dtype(gwc))
 
 
 def exponent(s3: Tensor, s1: Tensor) -> Tensor:
@@ -63,14 +67,41 @@ def exponent(s3: Tensor, s1: Tensor) -> Tensor:
 
 
 def pixel_sums(x: Tensor) -> Tensor:
-    """Sums over the pixels of [N, C, H, W]: [N, C] in float64.
+    """Sums over the pixels of [N, C, H, W]: [N, C] in :func:`sum_dtype`.
 
     Where x has a mean, S3 and S1 are large and their difference is not. ATen adds in a tree, so what is left is one
     rounding. Inductor adds one term after the other, so there float64 begins with the rows.
     """
     if torch.compiler.is_compiling():
         return x.sum(3).sum(2, dtype=torch.float64)
-    return x.sum((2, 3)).double()
+    return sums_of_maps(x).flatten(1).to(sum_dtype(x))
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which sums over pixels are added up: one in which their roundings are below those of ``x``."""
+    if torch.compiler.is_compiling() or x.dtype in (torch.float32, torch.float64):
+        return torch.float64
+    return torch.float32
+
+
+def sums_of_maps(x: Tensor) -> Tensor:
+    """Sums over the pixels of [N, C, H, W]: [N, C, 1, 1], in float32 or better."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x.sum((2, 3), keepdim=True)
+    # ATen sums a copy in float32: one that stays in the cache.
+    samples = max(1, COPIED // max(1, x.shape[1] * x.shape[2] * x.shape[3]))
+    parts = [part.sum((2, 3), keepdim=True, dtype=torch.float32) for part in x.split(samples)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def means_of_maps(x: Tensor) -> Tensor:
+    """Means over the pixels, likewise."""
+    return sums_of_maps(x).div_(x.shape[2] * x.shape[3])
+
+
+def gate_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of means and gates of a map: float32 or better."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def bias_difference(branch_bias: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,14 +52,16 @@ class Inference:
         self._kept = None
 
     def weights(self, x: Tensor, given: Given, geometry: Geometry) -> Weights:
-        """The weights, prepared where that is possible."""
-        kept, can_remember = self._kept, can_watch(given)
-        known = kept is not None and can_remember and kept.weights.geometry == geometry
+        """The weights, prepared where that is possible and will have been worth it."""
+        if not can_watch(given) or torch.is_autocast_enabled("cpu"):  # which makes new ones for every call
+            return Weights(*given, geometry)
+        kept = self._kept
+        known = kept is not None and kept.weights.geometry == geometry
         if kept is not None and known and are_preparable(x, given[0], geometry) and kept.watch.holds(given):
             return kept.weights
-        watch = Watch(given) if can_remember else None  # before they are read: what another thread changes then is seen
+        watch = Watch(given)  # before they are read: what another thread changes then is seen
         weights = prepare(x, *given, geometry)
-        if watch is not None and isinstance(weights, PreparedWeights):
+        if isinstance(weights, PreparedWeights):
             self._kept = _Kept(watch, weights, {})
         return weights
 

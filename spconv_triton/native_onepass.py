@@ -29,7 +29,7 @@ from .geometry import Geometry
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
 from .native_convolution import channels_last, is_matrix_product, pixels
-from .native_gate import bias_difference, exponent, exponent_of_infinities, gate_comes_first
+from .native_gate import bias_difference, exponent, exponent_of_infinities, gate_comes_first, means_of_maps
 from .native_inference import Inference
 from .native_weights import Weights
 
@@ -188,11 +188,12 @@ def _gate_first(
     if after.norm_scale is not None:
         beta, gamma = (gate * after.norm_scale.to(d.dtype)[:, None, None] for gate in (beta, gamma))
     offset = _offset(d, bias, branch_bias, after, d.dtype)
-    y = y.mul_(beta) if offset is None else torch.addcmul(offset, y, beta, out=y)
+    gate = beta.to(y.dtype)
+    y = y.mul_(gate) if offset is None else torch.addcmul(offset.to(y.dtype), y, gate, out=y)
     if after.residual is not None:
         y += after.residual
     of_sample = (weights.pwc.flatten(1) * beta.squeeze(3), weights.redundant.flatten(1) * gamma.squeeze(3))
-    pixels(y).baddbmm_(pixels(z), torch.cat(of_sample, 2).transpose(1, 2))
+    pixels(y).baddbmm_(pixels(z), torch.cat(of_sample, 2).to(y.dtype).transpose(1, 2))
     return native.activate(y, after.activation, inplace=True), d
 
 
@@ -203,7 +204,7 @@ def _both_branches(
     joins = branch_bias is None and after.norm_scale is None and bias is not None and bias.dtype == x.dtype
     joined = bias if joins and is_matrix_product(x) else None
     u3, u1 = weights.u3(x, z, joined), weights.u1(z, joined)
-    s3, s1 = u3.mean((2, 3), keepdim=True), u1.mean((2, 3), keepdim=True)
+    s3, s1 = means_of_maps(u3), means_of_maps(u1)
     if branch_bias is not None:
         s3 += branch_bias[0, :, None, None]
         s1 += branch_bias[1, :, None, None]
@@ -214,7 +215,10 @@ def _both_branches(
         if not math.isfinite(d.sum()):  # the gate does not see the bias
             y, d = _both_branches(x, z, weights, None, None, NOTHING)
             return _finish(y, _offset(d, bias, None, after, d.dtype), after, x.dtype), d
-    y = u1.lerp_(u3, torch.sigmoid(d))
+    if u1.dtype == d.dtype:
+        y = u1.lerp_(u3, torch.sigmoid(d))
+    else:  # a rounding of beta would be a large one of gamma = 1 - beta
+        y = u1.mul_(torch.sigmoid(-d).to(u1.dtype)).addcmul_(u3, torch.sigmoid(d).to(u3.dtype))
     offset = None if joined is not None else _offset(d, bias, branch_bias, after, d.dtype)
     return _finish(y, offset, after, x.dtype), d
 

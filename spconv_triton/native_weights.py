@@ -22,6 +22,7 @@ from . import native
 from .geometry import Geometry
 from .native_convolution import (
     add_convolution,
+    are_of_onednn,
     are_readable,
     channels_last,
     convolve,
@@ -80,11 +81,11 @@ class Weights:
         return z if z is x else channels_last(z)
 
     def convolve(self, x: Tensor) -> Tensor:
-        """GWC(x3) as a new tensor, in float32 or better."""
+        """GWC(x3) as a new tensor, in the dtype of maps."""
         return self._convolve(x, None)
 
     def u3(self, x: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
-        """U3 + bias as a new tensor, in float32 or better.
+        """U3 + bias as a new tensor, in the dtype of maps.
 
         Args:
             x: [N, L, H, W].
@@ -109,7 +110,7 @@ class Weights:
 
 
 class PreparedWeights(Weights):
-    """Float32 weights on a CPU, with what inference computes from them, made when first asked for.
+    """Float32 or bfloat16 weights on a CPU, with what inference computes from them, made when first asked for.
 
     They are for every ``x`` that :func:`are_preparable` with them.
     """
@@ -205,7 +206,7 @@ def prepare(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geome
 
 def are_preparable(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
     """Whether oneDNN computes with prepared weights what it would with given ones, for this ``x``."""
-    if not (AVAILABLE and x.dtype == torch.float32 and x.numel() > 0 and is_matrix_product(x)):
+    if not (AVAILABLE and are_of_onednn(x) and x.numel() > 0 and is_matrix_product(x)):
         return False
     _, stride, padding, dilation, groups = geometry
     x3 = x.narrow(1, 0, weight_gwc.shape[1] * groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import native_backward_products, native_onepass, reference
+from spconv_triton import native_backward_products, native_convolution, native_gate, native_onepass, reference
 from spconv_triton.functional import spconv2d
 
 BY_NAME = {case.name: case for case in SMALL}
@@ -54,9 +55,27 @@ def test_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert_agrees(native, make_inputs(case, dtype, branch_bias=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", RESNET50, ids=str)
-def test_agrees_on_the_layers_of_resnet50(case: Case) -> None:
-    assert_agrees(native, make_inputs(replace(case, batch=2)))
+def test_agrees_on_the_layers_of_resnet50(case: Case, dtype: torch.dtype) -> None:
+    assert_agrees(native, make_inputs(replace(case, batch=2), dtype))
+
+
+@pytest.mark.parametrize("case", [BY_NAME["plain"], BY_NAME["stride-2-odd"], BY_NAME["alpha-1"]], ids=str)
+def test_agrees_where_maps_of_bfloat16_are_of_float32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors that do not multiply bfloat16."""
+    monkeypatch.setattr(native_convolution, "MULTIPLIES_BFLOAT16", False)
+    assert_agrees(native, make_inputs(case, torch.bfloat16, branch_bias=True))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (300, 401)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_maps(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    """Also of more than is copied at a time."""
+    maps = (torch.randn(3, 6, *size) + 100).to(dtype).contiguous(memory_format=torch.channels_last)
+    sums = native_gate.sums_of_maps(maps)
+    assert sums.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(sums.double(), maps.double().sum((2, 3), keepdim=True), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -68,18 +87,20 @@ def test_agrees_under_large_means_and_saturated_gates(case: Case, dtype: torch.d
         assert_agrees(native, make_inputs(case, dtype, gate=gate), condition=abs(gate))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mean", [30.0, 100.0])
 @pytest.mark.parametrize("name", ["odd-pixels", "stride-2-odd", "one-column", "alpha-1/16"])
-def test_agrees_under_large_means_over_many_draws(name: str, mean: float) -> None:
+def test_agrees_under_large_means_over_many_draws(name: str, mean: float, dtype: torch.dtype) -> None:
     case = BY_NAME[name]
-    assert_agrees_over_draws(native, lambda: make_inputs(case, mean=mean), 40)
+    assert_agrees_over_draws(native, lambda: make_inputs(case, dtype, mean=mean), 40)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gate", [-80.0, -30.0, -8.0, 8.0, 30.0, 80.0])
 @pytest.mark.parametrize("name", ["odd-pixels", "alpha-1/16"])
-def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float) -> None:
+def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float, dtype: torch.dtype) -> None:
     case = BY_NAME[name]
-    assert_agrees_over_draws(native, lambda: make_inputs(case, gate=gate), 16)
+    assert_agrees_over_draws(native, lambda: make_inputs(case, dtype, gate=gate), 16)
 
 
 @pytest.mark.parametrize(("gate_first", "backward"), [(False, "maps"), (True, "products"), (True, "all products")])
@@ -93,6 +114,9 @@ def test_agrees_in_every_order(case: Case, gate_first: bool, backward: str, monk
         assert_agrees(native, make_inputs(case, torch.float64, **options))
         # Of single draws of k1-padded, one in 150 has a reference too lucky for any other order of summation.
         assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
+        if backward != "all products":
+            draw = functools.partial(make_inputs, case, torch.bfloat16, **options)
+            assert_agrees_over_draws(native, draw, 4)
     assert_agrees(native, make_inputs(case, mean=100.0), condition=MEAN_100, perturbations=4)
     for gate in (-80.0, -30.0, -8.0, 8.0, 30.0, 80.0):
         assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate), perturbations=4)

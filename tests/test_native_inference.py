@@ -28,12 +28,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import SPConv2d, functional, fuse, native_onepass, reference
 from spconv_triton.geometry import Geometry
+from spconv_triton.native_convolution import MULTIPLIES_BFLOAT16
 from spconv_triton.native_weights import AVAILABLE, PreparedWeights, are_preparable
 from spconv_triton.watch import SAMPLE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDNN")
 
 BY_NAME = {case.name: case for case in SMALL}
+DTYPES = (torch.float32, torch.bfloat16) if MULTIPLIES_BFLOAT16 else (torch.float32,)
 
 
 def geometry_of(case: Case) -> Geometry:
@@ -47,7 +49,7 @@ def by_prepared_weights(inputs: Inputs, case: Case) -> Tensor:
 
 
 def judged(inputs: Inputs, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """By prepared weights, by the reference in float32, and in float64."""
+    """By prepared weights, by the reference in the dtype of ``inputs``, and in float64."""
 
     @torch.no_grad()
     def by_reference(inputs: Inputs) -> Tensor:
@@ -57,14 +59,17 @@ def judged(inputs: Inputs, case: Case) -> tuple[dict[str, Tensor], dict[str, Ten
     return {"y": by_prepared_weights(inputs, case)}, {"y": same_dtype}, {"y": exact}
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate_first", [False, True])
 @pytest.mark.parametrize(
     "case", [*SMALL, replace(BY_NAME["plain"], name="k1", kernel_size=(1, 1), padding=(0, 0))], ids=str
 )
-def test_prepared_weights_agree_with_float64(case: Case, gate_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_weights_agree_with_float64(
+    case: Case, gate_first: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(native_onepass, "gate_comes_first", lambda *_: gate_first)
     for options in ({"bias": False}, {}, {"branch_bias": True}, {"memory_format": torch.contiguous_format}):
-        inputs = make_inputs(case, **options)
+        inputs = make_inputs(case, dtype, **options)
         if not are_preparable(inputs.x, inputs.weight_gwc, geometry_of(case)):
             assert case.name in ("wide-padding", "stride-3-shifted"), (
                 "oneDNN reads what it should not, for both weights"
@@ -74,22 +79,24 @@ def test_prepared_weights_agree_with_float64(case: Case, gate_first: bool, monke
         assert_within_budget("y", got["y"], same_dtype["y"], exact["y"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", RESNET50, ids=str)
-def test_prepared_weights_agree_on_the_layers_of_resnet50(case: Case) -> None:
+def test_prepared_weights_agree_on_the_layers_of_resnet50(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, batch=2)
-    got, same_dtype, exact = judged(make_inputs(case), case)
+    got, same_dtype, exact = judged(make_inputs(case, dtype), case)
     assert_within_budget("y", got["y"], same_dtype["y"], exact["y"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{"mean": 30.0}, {"mean": 100.0}, {"gate": -30.0}, {"gate": 30.0}], ids=str)
 @pytest.mark.parametrize("gate_first", [False, True])
 @pytest.mark.parametrize("name", ["plain", "one-group", "stride-2-odd", "alpha-1/16"])
 def test_prepared_weights_agree_over_many_draws(
-    name: str, gate_first: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, gate_first: bool, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native_onepass, "gate_comes_first", lambda *_: gate_first)
     case = BY_NAME[name]
-    assert_within_budget_over_draws(judged(make_inputs(case, **options), case) for _ in range(20))
+    assert_within_budget_over_draws(judged(make_inputs(case, dtype, **options), case) for _ in range(20))
 
 
 def make(channels: int = 8, *, bias: bool = True) -> tuple[SPConv2d, Tensor]:
@@ -147,6 +154,26 @@ def test_a_call_that_fitted_is_recalled(looked_at: list[Tensor]) -> None:
         assert infer(layer, again).stride() == expected.stride()
         assert len(looked_at) == 2, "one of the layer's, one of its copy"
     assert torch.equal(infer(layer, x), y)
+
+
+def test_weights_that_cannot_be_remembered_are_not_prepared() -> None:
+    with torch.inference_mode():
+        layer, x = make()
+        assert torch.equal(infer(layer, x), infer(layer, x))
+    assert prepared(layer) is None
+    layer, x = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        infer(layer, x)
+    assert prepared(layer) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_that_can_be_remembered_are_prepared(dtype: torch.dtype, looked_at: list[Tensor]) -> None:
+    layer, x = make()
+    y = infer(layer.to(dtype), x.to(dtype))
+    assert y.dtype == dtype
+    assert prepared(layer) is not None
+    assert len(looked_at) == 1
 
 
 def test_windows_of_lists_and_missing_weights_are_left_to_the_checks() -> None:

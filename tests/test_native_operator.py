@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SMALL, Case, Inputs, assert_agrees, make_inputs, output_grad, run
+from cases import SMALL, Case, Inputs, assert_agrees, assert_within_budget, make_inputs, output_grad, run
 from packaging.version import Version
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import functional, ops
+from spconv_triton import functional, ops, reference
 from spconv_triton.geometry import resolve
 
 BY_NAME = {case.name: case for case in SMALL}
@@ -136,3 +136,17 @@ def test_compiled_layer_follows_the_precision_of_matrix_products() -> None:
             torch.testing.assert_close(compiled(*inputs.positional(), **inputs.window), exact)
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("size", [(3, 4), (9, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_inference_agrees(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    """Whichever comes first, the gate (on maps of more pixels than x has channels) or the branches."""
+    inputs = make_inputs(replace(BY_NAME["plain"], size=size), dtype, branch_bias=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.spconv2d, fullgraph=True)
+    with torch.no_grad():
+        got, same_dtype = run(compiled, inputs)["y"], run(reference.spconv2d, inputs)["y"]
+        exact = run(reference.spconv2d, inputs.to(torch.float64))["y"]
+    # Inductor adds the terms of a sum one after the other.
+    assert_within_budget("y", got, same_dtype, exact, condition=16.0)
