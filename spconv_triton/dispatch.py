@@ -54,18 +54,27 @@ PATHS = (
     Path("triton", "branch", "any GPU", "float32, float16, bfloat16", "alpha = 1, other norms", "branch_forward"),
     Path(
         "native",
-        "gate first",
+        "merged weights",
         "CPU",
-        "float32, float64, bfloat16",
-        "more output pixels than input channels; at stride 1, in inference, eight times as many",
+        "float32, bfloat16",
+        "at most 16 representative channels; stride 1, or 2 on even sizes",
         "",
     ),
-    Path("native", "both branches", "any", "any", "any", ""),
+    Path(
+        "native",
+        "folded weights",
+        "CPU",
+        "float32, bfloat16",
+        "at most two groups; stride 1, or 2 on even sizes",
+        "",
+    ),
+    Path("native", "prepared weights", "CPU", "float32, bfloat16", "any that oneDNN convolves", ""),
+    Path("native", "given weights", "any", "any", "any", ""),
     Path("reference", "reference", "any", "any", "any", ""),
 )
 """The paths, of which the first that matches is taken. ``choose`` finds the backend, and within Triton's the launch of
 the layer asks ``launch.descriptor.can_run`` and ``launch.gradients_descriptor.can_run``, which hold their rows'
-conditions."""
+conditions, as ``native_weights`` and ``native_folding`` do of ATen's."""
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

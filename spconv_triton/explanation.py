@@ -23,8 +23,7 @@ from .branch_norm import folds
 from .checks import check_input, shape
 from .layout import memory_format
 from .modules import SPConv2d
-from .native_gate import gate_comes_first
-from .native_weights import prepare
+from .native_weights import PreparedWeights, prepare
 
 
 @dataclass(frozen=True)
@@ -195,12 +194,22 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
     del result
     kept = sum(storages.values())
     backend = dispatch.choose(x, module.backend)
-    gated = module.weight_redundant is not None and (not module.branch_norm or folds(module))
-    given = (module.weight_gwc, module.weight_pwc, module.weight_redundant)
-    gate_first = gated and gate_comes_first(x, module.geometry, prepare(x, *given, module.geometry).gate_first)
-    name = ("gate first" if gate_first else "both branches") if backend == "native" else backend
+    name = _form(module, x) + " weights" if backend == "native" else backend
     path = next(p for p in dispatch.PATHS if p.backend == backend and p.name == name)
     return Explanation(repr(module), _describe(x, "cpu"), path, launches, kept, x.numel() * x.itemsize)
+
+
+def _form(module: SPConv2d, x: Tensor) -> str:
+    """Of a layer's weights on ATen: ``"given"``, or as of :class:`.native_weights.Products`."""
+    if module.branch_norm and not folds(module):
+        return "given"
+    height, width, geometry = x.shape[2], x.shape[3], module.geometry
+    if module.padding_mode != "zeros":  # it is padded before
+        height, width = (size + 2 * pad for size, pad in zip((height, width), geometry.padding, strict=True))
+        geometry = geometry._replace(padding=(0, 0))
+    given = (module.weight_gwc, module.weight_pwc, module.weight_redundant)
+    weights = prepare(x, *given, geometry)
+    return weights.products(height, width).form if isinstance(weights, PreparedWeights) else "given"
 
 
 def _is_free(operation: str) -> bool:

@@ -56,8 +56,11 @@ def activate(y: Tensor, activation: str, *, inplace: bool = False) -> Tensor:
 
 def pointwise_input(x: Tensor, geometry: Geometry) -> Tensor:
     """What the 1 x 1 convolutions read, [N, C, H_out, W_out]: the centre taps, pooled at a stride."""
-    if geometry.is_centred and geometry.stride == (1, 1):
-        return x
+    if geometry.stride == (1, 1):
+        if geometry.is_centred:
+            return x
+        (top, left), (height, width) = geometry.centre, geometry.output_size(x.shape[2], x.shape[3])
+        return F.pad(x, (-left, left + width - x.shape[3], -top, top + height - x.shape[2]))
     if not geometry.is_centred or _exports_symbols(x):
         return reference.pointwise_input(
             x,

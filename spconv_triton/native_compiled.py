@@ -15,7 +15,7 @@ from .dispatch import is_exporting
 from .geometry import Geometry
 from .native import Epilogue
 from .native_convolution import are_products_precise, pixels, rows
-from .native_gate import exponent_of_infinities
+from .native_gate import exponent, gate_dtype
 
 
 def compose(
@@ -48,8 +48,8 @@ def compose(
 def _gate_first(
     gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant: Tensor, branch_bias: Tensor | None
 ) -> Tensor:
-    """beta U3 + gamma U1 by point-wise weights of each sample, scaled by its gate."""
-    d = exponent_of_infinities(gwc, z, weight_pwc, weight_redundant, branch_bias)
+    """beta U3 + gamma U1 by point-wise weights of each sample, scaled by its gate, which is there before any branch."""
+    d = _difference_of_means(gwc, z, weight_pwc, weight_redundant, branch_bias)
     beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
     weights = torch.cat((weight_pwc.flatten(1) * beta[:, :, 0], weight_redundant.flatten(1) * gamma[:, :, 0]), 2)
     y = gwc * beta
@@ -57,6 +57,29 @@ def _gate_first(
         b3, b1 = branch_bias.to(y.dtype)[:, :, None, None].unbind()
         y = y + (beta * b3 + gamma * b1)
     return torch.baddbmm(pixels(y), pixels(z), weights.mT).unflatten(1, y.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _difference_of_means(
+    gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant: Tensor, branch_bias: Tensor | None
+) -> Tensor:
+    """S3 - S1, [N, M, 1, 1]: GAP and convolution are both linear, so that sums of z stand for point-wise maps."""
+    z3, z1 = _pixel_sums(z).split((weight_pwc.shape[1], weight_redundant.shape[1]), 1)
+    pixels = gwc.shape[2] * gwc.shape[3]
+    s3 = torch.addmm(_pixel_sums(gwc), z3, weight_pwc.to(z3.dtype).flatten(1).T) / pixels
+    s1 = torch.mm(z1, weight_redundant.to(z1.dtype).flatten(1).T) / pixels
+    if branch_bias is not None:
+        s3 += branch_bias[0]
+        s1 += branch_bias[1]
+    return exponent(s3, s1)[:, :, None, None].to(gate_dtype(gwc))
+
+
+def _pixel_sums(x: Tensor) -> Tensor:
+    """Sums over the pixels of [N, C, H, W]: [N, C] in float64.
+
+    Where x has a mean, S3 and S1 are large and their difference is not. Inductor adds one term after the other, so
+    float64 begins with the rows.
+    """
+    return x.sum(3).sum(2, dtype=torch.float64)
 
 
 def _both_branches(

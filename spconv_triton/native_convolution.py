@@ -238,6 +238,12 @@ def rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def columns(x: Tensor, first: int, count: int) -> Tensor:
+    """``count`` channels of [N, C, H, W] in channels_last, dense, as [N H W, count]: one view instead of four."""
+    batch, channels, height, width = x.shape
+    return x.as_strided((batch * height * width, count), (channels, 1), x.storage_offset() + first)
+
+
 def _can_accumulate(y: Tensor, x: Tensor) -> bool:
     """Whether oneDNN convolves into ``y``; not under a dispatch mode (a FLOP counter, fakes): it would not know how."""
     return (

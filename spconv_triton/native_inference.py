@@ -52,9 +52,9 @@ class Inference:
         self._kept = None
 
     def weights(self, x: Tensor, given: Given, geometry: Geometry) -> Weights:
-        """The weights, prepared where that is possible and will have been worth it."""
+        """The weights, prepared where that is possible, and kept where they can be watched."""
         if not can_watch(given) or torch.is_autocast_enabled("cpu"):  # which makes new ones for every call
-            return Weights(*given, geometry)
+            return prepare(x, *given, geometry)
         kept = self._kept
         known = kept is not None and kept.weights.geometry == geometry
         if kept is not None and known and are_preparable(x, given[0], geometry) and kept.watch.holds(given):

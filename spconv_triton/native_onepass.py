@@ -1,14 +1,10 @@
 """The whole layer on ATen, keeping x and one number per (sample, output channel) for the backward.
 
-Forward, in channels_last. The group-wise convolution is oneDNN's and the point-wise ones are matrix products over
-pixels. Where a map has more pixels than x has channels, every further map costs more than weights for each sample: the
-gate comes before the point-wise convolutions (:mod:`spconv_triton.native_gate`), and they are added in one product,
-
-    Y = scale GWC(x3) + offset + [scale Wp | a gamma W1] z,   scale = a beta,   offset = a (beta b3 + gamma b1) + bias
-
-Else U3 and U1 are made side by side, the gate comes from their means, and the blend is written over U1. In inference
-a is the scale of a norm that follows, and a residual and an activation follow in place; else a is 1. There the weights
-are prepared (:mod:`spconv_triton.native_weights`), with which U3 takes less, and the gate comes first on larger maps.
+Forward, in channels_last: the group-wise convolution is oneDNN's, the point-wise ones are matrix products over pixels,
+with prepared weights (:mod:`spconv_triton.native_weights`) where oneDNN has them. U3 and U1 are made side by side, U1
+where Y will be; the gate comes from their means, and the blend is written over U1. All of it happens for a few samples
+at a time, so that what one operation writes the next one finds in the cache, and U3 never is as large as Y. In
+inference a norm, a residual and an activation follow in place.
 
 The backward is :mod:`spconv_triton.native_backward`.
 """
@@ -28,13 +24,17 @@ from .dispatch import is_exporting, is_transformed
 from .geometry import Geometry
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
-from .native_convolution import channels_last, is_matrix_product, pixels
-from .native_gate import bias_difference, exponent, exponent_of_infinities, gate_comes_first, means_of_maps
+from .native_convolution import channels_last
+from .native_gate import bias_difference, exponent, means_of_maps, sums_of_maps
 from .native_inference import Inference
-from .native_weights import Weights
+from .native_weights import PreparedWeights, Weights, prepare
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
+
+
+CACHED = 4 << 20
+"""Bytes of a map that the samples which go through the layer together have at most, unless it is one sample."""
 
 
 class Memory(NamedTuple):
@@ -116,7 +116,7 @@ def spconv2d_inference(
 def _infer(arguments: Arguments, geometry: Geometry, after: Epilogue, memory: Memory | None) -> Tensor:
     x, gwc, pwc, redundant, bias, branch_bias = arguments
     if memory is None:
-        return forward(x, Weights(gwc, pwc, redundant, geometry), bias, branch_bias, after)[0]
+        return forward(x, prepare(x, gwc, pwc, redundant, geometry), bias, branch_bias, after)[0]
     inference, call = memory
     weights = inference.weights(x, (gwc, pwc, redundant), geometry)
     y, _ = forward(x, weights, bias, branch_bias, after)
@@ -147,7 +147,7 @@ class OnePass(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.geometry = arguments
         x, gwc, pwc, redundant, bias, branch_bias = tensors
-        y, d = forward(x, Weights(gwc, pwc, redundant, ctx.geometry), bias, branch_bias)
+        y, d = forward(x, prepare(x, gwc, pwc, redundant, ctx.geometry), bias, branch_bias)
         ctx.save_for_backward(*tensors, d)
         return y.data  # a view of nothing: autograd forbids an in-place ReLU behind a Function that returns a view
 
@@ -165,62 +165,73 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better; None without a redundant part. Without gradients."""
     x = channels_last(x)
-    z = weights.pointwise_input(x)
     if not weights.has_gate:
         joins = bias is not None and bias.dtype == x.dtype and branch_bias is None and after.norm_scale is None
-        y = weights.u3(x, z, bias if joins else None)
+        y = weights.u3(x, weights.pointwise_input(x), bias if joins else None)
         return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
-    if gate_comes_first(x, weights.geometry, weights.gate_first):
-        return _gate_first(x, z, weights, bias, branch_bias, after)
-    return _both_branches(x, z, weights, bias, branch_bias, after)
+    if not isinstance(weights, PreparedWeights):
+        return _by_given_weights(x, weights, bias, branch_bias, after)
+    batch, outputs = x.shape[0], weights.gwc.shape[0]
+    size = weights.geometry.output_size(x.shape[2], x.shape[3])
+    y = torch.empty((batch, outputs, *size), dtype=x.dtype, memory_format=torch.channels_last)
+    parts = min(batch, -(-y.numel() * y.itemsize // CACHED))
+    if parts == 1:
+        return y, _by_prepared_weights(y, x, weights, bias, branch_bias, after)
+    samples = -(-batch // parts)
+    residuals = [None] * parts if after.residual is None else after.residual.split(samples)
+    differences = [
+        _by_prepared_weights(of_y, of_x, weights, bias, branch_bias, after._replace(residual=residual))
+        for of_y, of_x, residual in zip(y.split(samples), x.split(samples), residuals, strict=False)
+    ]
+    return y, torch.cat(differences)
 
 
-def _gate_first(
-    x: Tensor, z: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue
-) -> tuple[Tensor, Tensor]:
-    y = weights.convolve(x)
-    d = weights.gate_difference(y, z)
+def _by_prepared_weights(
+    y: Tensor,
+    x: Tensor,
+    weights: PreparedWeights,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    after: Epilogue,
+) -> Tensor:
+    """Writes ``y`` and returns d. In few operations: on small maps they take as long as it takes to call them."""
+    # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
+    joins = branch_bias is None and after.norm_scale is None and bias is not None and bias.dtype == x.dtype
+    joined = bias if joins else None
+    z = weights.pointwise_input(x)
+    u3, u1 = weights.u3(x, z, joined), weights.u1_into(y, z, joined)
+    d = torch.sub(sums_of_maps(u3), sums_of_maps(u1)).div_(y.shape[2] * y.shape[3])
     if branch_bias is not None:
         d += bias_difference(branch_bias, d.dtype)
     if not math.isfinite(d.sum()):
-        d = exponent_of_infinities(y, z, weights.pwc, weights.redundant, branch_bias)
-    beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
-    if after.norm_scale is not None:
-        beta, gamma = (gate * after.norm_scale.to(d.dtype)[:, None, None] for gate in (beta, gamma))
-    offset = _offset(d, bias, branch_bias, after, d.dtype)
-    gate = beta.to(y.dtype)
-    y = y.mul_(gate) if offset is None else torch.addcmul(offset.to(y.dtype), y, gate, out=y)
-    if after.residual is not None:
-        y += after.residual
-    of_sample = (weights.pwc.flatten(1) * beta.squeeze(3), weights.redundant.flatten(1) * gamma.squeeze(3))
-    pixels(y).baddbmm_(pixels(z), torch.cat(of_sample, 2).to(y.dtype).transpose(1, 2))
-    return native.activate(y, after.activation, inplace=True), d
+        again, d = _by_given_weights(x, weights.given, bias, branch_bias, after)
+        y.copy_(again)
+        return d
+    _blend(u3, u1, d)
+    _finish(y, None if joins else _offset(d, bias, branch_bias, after, d.dtype), after, y.dtype)
+    return d
 
 
-def _both_branches(
-    x: Tensor, z: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue
+def _by_given_weights(
+    x: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue
 ) -> tuple[Tensor, Tensor]:
-    # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
-    joins = branch_bias is None and after.norm_scale is None and bias is not None and bias.dtype == x.dtype
-    joined = bias if joins and is_matrix_product(x) else None
-    u3, u1 = weights.u3(x, z, joined), weights.u1(z, joined)
+    """Y and d, on any device and of anything, finite or not."""
+    z = weights.pointwise_input(x)
+    u3, u1 = weights.u3(x, z), weights.u1(z)
     s3, s1 = means_of_maps(u3), means_of_maps(u1)
     if branch_bias is not None:
         s3 += branch_bias[0, :, None, None]
         s1 += branch_bias[1, :, None, None]
-    if joined is None:
-        d = exponent(s3, s1)
-    else:
-        d = s3 - s1
-        if not math.isfinite(d.sum()):  # the gate does not see the bias
-            y, d = _both_branches(x, z, weights, None, None, NOTHING)
-            return _finish(y, _offset(d, bias, None, after, d.dtype), after, x.dtype), d
+    d = exponent(s3, s1)
+    return _finish(_blend(u3, u1, d), _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
+
+
+def _blend(u3: Tensor, u1: Tensor, d: Tensor) -> Tensor:
+    """beta U3 + gamma U1, written over ``u1``."""
     if u1.dtype == d.dtype:
-        y = u1.lerp_(u3, torch.sigmoid(d))
-    else:  # a rounding of beta would be a large one of gamma = 1 - beta
-        y = u1.mul_(torch.sigmoid(-d).to(u1.dtype)).addcmul_(u3, torch.sigmoid(d).to(u3.dtype))
-    offset = None if joined is not None else _offset(d, bias, branch_bias, after, d.dtype)
-    return _finish(y, offset, after, x.dtype), d
+        return u1.lerp_(u3, torch.sigmoid(d))
+    # A rounding of beta would be a large one of gamma = 1 - beta.
+    return u1.mul_(torch.sigmoid(-d).to(u1.dtype)).addcmul_(u3, torch.sigmoid(d).to(u3.dtype))
 
 
 def _finish(y: Tensor, offset: Tensor | None, after: Epilogue, dtype: torch.dtype) -> Tensor:

@@ -71,9 +71,8 @@ def tensors_of(after: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_agrees_with_float64(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for gate_first in (False, True):
-        if dtype in (torch.float32, torch.float64):
-            monkeypatch.setattr(native_onepass, "gate_comes_first", lambda *_, first=gate_first: first)
+    for cached in (native_onepass.CACHED, 1):  # all samples together, and each by itself
+        monkeypatch.setattr(native_onepass, "CACHED", cached)
         for activation in ACTIVATIONS:
             check(make_inputs(case, dtype, branch_bias=True), following(case, activation, dtype, residual=True))
         check(make_inputs(case, dtype, bias=False), following(case, "relu", dtype))

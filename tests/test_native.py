@@ -24,7 +24,13 @@ from cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import native_backward_products, native_convolution, native_gate, native_onepass, reference
+from spconv_triton import (
+    native_backward_operands,
+    native_backward_products,
+    native_convolution,
+    native_gate,
+    reference,
+)
 from spconv_triton.functional import spconv2d
 
 BY_NAME = {case.name: case for case in SMALL}
@@ -103,13 +109,15 @@ def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float, dtype
     assert_agrees_over_draws(native, lambda: make_inputs(case, dtype, gate=gate), 16)
 
 
-@pytest.mark.parametrize(("gate_first", "backward"), [(False, "maps"), (True, "products"), (True, "all products")])
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("backward", ["maps", "products", "all products"])
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
-def test_agrees_in_every_order(case: Case, gate_first: bool, backward: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gates before or behind point-wise convolutions; products of samples in the backward: none, point-wise, all."""
-    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda *_: gate_first)
+def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of samples in the backward: none, point-wise, all; parts of Wp in the group-wise weight or not."""
     monkeypatch.setattr(native_backward_products, "pay", lambda given: backward != "maps")
     monkeypatch.setattr(native_backward_products, "gwc_pays", lambda given: backward == "all products")
+    monkeypatch.setattr(native_backward_operands, "FOLDED_CHANNELS", 1 if folded else 1 << 30)
+    monkeypatch.setattr(native_backward_operands, "FOLDED_PIXELS", 1)
     for options in ({"bias": False}, {"branch_bias": True}):
         assert_agrees(native, make_inputs(case, torch.float64, **options))
         # Of single draws of k1-padded, one in 150 has a reference too lucky for any other order of summation.

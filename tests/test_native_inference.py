@@ -26,7 +26,7 @@ from cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import SPConv2d, functional, fuse, native_onepass, reference
+from spconv_triton import SPConv2d, functional, fuse, native_folding, native_onepass, native_weights, reference
 from spconv_triton.geometry import Geometry
 from spconv_triton.native_convolution import MULTIPLIES_BFLOAT16
 from spconv_triton.native_weights import AVAILABLE, PreparedWeights, are_preparable
@@ -36,6 +36,16 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDN
 
 BY_NAME = {case.name: case for case in SMALL}
 DTYPES = (torch.float32, torch.bfloat16) if MULTIPLIES_BFLOAT16 else (torch.float32,)
+
+
+FORMS = ("merged", "folded", "prepared")
+
+
+def force(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have weights prepared in this form wherever it is right."""
+    kept = native_folding.can_fold
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
+    monkeypatch.setattr(native_weights, "can_fold", lambda *layer: form == "folded" and kept(*layer))
 
 
 def geometry_of(case: Case) -> Geometry:
@@ -60,14 +70,14 @@ def judged(inputs: Inputs, case: Case) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "case", [*SMALL, replace(BY_NAME["plain"], name="k1", kernel_size=(1, 1), padding=(0, 0))], ids=str
 )
 def test_prepared_weights_agree_with_float64(
-    case: Case, gate_first: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    case: Case, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda *_: gate_first)
+    force(form, monkeypatch)
     for options in ({"bias": False}, {}, {"branch_bias": True}, {"memory_format": torch.contiguous_format}):
         inputs = make_inputs(case, dtype, **options)
         if not are_preparable(inputs.x, inputs.weight_gwc, geometry_of(case)):
@@ -89,14 +99,33 @@ def test_prepared_weights_agree_on_the_layers_of_resnet50(case: Case, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{"mean": 30.0}, {"mean": 100.0}, {"gate": -30.0}, {"gate": 30.0}], ids=str)
-@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["plain", "one-group", "stride-2-odd", "alpha-1/16"])
 def test_prepared_weights_agree_over_many_draws(
-    name: str, gate_first: bool, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, form: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda *_: gate_first)
+    force(form, monkeypatch)
     case = BY_NAME[name]
     assert_within_budget_over_draws(judged(make_inputs(case, dtype, **options), case) for _ in range(20))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["plain", "stride-2", "stride-2-odd", "alpha-1"])
+def test_samples_may_go_one_by_one(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large maps do."""
+    monkeypatch.setattr(native_onepass, "CACHED", 1)
+    case = replace(BY_NAME[name], batch=5)
+    got, same_dtype, exact = judged(make_inputs(case, dtype, branch_bias=True), case)
+    assert_within_budget("y", got["y"], same_dtype["y"], exact["y"])
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 7])
+def test_any_share_of_the_samples_may_go_together(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(replace(BY_NAME["plain"], batch=7), torch.float32)
+    expected = functional.spconv2d(*inputs.positional(), **inputs.window, backend="native")
+    monkeypatch.setattr(native_onepass, "CACHED", samples * expected[0].nbytes)
+    y = functional.spconv2d(*inputs.positional(), **inputs.window, backend="native")
+    torch.testing.assert_close(y, expected)
 
 
 def make(channels: int = 8, *, bias: bool = True) -> tuple[SPConv2d, Tensor]:

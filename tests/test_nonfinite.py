@@ -10,7 +10,7 @@ from nonfinite import assert_spreads_as_in_the_reference
 from strategies import NOT_FINITE, calls_with_what_is_not_finite
 from torch import Tensor
 
-from spconv_triton import native_onepass, reference
+from spconv_triton import native_onepass, native_weights, reference
 from spconv_triton.functional import gap_softmax_fusion, spconv2d, spconv2d_inference
 
 
@@ -41,11 +41,12 @@ def test_compiled(backend: str) -> None:
             assert_spreads_as_in_the_reference(compiled, inputs, extent=extent)
 
 
-@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("value", NOT_FINITE)
-def test_inference(value: float, gate_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The activations keep NaN, the gate makes it: as :func:`functional.spconv2d`."""
-    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda *_: gate_first)
+def test_inference(value: float, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The activations keep NaN, the gate makes it: as :func:`functional.spconv2d`. Also of one sample among others."""
+    monkeypatch.setattr(native_weights, "can_merge", lambda *_: merged)
+    monkeypatch.setattr(native_onepass, "CACHED", 1)
     inputs = make_inputs(Case("plain", 2, 8, 8, (5, 4)))
     inputs.x.data[0, int(torch.randint(8, ())), 2, 2] = value
     with torch.no_grad():

@@ -1,0 +1,127 @@
+"""The point-wise weight of x3 inside the group-wise one, wherever a tap of the window reads the same pixels.
+
+The point-wise convolution multiplies what the centre tap of the group-wise one does, and what it pools at stride 2 is
+what four taps around the centre read. So where both lead from a channel to the same output, they are one weight,
+
+    GWC(x3) + Wp x3 = GWC'(x3) + W' x3
+
+and there are two ways to it, with s x s pixels pooled:
+
+- *folded*: GWC' is the group-wise weight plus Wp's blocks on the diagonal over s^2, and W' the blocks beside it: for
+  two groups half of Wp.
+- *merged*: GWC' is dense, with all of Wp in it, and there is no W'. oneDNN computes with blocks of channels, so a
+  layer of few channels is convolved in the same time for fewer calls.
+
+The gradients of GWC' at these taps are, summed over them, those of Wp's blocks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry
+
+MERGED_CHANNELS = 16
+"""Up to which x3 is one block of oneDNN's."""
+
+
+class Block(NamedTuple):
+    """A part of a point-wise weight: ``outputs`` channels from ``output`` on, by ``inputs`` channels from ``input``."""
+
+    output: int
+    outputs: int
+    input: int
+    inputs: int
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The part of [M, C, 1, 1] or [M, C], a view [outputs, inputs]."""
+        matrix = weight if weight.dim() == 2 else weight.flatten(1)
+        return matrix[self.output : self.output + self.outputs, self.input : self.input + self.inputs]
+
+
+def whole(weight: Tensor) -> tuple[Block, ...]:
+    """A point-wise weight as one part."""
+    return (Block(0, weight.shape[0], 0, weight.shape[1]),)
+
+
+def own_blocks(weight_gwc: Tensor, groups: int) -> tuple[Block, ...]:
+    """Wp's blocks on the diagonal: of each group's inputs and outputs."""
+    outputs, inputs = weight_gwc.shape[0] // groups, weight_gwc.shape[1]
+    return tuple(Block(g * outputs, outputs, g * inputs, inputs) for g in range(groups))
+
+
+def other_blocks(weight_gwc: Tensor, groups: int) -> tuple[Block, ...]:
+    """Wp's blocks beside the diagonal, for at most two groups."""
+    own = own_blocks(weight_gwc, groups)
+    return tuple(Block(*a[:2], *b[2:]) for a, b in zip(own, reversed(own), strict=True)) if groups == 2 else ()
+
+
+def reads_the_same(geometry: Geometry, height: int, width: int) -> bool:
+    """Whether taps read what the point-wise convolutions do, on maps of ``height`` x ``width``.
+
+    The centre tap does. A stride needs taps next to each other and windows that are whole: others are averaged over the
+    pixels that they have.
+    """
+    axes = zip(
+        geometry.kernel_size,
+        geometry.stride,
+        geometry.dilation,
+        geometry.centre,
+        (height, width),
+        geometry.output_size(height, width),
+        strict=True,
+    )
+    return all(
+        stride == 1
+        or (dilation == 1 and 2 * (stride - 1) < kernel and first >= 0 and first + stride * length <= size)
+        for kernel, stride, dilation, first, size, length in axes
+    )
+
+
+def can_fold(geometry: Geometry, height: int, width: int) -> bool:
+    """Whether there is a folded weight; with more groups than two, what is left of Wp is too many blocks."""
+    return geometry.groups <= 2 and reads_the_same(geometry, height, width)
+
+
+def can_merge(weight_gwc: Tensor, geometry: Geometry, height: int, width: int) -> bool:
+    """Whether there is a merged weight, and it pays."""
+    channels = weight_gwc.shape[1] * geometry.groups
+    return channels <= MERGED_CHANNELS and reads_the_same(geometry, height, width)
+
+
+def fold(weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> Tensor:
+    """The folded GWC', [M, alpha L / G, k, k]."""
+    folded = weight_gwc.clone()
+    taps, share = shared_taps(folded, geometry)
+    for block in own_blocks(weight_gwc, geometry.groups):
+        taps.narrow(0, block.output, block.outputs).add_(block.of(weight_pwc)[:, :, None, None], alpha=share)
+    return folded
+
+
+def merge(weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> Tensor:
+    """The merged GWC', [M, alpha L, k, k]."""
+    shape = (*weight_pwc.shape[:2], *weight_gwc.shape[2:])
+    merged = weight_gwc.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+    for output, outputs, first, inputs in own_blocks(weight_gwc, geometry.groups):
+        merged[output : output + outputs, first : first + inputs] = weight_gwc[output : output + outputs]
+    taps, share = shared_taps(merged, geometry)
+    taps.add_(weight_pwc, alpha=share)
+    return merged
+
+
+def shared_taps(weight: Tensor, geometry: Geometry) -> tuple[Tensor, float]:
+    """The taps that read what the point-wise convolutions do, [M, C, s, s], and the share 1 / s^2 of each."""
+    height, width = geometry.stride
+    top, left = geometry.kernel_size[0] // 2, geometry.kernel_size[1] // 2
+    return weight[:, :, top : top + height, left : left + width], 1 / (height * width)
+
+
+def unfold_gradient(folded: Tensor, pwc: Tensor, geometry: Geometry) -> None:
+    """From the gradient of the folded GWC', that of Wp's blocks on the diagonal into ``pwc``, [M, alpha L, 1, 1]."""
+    taps, share = shared_taps(folded, geometry)
+    of_own = taps.flatten(2).squeeze(2) if share == 1 else taps.mean((2, 3))
+    for block in own_blocks(folded, geometry.groups):
+        block.of(pwc).copy_(of_own.narrow(0, block.output, block.outputs))
