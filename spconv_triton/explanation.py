@@ -209,7 +209,9 @@ def _form(module: SPConv2d, x: Tensor) -> str:
         geometry = geometry._replace(padding=(0, 0))
     given = (module.weight_gwc, module.weight_pwc, module.weight_redundant)
     weights = prepare(x, *given, geometry)
-    return weights.products(height, width).form if isinstance(weights, PreparedWeights) else "given"
+    if not isinstance(weights, PreparedWeights):
+        return "given"
+    return weights.plan((*x.shape[:2], height, width)).products.form
 
 
 def _is_free(operation: str) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import native, native_backward_maps, native_backward_products
 from .geometry import Geometry
+from .native_backward_maps import Maps
 from .native_backward_operands import operands
 from .native_backward_products import Products
 from .native_gate import bias_difference, sums_of_maps
@@ -48,7 +49,7 @@ def gradients(
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = inputs
     given = operands(x, weight_gwc, weight_pwc, weight_redundant, geometry, d, grad)
     g, beta, gamma = given.g, given.beta, given.gamma
-    made: Products | Tensor
+    made: Products | Maps
     if native_backward_products.pay(given):
         a, made = native_backward_products.gate_gradient(given, of_gwc=needed[1])
     else:

@@ -31,8 +31,7 @@ from torch import Tensor
 from . import native
 from .native_backward_operands import Operands
 from .native_convolution import channels_last, convolution_backward, convolve, is_matrix_product, pixels
-from .native_folding import Block, unfold_gradient
-from .native_gate import sums_of_maps
+from .native_gate import gate_comes_first, sums_of_maps
 
 
 class Products(NamedTuple):
@@ -40,11 +39,11 @@ class Products(NamedTuple):
 
     Attributes:
         gated: sum_n beta_n Gg_n, [M, k k alpha L / G] in the order of taps; None where not made.
-        pointwise: G_n, [N, M, L], block by block.
+        pointwise: G_n, [N, M, L].
     """
 
     gated: Tensor | None
-    pointwise: list[Tensor]
+    pointwise: Tensor
 
 
 PASSES = 150
@@ -59,12 +58,12 @@ def pay(given: Operands) -> bool:
     batch, _, height, width = given.g.shape
     if not is_matrix_product(given.x):
         return False
-    return height * width > given.x.shape[1] or (height * width > PASSES and batch > 1 and _is_precise(given))
+    return gate_comes_first(given.x, given.geometry) or (height * width > PASSES and batch > 1 and _is_precise(given))
 
 
 def gwc_pays(given: Operands) -> bool:
     """Whether Gg_n do; else the group-wise convolution is done again, and G_n serve the point-wise ones alone."""
-    return _is_precise(given) and (given.g.shape[2] * given.g.shape[3] - PASSES) * given.convolved.numel() > CALLS
+    return _is_precise(given) and (given.g.shape[2] * given.g.shape[3] - PASSES) * given.weight_gwc.numel() > CALLS
 
 
 def _is_precise(given: Operands) -> bool:
@@ -74,23 +73,16 @@ def _is_precise(given: Operands) -> bool:
 
 def gate_gradient(given: Operands, *, of_gwc: bool) -> tuple[Tensor, Products]:
     """A, [N, M, 1, 1], and the products that it came from; Gg_n among them only if ``of_gwc``."""
-    x3, z, g, convolved, window = given.x3, given.z, given.g, given.convolved, given.geometry[1:]
-    signed = _signed(given)
-    a = torch.zeros(g.shape[:2], dtype=given.beta.dtype)
-    pointwise = []
-    for block in _blocks(given):
-        of_g, of_z = _pixels(g, block.output, block.outputs), _pixels(z, block.input, block.inputs)
-        product = torch.bmm(of_g.mT, of_z).to(given.beta.dtype)
-        a.narrow(1, block.output, block.outputs).add_((product * block.of(signed)).sum(2))
-        pointwise.append(product)
+    x3, z, g, weight_gwc, window = given.x3, given.z, given.g, given.weight_gwc, given.geometry[1:]
+    pointwise = torch.bmm(pixels(g).transpose(1, 2), pixels(z)).to(given.beta.dtype)
+    a = (pointwise * torch.cat((given.weight_pwc, -given.weight_redundant), 1).flatten(1)).sum(2)
     if not (of_gwc and gwc_pays(given)):
-        gwc = convolve(x3, convolved, None, *window)
-        a = sums_of_maps(gwc.mul_(g)).add_(a[:, :, None, None])
-        return a, Products(None, pointwise)
-    weight, gated = _taps(convolved), None
+        gwc = convolve(x3, weight_gwc, None, *window)
+        return sums_of_maps(gwc.mul_(g)).add_(a[:, :, None, None]), Products(None, pointwise)
+    weight, gated = _taps(weight_gwc), None
     samples = zip(x3.split(1), g.split(1), given.beta.flatten(1).unbind(), strict=True)
     for n, (sample, grad, gate) in enumerate(samples):
-        product = _taps(convolution_backward(grad, sample, convolved, (False, True), *window)[1])
+        product = _taps(convolution_backward(grad, sample, weight_gwc, (False, True), *window)[1])
         a[n] += (product * weight).sum(1)
         gated = product.mul_(gate[:, None]) if gated is None else gated.addcmul_(product, gate[:, None])
     return a[:, :, None, None], Products(gated, pointwise)
@@ -101,66 +93,29 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x and the three weights, where ``needed``; ``delta`` is [N, M, 1, 1]."""
     shift = delta.flatten(1)
-    dx = dx3 = dconvolved = dweight_pwc = dweight_redundant = None
+    dx = dx3 = dweight_gwc = dweight_pwc = dweight_redundant = None
     if products.gated is not None:
-        dconvolved = _gwc_gradient(given, products.gated, shift)
-    of_gwc = needed[1] or (needed[2] and given.is_folded)
-    through_gwc = (needed[0], of_gwc and products.gated is None)
+        dweight_gwc = _gwc_gradient(given, products.gated, shift)
+    through_gwc = (needed[0], needed[1] and products.gated is None)
     if any(through_gwc):
         e3 = torch.addcmul(delta.to(given.g.dtype), given.g, given.beta.to(given.g.dtype))
-        dx3, gradient = convolution_backward(e3, given.x3, given.convolved, through_gwc, *given.geometry[1:])
-        dconvolved = gradient if dconvolved is None else dconvolved
+        dx3, gradient = convolution_backward(e3, given.x3, given.weight_gwc, through_gwc, *given.geometry[1:])
+        dweight_gwc = gradient if dweight_gwc is None else dweight_gwc
         del e3  # before the next map of its size
     if needed[2] or needed[3]:
-        dweight_pwc, dweight_redundant = _pointwise_gradients(given, products.pointwise, shift, needed)
-        if given.is_folded and dconvolved is not None and dweight_pwc is not None:
-            unfold_gradient(dconvolved, dweight_pwc, given.geometry)
+        sums = sums_of_maps(given.z).flatten(1)
+        parts = given.x3.shape[1], given.weight_redundant.shape[1]
+        sums3, sums1 = sums.split(parts, 1)
+        of3, of1 = products.pointwise.split(parts, 2)
+        if needed[2]:
+            dweight_pwc = (of3 * given.beta[:, :, 0]).sum(0).addmm_(shift.T, sums3)
+            dweight_pwc = dweight_pwc.view_as(given.weight_pwc).to(given.x.dtype)
+        if needed[3]:
+            dweight_redundant = (of1 * given.gamma[:, :, 0]).sum(0).addmm_(shift.T, sums1, alpha=-1)
+            dweight_redundant = dweight_redundant.view_as(given.weight_redundant).to(given.x.dtype)
     if needed[0]:
-        dx = _input_gradient(given, dx3, shift)
-    return dx, dconvolved if needed[1] else None, dweight_pwc, dweight_redundant
-
-
-def _blocks(given: Operands) -> tuple[Block, ...]:
-    """What is left of [Wp | W1], [M, L], beside the convolution."""
-    outputs, representative = given.weight_pwc.shape[:2]
-    if not given.is_folded:
-        return (Block(0, outputs, 0, given.z.shape[1]),)
-    return (*given.blocks, Block(0, outputs, representative, given.weight_redundant.shape[1]))
-
-
-def _signed(given: Operands) -> Tensor:
-    """[Wp | -W1], [M, L]."""
-    return torch.cat((given.weight_pwc, -given.weight_redundant), 1).flatten(1)
-
-
-def _pointwise_gradients(
-    given: Operands, pointwise: list[Tensor], shift: Tensor, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of Wp, without the blocks that are folded, and of W1."""
-    representative = given.x3.shape[1]
-    sums = sums_of_maps(given.z).flatten(1).to(shift.dtype)
-    dweight_pwc = torch.empty_like(given.weight_pwc) if needed[2] else None
-    dweight_redundant = torch.empty_like(given.weight_redundant) if needed[3] else None
-    branches = (
-        (dweight_pwc, 0, representative, given.beta, 1),
-        (dweight_redundant, representative, given.z.shape[1], given.gamma, -1),
-    )
-    for block, product in zip(_blocks(given), pointwise, strict=True):
-        of_shift = shift.narrow(1, block.output, block.outputs).T
-        for gradient, start, end, gate, sign in branches:
-            first, last = max(start, block.input), min(end, block.input + block.inputs)
-            if gradient is None or first >= last:
-                continue
-            of_gate = gate.narrow(1, block.output, block.outputs)[:, :, 0]
-            part = (product[:, :, first - block.input : last - block.input] * of_gate).sum(0)
-            part.addmm_(of_shift, sums[:, first:last], alpha=sign)
-            block._replace(input=first - start, inputs=last - first).of(gradient).copy_(part)
-    return dweight_pwc, dweight_redundant
-
-
-def _pixels(x: Tensor, first: int, count: int) -> Tensor:
-    """``count`` channels of [N, C, H, W] in channels_last as [N, H W, count], a view."""
-    return pixels(x.narrow(1, first, count))
+        dx = _input_gradient(given, dx3, delta)
+    return dx, dweight_gwc, dweight_pwc, dweight_redundant
 
 
 def _taps(weight: Tensor) -> Tensor:
@@ -170,7 +125,7 @@ def _taps(weight: Tensor) -> Tensor:
 
 def _gwc_gradient(given: Operands, gated: Tensor, shift: Tensor) -> Tensor:
     """``gated`` + sum_n delta_n T_n in the shape of the group-wise weight; ``shift`` is delta, [N, M]."""
-    outputs, channels, kh, kw = given.convolved.shape
+    outputs, channels, kh, kw = given.weight_gwc.shape
     groups = given.geometry.groups
     sums = _sums_under_taps(given).view(-1, kh * kw, groups, channels).permute(2, 0, 1, 3).flatten(2)
     shifts = shift.view(-1, groups, outputs // groups).permute(1, 2, 0)
@@ -216,29 +171,23 @@ def _sums_along(
     return sums
 
 
-def _input_gradient(given: Operands, dx3: Any, shift: Tensor) -> Tensor:
-    """dL/dx, [N, L, H, W]; ``dx3`` is GWC^T(E3), with the folded blocks where there are any."""
-    x, x3, z, g, beta, gamma, _, _, weight_pwc, weight_redundant, geometry = given
+def _input_gradient(given: Operands, dx3: Any, delta: Tensor) -> Tensor:
+    """dL/dx, [N, L, H, W]; ``dx3`` is GWC^T(E3)."""
+    x, x3, z, g, beta, gamma, _, weight_pwc, weight_redundant, geometry = given
     representative, redundant = x3.shape[1], weight_redundant.shape[1]
-    scaled = g.new_empty((g.shape[0], g.shape[1], representative + redundant))
-    torch.mul(weight_pwc.flatten(1), beta[:, :, 0], out=scaled.narrow(2, 0, representative))
-    torch.mul(weight_redundant.flatten(1), gamma[:, :, 0], out=scaled.narrow(2, representative, redundant))
-    blocks, signed = _blocks(given), _signed(given).to(shift.dtype)
-    constant = torch.zeros((g.shape[0], 1, representative + redundant), dtype=shift.dtype)
-    for block in blocks:
-        of_shift = shift.narrow(1, block.output, block.outputs)
-        constant[:, 0].narrow(1, block.input, block.inputs).addmm_(of_shift, block.of(signed))
+    of3, of1 = weight_pwc.flatten(1), weight_redundant.flatten(1)
+    weights = g.new_empty((g.shape[0], g.shape[1], representative + redundant))
+    torch.mul(of3, beta[:, :, 0], out=weights.narrow(2, 0, representative))
+    torch.mul(of1, gamma[:, :, 0], out=weights.narrow(2, representative, redundant))
     dz = torch.empty_like(z)
     dz3, dz1 = pixels(dz).split((representative, redundant), 2)
-    constant3, constant1 = constant.to(dz.dtype).split((representative, redundant), 2)
+    constant3, constant1 = (delta.squeeze(3).mT @ of.to(delta.dtype) for of in (of3, -of1))
     if z is x:
-        torch.add(pixels(channels_last(dx3)), constant3, out=dz3)
+        torch.add(pixels(channels_last(dx3)), constant3.to(dz.dtype), out=dz3)
     else:
         dz3.copy_(constant3.expand_as(dz3))
     dz1.copy_(constant1.expand_as(dz1))
-    for block in blocks:
-        of_sample = scaled.narrow(1, block.output, block.outputs).narrow(2, block.input, block.inputs)
-        _pixels(dz, block.input, block.inputs).baddbmm_(_pixels(g, block.output, block.outputs), of_sample)
+    pixels(dz).baddbmm_(pixels(g), weights)
     if z is x:
         return dz
     dx = native.pointwise_input_adjoint(dz, (x.shape[2], x.shape[3]), geometry)

@@ -14,7 +14,7 @@ from . import native, reference
 from .dispatch import is_exporting
 from .geometry import Geometry
 from .native import Epilogue
-from .native_convolution import are_products_precise, pixels, rows
+from .native_convolution import are_products_precise, pixels
 from .native_gate import exponent, gate_dtype
 
 
@@ -86,14 +86,19 @@ def _both_branches(
     gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant: Tensor, branch_bias: Tensor | None
 ) -> Tensor:
     """beta U3 + gamma U1 from the branches."""
-    columns, representative = rows(z), weight_pwc.shape[1]
-    u3 = torch.addmm(rows(gwc), columns[:, :representative], weight_pwc.flatten(1).t())
+    columns, representative = _rows(z), weight_pwc.shape[1]
+    u3 = torch.addmm(_rows(gwc), columns[:, :representative], weight_pwc.flatten(1).t())
     u1 = torch.mm(columns[:, representative:], weight_redundant.flatten(1).t())
     if branch_bias is not None:
         u3, u1 = ((u + b).to(z.dtype) for u, b in zip((u3, u1), branch_bias.unbind(), strict=True))
     batch, outputs, height, width = gwc.shape
     u3, u1 = (u.view(batch, height, width, outputs).permute(0, 3, 1, 2) for u in (u3, u1))
     return reference.gap_softmax_fusion(u3, u1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] in channels_last as [N H W, C], a view."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _is_matrix_product(x: Tensor) -> bool:

@@ -60,21 +60,28 @@ def representative(
 ) -> tuple[Tensor, tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]]:
     """x3 = x[:, :alpha L] for the group-wise convolution, and its stride, padding, dilation and groups.
 
-    ATen copies a slice of channels. What it need not copy is all of x: where alpha L divides L, a row of W pixels is a
-    row of W L / (alpha L) pixels of alpha L channels, and x3 is every so manieth of them. With many channels the pixels
-    of x3 lie so far apart that the copy takes less time.
-
     Args:
         x: [N, L, H, W], in channels_last on a CPU.
         weight: [M, alpha L / G, k, k].
     """
-    channels, count = x.shape[1], weight.shape[1] * geometry.groups
-    if channels <= FEW_CHANNELS and are_of_onednn(x):
-        found = _long_rows(x.shape, weight.shape, geometry)
-        if found is not None:
-            shape, strides, window = found
-            return x.as_strided(shape, strides), window
-    return x.narrow(1, 0, count), geometry[1:]  # which takes half the time of an index
+    if are_of_onednn(x):
+        view, window = representative_view(x.shape, weight.shape, geometry)
+        if view is not None:
+            return x.as_strided(*view), window
+    return x.narrow(1, 0, weight.shape[1] * geometry.groups), geometry[1:]  # which takes half the time of an index
+
+
+def representative_view(
+    x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry
+) -> tuple[tuple[Any, Any] | None, tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]]:
+    """Shape and strides of x3 in an x of this shape, None for the slice, and the window of its convolution.
+
+    ATen copies a slice of channels. What it need not copy is all of x: where alpha L divides L, a row of W pixels is a
+    row of W L / (alpha L) pixels of alpha L channels, and x3 is every so manieth of them. With many channels the pixels
+    of x3 lie so far apart that the copy takes less time.
+    """
+    found = _long_rows(x, weight, geometry) if x[1] <= FEW_CHANNELS else None
+    return (None, geometry[1:]) if found is None else (found[:2], found[2])
 
 
 @functools.lru_cache(maxsize=256)
@@ -92,18 +99,35 @@ def _long_rows(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) 
     return shape, (height * row, 1, row, count), (*window, groups)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1 x 1 convolution as a new tensor, likewise; without gradients."""
+LARGE_PRODUCT = 16e6
+"""Multiply-accumulates from which oneDNN's matrix product, which copies a slice of channels, takes less time."""
+
+
+def pointwise(x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+    """A 1 x 1 convolution of the channels from ``first`` on, as a new tensor, likewise; without gradients.
+
+    Args:
+        x: [N, L, H, W], in channels_last and dense on a CPU.
+        weight: [M, C, 1, 1], C <= L - first.
+    """
+    outputs, inputs = weight.shape[:2]
     if not is_matrix_product(x):
-        return convolve(x, weight, bias)
-    weight = weight.flatten(1)
-    if LINEAR and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
-        y = torch.ops.mkldnn._linear_pointwise(rows(x), weight, bias, "none", [], "")  # copies what is a slice
-    elif bias is None:
-        y = torch.mm(rows(x), weight.t())
+        return convolve(x.narrow(1, first, inputs), weight)
+    read, matrix = columns(x, first, inputs), weight.flatten(1)
+    if LINEAR and x.dtype == torch.float32 and read.shape[0] * matrix.numel() > LARGE_PRODUCT:
+        y = torch.ops.mkldnn._linear_pointwise(read, matrix, None, "none", [], "")
     else:
-        y = torch.addmm(bias, rows(x), weight.t())
-    return y.view(x.shape[0], *x.shape[2:], weight.shape[0]).permute(0, 3, 1, 2)
+        y = torch.mm(read, matrix.t())
+    return maps(y, (x.shape[0], outputs, *x.shape[2:]))
+
+
+def add_pointwise(y: Tensor, x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+    """``y``, [N, M, H, W] in channels_last and dense on a CPU, plus :func:`pointwise`, in place."""
+    outputs, inputs = weight.shape[:2]
+    if is_matrix_product(x) and y.dtype == x.dtype:
+        columns(y, 0, outputs).addmm_(columns(x, first, inputs), weight.flatten(1).t())
+        return y
+    return y.add_(convolve(x.narrow(1, first, inputs), weight))
 
 
 def add_convolution(
@@ -116,17 +140,12 @@ def add_convolution(
     groups: int = 1,
 ) -> Tensor:
     """``y``, in channels_last on a CPU, plus a convolution, in place."""
-    pointwise = weight.shape[1:] == (x.shape[1], 1, 1) and (*stride, *padding) == (1, 1, 0, 0)
-    if pointwise and is_matrix_product(x) and y.dtype == x.dtype:
-        rows(y).addmm_(rows(x), weight.flatten(1).t())
-        return y
-    channels_first = readable(x, weight, stride, padding, dilation)
-    if channels_first[0] is x and _can_accumulate(y, x):
+    if are_readable(x, weight, stride, padding, dilation) and _can_accumulate(y, x):
         # oneDNN adds in the convolution's epilogue: the operator that Inductor uses for a convolution and a sum.
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             y, x, weight, None, padding, stride, dilation, groups, "add", 1.0, None, [], None
         )
-    return y.add_(F.conv2d(*channels_first, None, stride, padding, dilation, groups))
+    return y.add_(convolve(x, weight, None, stride, padding, dilation, groups))
 
 
 def convolution_backward(
@@ -233,15 +252,17 @@ def pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def rows(x: Tensor) -> Tensor:
-    """[N, C, H, W] in channels_last as [N H W, C], a view."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
 def columns(x: Tensor, first: int, count: int) -> Tensor:
     """``count`` channels of [N, C, H, W] in channels_last, dense, as [N H W, count]: one view instead of four."""
     batch, channels, height, width = x.shape
     return x.as_strided((batch * height * width, count), (channels, 1), x.storage_offset() + first)
+
+
+def maps(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[N H W, C] as [N, C, H, W] = ``shape`` in channels_last, a view of a dense tensor."""
+    _, channels, height, width = shape
+    row = width * channels
+    return rows.as_strided(shape, (height * row, 1, row, channels))
 
 
 def _can_accumulate(y: Tensor, x: Tensor) -> bool:

@@ -27,6 +27,9 @@ from .geometry import Geometry
 MERGED_CHANNELS = 16
 """Up to which x3 is one block of oneDNN's."""
 
+FOLDED_PRODUCTS = 8e6
+"""Multiply-accumulates that must be saved for folding to pay in a single call."""
+
 
 class Block(NamedTuple):
     """A part of a point-wise weight: ``outputs`` channels from ``output`` on, by ``inputs`` channels from ``input``."""
@@ -75,8 +78,7 @@ def reads_the_same(geometry: Geometry, height: int, width: int) -> bool:
         strict=True,
     )
     return all(
-        stride == 1
-        or (dilation == 1 and 2 * (stride - 1) < kernel and first >= 0 and first + stride * length <= size)
+        stride == 1 or (dilation == 1 and 2 * (stride - 1) < kernel and first >= 0 and first + stride * length <= size)
         for kernel, stride, dilation, first, size, length in axes
     )
 
@@ -90,6 +92,17 @@ def can_merge(weight_gwc: Tensor, geometry: Geometry, height: int, width: int) -
     """Whether there is a merged weight, and it pays."""
     channels = weight_gwc.shape[1] * geometry.groups
     return channels <= MERGED_CHANNELS and reads_the_same(geometry, height, width)
+
+
+def folding_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
+    """Whether folding for one call on ``x`` takes less time than it saves.
+
+    Not of bfloat16, where the folded weight would be a rounding off, and gradients with it.
+    """
+    height, width = x.shape[2:]
+    rows, columns = geometry.output_size(height, width)
+    saved = x.shape[0] * rows * columns * weight_gwc.shape[0] * weight_gwc.shape[1]
+    return saved > FOLDED_PRODUCTS and x.dtype != torch.bfloat16 and can_fold(geometry, height, width)
 
 
 def fold(weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> Tensor:

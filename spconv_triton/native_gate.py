@@ -1,9 +1,20 @@
-"""The gate's exponent and the sums that it comes from."""
+"""The gate's exponent, and the sums that it comes from: over the branches, or before there are any.
+
+GAP and convolution are both linear, so of the point-wise convolutions the gate needs no map: with P output pixels and z
+their input,
+
+    S3 - S1 = (sum_pixels GWC(x3) + Wp sum_pixels z3 - W1 sum_pixels z1) / P
+
+Nor does it need GWC(x3), only sums of x3 over what each tap reads; but those took longer than a sum over GWC(x3).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .geometry import Geometry
+from .native_convolution import is_matrix_product
 
 COPIED = 1 << 19
 """Elements that are copied at a time."""
@@ -38,3 +49,28 @@ def bias_difference(branch_bias: Tensor, dtype: torch.dtype) -> Tensor:
     """b3 - b1, [M, 1, 1], subtracted in ``dtype``."""
     shift3, shift1 = branch_bias.to(dtype).unbind()
     return (shift3 - shift1)[:, None, None]
+
+
+def gate_comes_first(x: Tensor, geometry: Geometry) -> bool:
+    """Whether weights of every sample, scaled by its gate, are a smaller thing than one more map."""
+    height, width = geometry.output_size(x.shape[2], x.shape[3])
+    return height * width > x.shape[1] and is_matrix_product(x)
+
+
+def difference_of_means(gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant: Tensor) -> Tensor:
+    """S3 - S1 without biases, [N, M, 1, 1].
+
+    Where x has a mean, S3 and S1 are large and their difference is not. ATen adds pixels in a tree, which leaves one
+    rounding, and float64 (of bfloat16 maps float32) takes it from there.
+
+    Args:
+        gwc: GWC(x3), [N, M, H, W].
+        z: input of the point-wise convolutions, [N, L, H, W], of the same dtype.
+        weight_pwc, weight_redundant: [M, alpha L, 1, 1], [M, L - alpha L, 1, 1].
+    """
+    batch, outputs, height, width = gwc.shape
+    dtype = torch.float32 if gwc.dtype == torch.bfloat16 else torch.float64
+    weights = torch.cat((weight_pwc, -weight_redundant), 1).flatten(1).to(dtype)
+    of_gwc, of_z = (sums_of_maps(maps).flatten(1).to(dtype) for maps in (gwc, z))
+    sums = torch.addmm(of_gwc, of_z, weights.t())
+    return sums.div_(height * width).to(gate_dtype(gwc)).view(batch, outputs, 1, 1)

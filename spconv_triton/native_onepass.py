@@ -1,10 +1,16 @@
 """The whole layer on ATen, keeping x and one number per (sample, output channel) for the backward.
 
-Forward, in channels_last: the group-wise convolution is oneDNN's, the point-wise ones are matrix products over pixels,
-with prepared weights (:mod:`spconv_triton.native_weights`) where oneDNN has them. U3 and U1 are made side by side, U1
-where Y will be; the gate comes from their means, and the blend is written over U1. All of it happens for a few samples
-at a time, so that what one operation writes the next one finds in the cache, and U3 never is as large as Y. In
-inference a norm, a residual and an activation follow in place.
+Forward, in channels_last: the group-wise convolution is oneDNN's, the point-wise ones are matrix products over pixels.
+
+In inference, with prepared weights (:mod:`spconv_triton.native_weights`), U3 and U1 are made side by side, U1 where Y
+will be; the gate comes from their means, and the blend is written over U1. All of it happens for as many samples at a
+time as fit into a cache, so that U3 never becomes much larger. A norm, a residual and an activation follow in place.
+
+With gradients that is so on small maps. On large ones, where x should still be in the cache when the backward begins,
+there is no map but Y: the gate comes first (:mod:`spconv_triton.native_gate`), and the point-wise convolutions are
+added in one product,
+
+    Y = beta GWC(x3) + offset + [beta Wp | gamma W1] z,   offset = beta b3 + gamma b1 + bias
 
 The backward is :mod:`spconv_triton.native_backward`.
 """
@@ -24,16 +30,23 @@ from .dispatch import is_exporting, is_transformed
 from .geometry import Geometry
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
-from .native_convolution import channels_last
-from .native_gate import bias_difference, exponent, means_of_maps, sums_of_maps
+from .native_convolution import channels_last, pixels
+from .native_gate import (
+    bias_difference,
+    difference_of_means,
+    exponent,
+    gate_comes_first,
+    means_of_maps,
+    sums_of_maps,
+)
 from .native_inference import Inference
-from .native_weights import PreparedWeights, Weights, prepare
+from .native_weights import Plan, PreparedWeights, Weights, for_one_call
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
 
 
-CACHED = 4 << 20
+CACHED = 8 << 20
 """Bytes of a map that the samples which go through the layer together have at most, unless it is one sample."""
 
 
@@ -116,7 +129,7 @@ def spconv2d_inference(
 def _infer(arguments: Arguments, geometry: Geometry, after: Epilogue, memory: Memory | None) -> Tensor:
     x, gwc, pwc, redundant, bias, branch_bias = arguments
     if memory is None:
-        return forward(x, prepare(x, gwc, pwc, redundant, geometry), bias, branch_bias, after)[0]
+        return forward(x, for_one_call(x, gwc, pwc, redundant, geometry), bias, branch_bias, after)[0]
     inference, call = memory
     weights = inference.weights(x, (gwc, pwc, redundant), geometry)
     y, _ = forward(x, weights, bias, branch_bias, after)
@@ -147,7 +160,7 @@ class OnePass(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.geometry = arguments
         x, gwc, pwc, redundant, bias, branch_bias = tensors
-        y, d = forward(x, prepare(x, gwc, pwc, redundant, ctx.geometry), bias, branch_bias)
+        y, d = forward(x, for_one_call(x, gwc, pwc, redundant, ctx.geometry), bias, branch_bias)
         ctx.save_for_backward(*tensors, d)
         return y.data  # a view of nothing: autograd forbids an in-place ReLU behind a Function that returns a view
 
@@ -170,46 +183,64 @@ def forward(
         y = weights.u3(x, weights.pointwise_input(x), bias if joins else None)
         return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
     if not isinstance(weights, PreparedWeights):
+        if after is NOTHING and gate_comes_first(x, weights.geometry):
+            return _gate_first(x, weights, bias, branch_bias)
         return _by_given_weights(x, weights, bias, branch_bias, after)
     batch, outputs = x.shape[0], weights.gwc.shape[0]
-    size = weights.geometry.output_size(x.shape[2], x.shape[3])
-    y = torch.empty((batch, outputs, *size), dtype=x.dtype, memory_format=torch.channels_last)
-    parts = min(batch, -(-y.numel() * y.itemsize // CACHED))
+    plan = weights.plan(x.shape)
+    parts = min(batch, -(-plan.rows * outputs * x.itemsize // CACHED))
     if parts == 1:
-        return y, _by_prepared_weights(y, x, weights, bias, branch_bias, after)
+        return _by_prepared_weights(x, weights, plan, bias, branch_bias, after)
     samples = -(-batch // parts)
+    y = torch.empty((batch, outputs, *plan.size), dtype=x.dtype, memory_format=torch.channels_last)
     residuals = [None] * parts if after.residual is None else after.residual.split(samples)
     differences = [
-        _by_prepared_weights(of_y, of_x, weights, bias, branch_bias, after._replace(residual=residual))
-        for of_y, of_x, residual in zip(y.split(samples), x.split(samples), residuals, strict=False)
+        _by_prepared_weights(of_x, weights, plan, bias, branch_bias, after._replace(residual=residual), of_y)[1]
+        for of_x, of_y, residual in zip(x.split(samples), y.split(samples), residuals, strict=False)
     ]
     return y, torch.cat(differences)
 
 
 def _by_prepared_weights(
-    y: Tensor,
     x: Tensor,
     weights: PreparedWeights,
+    plan: Plan,
     bias: Tensor | None,
     branch_bias: Tensor | None,
     after: Epilogue,
-) -> Tensor:
-    """Writes ``y`` and returns d. In few operations: on small maps they take as long as it takes to call them."""
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Y, written into ``out`` if that is given, and d. On small maps the calls take the time, so there are few."""
     # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
     joins = branch_bias is None and after.norm_scale is None and bias is not None and bias.dtype == x.dtype
     joined = bias if joins else None
-    z = weights.pointwise_input(x)
-    u3, u1 = weights.u3(x, z, joined), weights.u1_into(y, z, joined)
-    d = torch.sub(sums_of_maps(u3), sums_of_maps(u1)).div_(y.shape[2] * y.shape[3])
+    z = x if plan.is_z else weights.pointwise_input(x)
+    u3, u1 = weights.u3(x, z, joined), weights.u1(z, joined, out)
+    d = torch.sub(sums_of_maps(u3), sums_of_maps(u1)).div_(plan.pixels)
     if branch_bias is not None:
         d += bias_difference(branch_bias, d.dtype)
     if not math.isfinite(d.sum()):
-        again, d = _by_given_weights(x, weights.given, bias, branch_bias, after)
-        y.copy_(again)
-        return d
-    _blend(u3, u1, d)
-    _finish(y, None if joins else _offset(d, bias, branch_bias, after, d.dtype), after, y.dtype)
-    return d
+        y, d = _by_given_weights(x, weights.given, bias, branch_bias, after)
+        return (y if out is None else out.copy_(y)), d
+    offset = None if joins else _offset(d, bias, branch_bias, after, d.dtype)
+    return _finish(_blend(u3, u1, d), offset, after, x.dtype), d
+
+
+def _gate_first(x: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Y and d, without a map of either branch."""
+    z = weights.pointwise_input(x)
+    y = weights.convolve(x)
+    d = difference_of_means(y, z, weights.pwc, weights.redundant)
+    if branch_bias is not None:
+        d += bias_difference(branch_bias, d.dtype)
+    if not math.isfinite(d.sum()):
+        return _by_given_weights(x, weights, bias, branch_bias, NOTHING)
+    beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
+    offset, gate = _offset(d, bias, branch_bias, NOTHING, d.dtype), beta.to(y.dtype)
+    y = y.mul_(gate) if offset is None else torch.addcmul(offset.to(y.dtype), y, gate, out=y)
+    of_sample = (weights.pwc.flatten(1) * beta.squeeze(3), weights.redundant.flatten(1) * gamma.squeeze(3))
+    pixels(y).baddbmm_(pixels(z), torch.cat(of_sample, 2).to(y.dtype).transpose(1, 2))
+    return y, d
 
 
 def _by_given_weights(

@@ -1,15 +1,14 @@
 """The weights of a layer on ATen and the products with them: as they are given, or prepared.
 
-Prepared, they lie in the order in which oneDNN computes; else every call reorders them, which for the deep layers of a
-network, whose weights are many and maps small, takes as long as the products. And there are less of them:
-:mod:`spconv_triton.native_folding`. A layer in eval keeps them; else they are prepared in every call, which still takes
-less time.
+Prepared, there are less of them (:mod:`spconv_triton.native_folding`), and they lie in the order in which oneDNN
+computes; else every call reorders them, which for the deep layers of a network, whose weights are many and maps small,
+takes as long as the products. A layer in eval keeps them. For a single call they are at most folded.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,21 +16,35 @@ from torch import Tensor
 from . import native
 from .geometry import Geometry
 from .native_convolution import (
-    add_convolution,
+    LARGE_PRODUCT,
+    add_pointwise,
     are_of_onednn,
     are_readable,
     channels_last,
     columns,
     convolve,
     is_matrix_product,
+    maps,
     pointwise,
     representative,
+    representative_view,
 )
-from .native_folding import Block, can_fold, can_merge, fold, merge, other_blocks, whole
+from .native_folding import Block, can_fold, can_merge, fold, folding_pays, merge, other_blocks, whole
+from .native_gate import gate_comes_first
 
 AVAILABLE = torch.backends.mkldnn.is_available() and all(
-    hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_reorder_convolution_weight")
+    hasattr(torch.ops.mkldnn, name)
+    for name in (
+        "_convolution_pointwise",
+        "_linear_pointwise",
+        "_reorder_convolution_weight",
+        "_reorder_linear_weight",
+    )
 )
+
+
+PLANS = 256
+"""How many shapes are remembered."""
 
 
 class Weights:
@@ -70,13 +83,16 @@ class Weights:
             z: of :meth:`pointwise_input`.
             bias: [M] or None, dtype of ``x``.
         """
+        return add_pointwise(self.convolve(x, bias), z, self.pwc)
+
+    def convolve(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """GWC(x3) + bias, likewise."""
         x3, window = representative(x, self.gwc, self.geometry)
-        y = convolve(x3, self.gwc, bias, *window)
-        return add_convolution(y, z.narrow(1, 0, self.pwc.shape[1]), self.pwc)
+        return convolve(x3, self.gwc, bias, *window)
 
     def u1(self, z: Tensor) -> Tensor:
         """U1 as a new tensor, likewise."""
-        return pointwise(z.narrow(1, self.pwc.shape[1], self.redundant.shape[1]), self.redundant)
+        return pointwise(z, self.redundant, self.pwc.shape[1])
 
 
 class Products(NamedTuple):
@@ -84,7 +100,7 @@ class Products(NamedTuple):
 
     Attributes:
         form: of the weights: ``"merged"``, ``"folded"`` or ``"prepared"``.
-        weight: of the group-wise convolution, in oneDNN's order.
+        weight: of the group-wise convolution, in oneDNN's order if it is packed.
         groups: of that convolution.
         rest: of the point-wise one, each block transposed: [inputs, outputs].
     """
@@ -95,21 +111,63 @@ class Products(NamedTuple):
     rest: tuple[tuple[Block, Tensor], ...]
 
 
+class Plan(NamedTuple):
+    """What is the same in every call on inputs of one shape, found once.
+
+    Attributes:
+        products: of U3.
+        view: shape and strides of x3 in x; None for a slice of channels, which oneDNN copies.
+        window: stride, padding and dilation of that view's convolution.
+        rows: N H_out W_out.
+        size: (H_out, W_out).
+        pixels: H_out W_out, as a tensor, since ATen makes one of a number in every call.
+        is_z: whether the point-wise convolutions read x itself.
+    """
+
+    products: Products
+    view: tuple[Any, Any] | None
+    window: tuple[Any, Any, Any]
+    rows: int
+    size: tuple[int, int]
+    pixels: Tensor
+    is_z: bool
+
+
 class PreparedWeights(Weights):
     """Float32 or bfloat16 weights on a CPU, with what is computed from them, made when first asked for.
 
     They are for every ``x`` that :func:`are_preparable` with them. Merged and folded weights add up in another order
     than the equations, so what is not finite may come out otherwise: whoever finds such a mean asks :attr:`given`.
+
+    Args:
+        gwc, pwc, redundant, geometry: as of :class:`Weights`.
+        packs: whether to bring them into oneDNN's order, which is for more than one call.
     """
+
+    def __init__(
+        self, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry, packs: bool = True
+    ) -> None:
+        super().__init__(gwc, pwc, redundant, geometry)
+        self._packs = packs
+        self._plans: dict[tuple[int, ...], Plan] = {}
 
     @property
     def given(self) -> Weights:
         """The same, not prepared."""
         return Weights(self.gwc, self.pwc, self._redundant, self.geometry)
 
+    def plan(self, shape: tuple[int, ...]) -> Plan:
+        """For an x of this shape."""
+        plan = self._plans.get(shape)
+        if plan is None:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            plan = self._plans[shape] = self._make_plan(shape)
+        return plan
+
     def u3(self, x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
-        _, weight, groups, rest = self.products(x.shape[2], x.shape[3])
-        x3, (stride, padding, dilation, _) = representative(x, self.gwc, self.geometry)
+        (_, weight, groups, rest), view, (stride, padding, dilation), *_ = self.plan(x.shape)
+        x3 = x.narrow(1, 0, self.pwc.shape[1]) if view is None else x.as_strided(*view)
         y = torch.ops.mkldnn._convolution_pointwise.default(
             x3, weight, bias, padding, stride, dilation, groups, "none", [], ""
         )
@@ -118,23 +176,36 @@ class PreparedWeights(Weights):
             columns(y, block.output, block.outputs).addmm_(columns(z, block.input, block.inputs), matrix)
         return y
 
-    def u1_into(self, out: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
-        """U1 + bias, written into ``out``, [N, M, H_out, W_out] in channels_last.
+    def u1(self, z: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """U1 + bias, as a new tensor or written into ``out``, [N, M, H_out, W_out] in channels_last.
 
         Args:
-            out: of the dtype of maps.
             z: of :meth:`pointwise_input`.
             bias: [M] or None, dtype of ``z``.
+            out: of the dtype of maps.
         """
-        read, written = columns(z, self.pwc.shape[1], self.redundant.shape[1]), columns(out, 0, out.shape[1])
-        if bias is None:
-            torch.mm(read, self._turned_redundant, out=written)
+        read, matrix = columns(z, self.pwc.shape[1], self.redundant.shape[1]), self._turned_redundant
+        batch, _, height, width = z.shape
+        if out is not None:
+            written = columns(out, 0, out.shape[1])
+            torch.mm(read, matrix, out=written) if bias is None else torch.addmm(bias, read, matrix, out=written)
+            return out
+        if batch * height * width * self.redundant.numel() > LARGE_PRODUCT:
+            y = torch.ops.mkldnn._linear_pointwise.default(read, self._large_redundant, bias, "none", [], "")
         else:
-            torch.addmm(bias, read, self._turned_redundant, out=written)
-        return out
+            y = torch.mm(read, matrix) if bias is None else torch.addmm(bias, read, matrix)
+        return maps(y, (batch, y.shape[1], height, width))
 
-    def products(self, height: int, width: int) -> Products:
-        """What U3 is made by on maps of ``height`` x ``width``."""
+    def _make_plan(self, shape: tuple[int, ...]) -> Plan:
+        batch, _, height, width = shape
+        view, window = representative_view(shape, self.gwc.shape, self.geometry)
+        size = self.geometry.output_size(height, width)
+        is_z = self.geometry.is_centred and self.geometry.stride == (1, 1)
+        pixels = torch.tensor(float(size[0] * size[1]))
+        rows = batch * size[0] * size[1]
+        return Plan(self._products(height, width), view, window[:3], rows, size, pixels, is_z)
+
+    def _products(self, height: int, width: int) -> Products:
         # Zeros among merged weights make NaN of infinities; the gate tells, and without one nothing does.
         if self.has_gate and can_merge(self.gwc, self.geometry, height, width):
             return self._merged
@@ -158,16 +229,39 @@ class PreparedWeights(Weights):
     def _turned_redundant(self) -> Tensor:
         return self.redundant.flatten(1).t()
 
+    @functools.cached_property
+    def _large_redundant(self) -> Tensor:
+        matrix = self.redundant.flatten(1).contiguous()
+        return torch.ops.mkldnn._reorder_linear_weight(matrix, None) if self._packs else matrix
+
     def _pack(self, form: str, weight: Tensor, groups: int, rest: tuple[Block, ...]) -> Products:
-        _, stride, padding, dilation, _ = self.geometry  # the order is the same for wider rows
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, None)
-        return Products(form, packed, groups, tuple((block, block.of(self.pwc).t()) for block in rest))
+        if self._packs:
+            _, stride, padding, dilation, _ = self.geometry  # the order is the same for wider rows
+            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, None)
+        return Products(form, weight, groups, tuple((block, block.of(self.pwc).t()) for block in rest))
 
 
 def prepare(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry) -> Weights:
-    """The weights for a forward on ``x``, prepared where that is possible; they keep none of the autograd graph."""
-    kind = PreparedWeights if are_preparable(x, gwc, geometry) else Weights
-    return kind(gwc.detach(), pwc.detach(), None if redundant is None else redundant.detach(), geometry)
+    """The weights for many forwards on inputs like ``x``, prepared where that is possible; they keep none of the
+    autograd graph."""
+    given = _detached(gwc, pwc, redundant, geometry)
+    return PreparedWeights(*given, packs=True) if are_preparable(x, gwc, geometry) else Weights(*given)
+
+
+def for_one_call(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry) -> Weights:
+    """The weights for one forward on ``x``: folded where that takes less time than it saves, never packed."""
+    given = _detached(gwc, pwc, redundant, geometry)
+    if redundant is None or gate_comes_first(x, geometry) or not folding_pays(x, gwc, geometry):
+        return Weights(*given)
+    if not are_preparable(x, gwc, geometry):
+        return Weights(*given)
+    return PreparedWeights(*given, packs=False)
+
+
+def _detached(
+    gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor | None, Geometry]:
+    return gwc.detach(), pwc.detach(), None if redundant is None else redundant.detach(), geometry
 
 
 def are_preparable(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:

@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import (
-    native_backward_operands,
     native_backward_products,
     native_convolution,
+    native_folding,
     native_gate,
+    native_onepass,
+    native_weights,
     reference,
 )
 from spconv_triton.functional import spconv2d
@@ -113,11 +115,12 @@ def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float, dtype
 @pytest.mark.parametrize("backward", ["maps", "products", "all products"])
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
 def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of samples in the backward: none, point-wise, all; parts of Wp in the group-wise weight or not."""
+    """Products of samples in the backward: none, point-wise, all; parts of Wp in the group-wise weight; gates first."""
     monkeypatch.setattr(native_backward_products, "pay", lambda given: backward != "maps")
     monkeypatch.setattr(native_backward_products, "gwc_pays", lambda given: backward == "all products")
-    monkeypatch.setattr(native_backward_operands, "FOLDED_CHANNELS", 1 if folded else 1 << 30)
-    monkeypatch.setattr(native_backward_operands, "FOLDED_PIXELS", 1)
+    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if folded else float("inf"))
+    for module in (native_onepass, native_weights):
+        monkeypatch.setattr(module, "gate_comes_first", lambda *_: backward != "maps" and not folded)
     for options in ({"bias": False}, {"branch_bias": True}):
         assert_agrees(native, make_inputs(case, torch.float64, **options))
         # Of single draws of k1-padded, one in 150 has a reference too lucky for any other order of summation.

@@ -17,7 +17,7 @@ from .. import native, native_onepass
 from ..autocast import without_autocast
 from ..flop_formulas import flop_formula
 from ..native_backward import gradients
-from ..native_weights import prepare
+from ..native_weights import for_one_call
 from ..registration import NAMESPACE
 from .common import forward_flops, geometry_of, layer_flops
 from .second_order import differentiate_pullback, register_second_order
@@ -38,7 +38,7 @@ def native_spconv2d(
 ) -> tuple[Tensor, Tensor]:
     """Y [N, M, H_out, W_out] in channels_last and d = S3 - S1 [N, M, 1, 1], float32 or better; on a CPU."""
     geometry = geometry_of(weight_gwc, stride, padding, dilation, groups)
-    weights = prepare(x, weight_gwc, weight_pwc, weight_redundant, geometry)
+    weights = for_one_call(x, weight_gwc, weight_pwc, weight_redundant, geometry)
     y, d = native_onepass.forward(x, weights, bias, branch_bias)
     assert d is not None  # there are redundant channels
     return y, d
