@@ -27,9 +27,9 @@ from benchmarks.ratios import machine, quantiles
 from spconv_triton import SPConv2d
 
 CASES = {
-    "gate first": (16, 16, 12),
-    "gate first, wider": (32, 32, 18),
-    "both branches": (128, 128, 7),
+    "merged weights": (16, 16, 12),
+    "merged weights, wider": (32, 32, 18),
+    "folded weights": (128, 128, 7),
 }
 """Input channels, output channels, height and width of the map: every form of the native path."""
 

@@ -2,9 +2,9 @@
 
 Forward, in channels_last: the group-wise convolution is oneDNN's, the point-wise ones are matrix products over pixels.
 
-In inference, with prepared weights (:mod:`spconv_triton.native_weights`), U3 and U1 are made side by side, U1 where Y
-will be; the gate comes from their means, and the blend is written over U1. All of it happens for as many samples at a
-time as fit into a cache, so that U3 never becomes much larger. A norm, a residual and an activation follow in place.
+In inference, with prepared weights (:mod:`spconv_triton.native_weights`), U3 and U1 are made side by side, the gate
+comes from their means, and the blend is written over U1. A norm, a residual and an activation follow in place. A large
+batch goes through all of that in parts, so that memory for them stays with the process.
 
 With gradients that is so on small maps. On large ones, where x should still be in the cache when the backward begins,
 there is no map but Y: the gate comes first (:mod:`spconv_triton.native_gate`), and the point-wise convolutions are
@@ -46,8 +46,8 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor |
 """x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
 
 
-CACHED = 8 << 20
-"""Bytes of a map that the samples which go through the layer together have at most, unless it is one sample."""
+CACHED = 16 << 20
+"""Bytes of a map that samples which go through the layer together have at most, unless it is a single one."""
 
 
 class Memory(NamedTuple):
@@ -215,7 +215,7 @@ def _by_prepared_weights(
     joins = branch_bias is None and after.norm_scale is None and bias is not None and bias.dtype == x.dtype
     joined = bias if joins else None
     z = x if plan.is_z else weights.pointwise_input(x)
-    u3, u1 = weights.u3(x, z, joined), weights.u1(z, joined, out)
+    u3, u1 = weights.u3(x, z, joined), weights.u1(z, joined)
     d = torch.sub(sums_of_maps(u3), sums_of_maps(u1)).div_(plan.pixels)
     if branch_bias is not None:
         d += bias_difference(branch_bias, d.dtype)
@@ -223,7 +223,7 @@ def _by_prepared_weights(
         y, d = _by_given_weights(x, weights.given, bias, branch_bias, after)
         return (y if out is None else out.copy_(y)), d
     offset = None if joins else _offset(d, bias, branch_bias, after, d.dtype)
-    return _finish(_blend(u3, u1, d), offset, after, x.dtype), d
+    return _finish(_blend(u3, u1, d, out), offset, after, x.dtype), d
 
 
 def _gate_first(x: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -257,12 +257,14 @@ def _by_given_weights(
     return _finish(_blend(u3, u1, d), _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
 
 
-def _blend(u3: Tensor, u1: Tensor, d: Tensor) -> Tensor:
-    """beta U3 + gamma U1, written over ``u1``."""
+def _blend(u3: Tensor, u1: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
+    """beta U3 + gamma U1, written into ``out``, or over ``u1``."""
+    out = u1 if out is None else out
     if u1.dtype == d.dtype:
-        return u1.lerp_(u3, torch.sigmoid(d))
+        return torch.lerp(u1, u3, torch.sigmoid(d), out=out)
     # A rounding of beta would be a large one of gamma = 1 - beta.
-    return u1.mul_(torch.sigmoid(-d).to(u1.dtype)).addcmul_(u3, torch.sigmoid(d).to(u3.dtype))
+    of_u1 = u1.mul_(torch.sigmoid(-d).to(u1.dtype))
+    return torch.addcmul(of_u1, u3, torch.sigmoid(d).to(u3.dtype), out=out)
 
 
 def _finish(y: Tensor, offset: Tensor | None, after: Epilogue, dtype: torch.dtype) -> Tensor:

@@ -176,25 +176,16 @@ class PreparedWeights(Weights):
             columns(y, block.output, block.outputs).addmm_(columns(z, block.input, block.inputs), matrix)
         return y
 
-    def u1(self, z: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """U1 + bias, as a new tensor or written into ``out``, [N, M, H_out, W_out] in channels_last.
-
-        Args:
-            z: of :meth:`pointwise_input`.
-            bias: [M] or None, dtype of ``z``.
-            out: of the dtype of maps.
-        """
-        read, matrix = columns(z, self.pwc.shape[1], self.redundant.shape[1]), self._turned_redundant
-        batch, _, height, width = z.shape
-        if out is not None:
-            written = columns(out, 0, out.shape[1])
-            torch.mm(read, matrix, out=written) if bias is None else torch.addmm(bias, read, matrix, out=written)
-            return out
-        if batch * height * width * self.redundant.numel() > LARGE_PRODUCT:
+    def u1(self, z: Tensor, bias: Tensor | None = None) -> Tensor:
+        """U1 + bias as a new tensor, likewise."""
+        read = columns(z, self.pwc.shape[1], self.redundant.shape[1])
+        if read.shape[0] * self.redundant.numel() > LARGE_PRODUCT:
             y = torch.ops.mkldnn._linear_pointwise.default(read, self._large_redundant, bias, "none", [], "")
+        elif bias is None:
+            y = torch.mm(read, self._turned_redundant)
         else:
-            y = torch.mm(read, matrix) if bias is None else torch.addmm(bias, read, matrix)
-        return maps(y, (batch, y.shape[1], height, width))
+            y = torch.addmm(bias, read, self._turned_redundant)
+        return maps(y, (z.shape[0], y.shape[1], z.shape[2], z.shape[3]))
 
     def _make_plan(self, shape: tuple[int, ...]) -> Plan:
         batch, _, height, width = shape
