@@ -183,7 +183,7 @@ def forward(
         y = weights.u3(x, weights.pointwise_input(x), bias if joins else None)
         return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
     if not isinstance(weights, PreparedWeights):
-        if after is NOTHING and gate_comes_first(x, weights.geometry):
+        if after.is_nothing and gate_comes_first(x, weights.geometry):
             return _gate_first(x, weights, bias, branch_bias)
         return _by_given_weights(x, weights, bias, branch_bias, after)
     batch, outputs = x.shape[0], weights.gwc.shape[0]
