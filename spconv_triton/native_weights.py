@@ -233,7 +233,7 @@ class PreparedWeights(Weights):
 
 
 def prepare(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry) -> Weights:
-    """The weights for many forwards on inputs like ``x``, prepared where that is possible, without the autograd graph."""
+    """The weights for many forwards on inputs like ``x``, prepared where that is possible; no graph is kept."""
     given = _detached(gwc, pwc, redundant, geometry)
     return PreparedWeights(*given, packs=True) if are_preparable(x, gwc, geometry) else Weights(*given)
 
