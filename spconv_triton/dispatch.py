@@ -54,6 +54,14 @@ PATHS = (
     Path("triton", "branch", "any GPU", "float32, float16, bfloat16", "alpha = 1, other norms", "branch_forward"),
     Path(
         "native",
+        "gate first",
+        "CPU",
+        "float32, float64, bfloat16",
+        "maps of 4 MB and eight output pixels per input channel; with gradients more output pixels than input channels",
+        "",
+    ),
+    Path(
+        "native",
         "merged weights",
         "CPU",
         "float32, bfloat16",

@@ -23,6 +23,7 @@ from .branch_norm import folds
 from .checks import check_input, shape
 from .layout import memory_format
 from .modules import SPConv2d
+from .native_gate import gate_comes_first
 from .native_weights import PreparedWeights, prepare
 
 
@@ -194,24 +195,24 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
     del result
     kept = sum(storages.values())
     backend = dispatch.choose(x, module.backend)
-    name = _form(module, x) + " weights" if backend == "native" else backend
+    name = _native_path(module, x) if backend == "native" else backend
     path = next(p for p in dispatch.PATHS if p.backend == backend and p.name == name)
     return Explanation(repr(module), _describe(x, "cpu"), path, launches, kept, x.numel() * x.itemsize)
 
 
-def _form(module: SPConv2d, x: Tensor) -> str:
-    """Of a layer's weights on ATen: ``"given"``, or as of :class:`.native_weights.Products`."""
+def _native_path(module: SPConv2d, x: Tensor) -> str:
+    """Which of the paths on ATen an inference takes."""
     if module.branch_norm and not folds(module):
-        return "given"
+        return "given weights"
     height, width, geometry = x.shape[2], x.shape[3], module.geometry
     if module.padding_mode != "zeros":  # it is padded before
         height, width = (size + 2 * pad for size, pad in zip((height, width), geometry.padding, strict=True))
         geometry = geometry._replace(padding=(0, 0))
-    given = (module.weight_gwc, module.weight_pwc, module.weight_redundant)
-    weights = prepare(x, *given, geometry)
-    if not isinstance(weights, PreparedWeights):
-        return "given"
-    return weights.plan((*x.shape[:2], height, width)).products.form
+    weights = prepare(x, module.weight_gwc, module.weight_pwc, module.weight_redundant, geometry)
+    if isinstance(weights, PreparedWeights):
+        plan = weights.plan((*x.shape[:2], height, width))
+        return "gate first" if plan.gate_first else f"{plan.products.form} weights"
+    return "gate first" if weights.has_gate and gate_comes_first(x, geometry) else "given weights"
 
 
 def _is_free(operation: str) -> bool:

@@ -27,10 +27,6 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
     activation: str = "none"
 
-    @property
-    def is_nothing(self) -> bool:
-        return self.norm_scale is None and self.residual is None and self.activation == "none"
-
     def __call__(self, y: Tensor, bias: Tensor | None) -> Tensor:
         """The epilogue part by part, on beta U3 + gamma U1; computed in float32 or better, rounded once."""
         dtype = y.dtype

@@ -100,7 +100,16 @@ def _long_rows(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) 
 
 
 LARGE_PRODUCT = 16e6
-"""Multiply-accumulates from which oneDNN's matrix product, which copies a slice of channels, takes less time."""
+"""Multiply-accumulates from which oneDNN's matrix product takes less time than ATen's, though it copies a slice."""
+
+LARGE_WEIGHT = 1 << 17
+"""Elements from which it does so from an eighth of those multiply-accumulates on."""
+
+
+def is_large(rows: int, weight: Tensor) -> bool:
+    """Whether the product of so many rows and ``weight`` is for oneDNN."""
+    products = rows * weight.numel()
+    return products > LARGE_PRODUCT or (weight.numel() >= LARGE_WEIGHT and products > LARGE_PRODUCT / 8)
 
 
 def pointwise(x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
@@ -114,7 +123,7 @@ def pointwise(x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
     if not is_matrix_product(x):
         return convolve(x.narrow(1, first, inputs), weight)
     read, matrix = columns(x, first, inputs), weight.flatten(1)
-    if LINEAR and x.dtype == torch.float32 and read.shape[0] * matrix.numel() > LARGE_PRODUCT:
+    if LINEAR and x.dtype == torch.float32 and is_large(read.shape[0], matrix):
         y = torch.ops.mkldnn._linear_pointwise(read, matrix, None, "none", [], "")
     else:
         y = torch.mm(read, matrix.t())

@@ -2,15 +2,16 @@
 
 Forward, in channels_last: the group-wise convolution is oneDNN's, the point-wise ones are matrix products over pixels.
 
-In inference, with prepared weights (:mod:`spconv_triton.native_weights`), U3 and U1 are made side by side, the gate
-comes from their means, and the blend is written over U1. A norm, a residual and an activation follow in place. A large
-batch goes through all of that in parts, so that memory for them stays with the process.
+On small maps U3 and U1 are made side by side, the gate comes from their means, and the blend is written over U1. On
+large ones every further map costs more than weights for each sample: there is none but Y, the gate comes first
+(:mod:`spconv_triton.native_gate`), and the point-wise convolutions are added in one product,
 
-With gradients that is so on small maps. On large ones, where x should still be in the cache when the backward begins,
-there is no map but Y: the gate comes first (:mod:`spconv_triton.native_gate`), and the point-wise convolutions are
-added in one product,
+    Y = scale GWC(x3) + offset + [scale Wp | a gamma W1] z,   scale = a beta,   offset = a (beta b3 + gamma b1) + bias
 
-    Y = beta GWC(x3) + offset + [beta Wp | gamma W1] z,   offset = beta b3 + gamma b1 + bias
+In inference a is the scale of a norm that follows, and a residual and an activation follow in place; else a is 1. There
+weights are prepared (:mod:`spconv_triton.native_weights`), with which the branches take less time, so that maps are
+large only later; and a batch of very large ones goes through the branches in parts, so that their memory stays with the
+process. With gradients x should still be in the cache when the backward begins.
 
 The backward is :mod:`spconv_triton.native_backward`.
 """
@@ -183,11 +184,12 @@ def forward(
         y = weights.u3(x, weights.pointwise_input(x), bias if joins else None)
         return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
     if not isinstance(weights, PreparedWeights):
-        if after.is_nothing and gate_comes_first(x, weights.geometry):
-            return _gate_first(x, weights, bias, branch_bias)
-        return _by_given_weights(x, weights, bias, branch_bias, after)
-    batch, outputs = x.shape[0], weights.gwc.shape[0]
+        first = gate_comes_first(x, weights.geometry)
+        return (_gate_first if first else _by_given_weights)(x, weights, bias, branch_bias, after)
     plan = weights.plan(x.shape)
+    if plan.gate_first:
+        return _gate_first(x, weights, bias, branch_bias, after)
+    batch, outputs = x.shape[0], weights.gwc.shape[0]
     parts = min(batch, -(-plan.rows * outputs * x.itemsize // CACHED))
     if parts == 1:
         return _by_prepared_weights(x, weights, plan, bias, branch_bias, after)
@@ -226,7 +228,9 @@ def _by_prepared_weights(
     return _finish(_blend(u3, u1, d, out), offset, after, x.dtype), d
 
 
-def _gate_first(x: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gate_first(
+    x: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue
+) -> tuple[Tensor, Tensor]:
     """Y and d, without a map of either branch."""
     z = weights.pointwise_input(x)
     y = weights.convolve(x)
@@ -234,13 +238,17 @@ def _gate_first(x: Tensor, weights: Weights, bias: Tensor | None, branch_bias: T
     if branch_bias is not None:
         d += bias_difference(branch_bias, d.dtype)
     if not math.isfinite(d.sum()):
-        return _by_given_weights(x, weights, bias, branch_bias, NOTHING)
+        return _by_given_weights(x, weights.given, bias, branch_bias, after)
     beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
-    offset, gate = _offset(d, bias, branch_bias, NOTHING, d.dtype), beta.to(y.dtype)
+    if after.norm_scale is not None:
+        beta, gamma = (gate * after.norm_scale.to(d.dtype)[:, None, None] for gate in (beta, gamma))
+    offset, gate = _offset(d, bias, branch_bias, after, d.dtype), beta.to(y.dtype)
     y = y.mul_(gate) if offset is None else torch.addcmul(offset.to(y.dtype), y, gate, out=y)
+    if after.residual is not None:
+        y += after.residual
     of_sample = (weights.pwc.flatten(1) * beta.squeeze(3), weights.redundant.flatten(1) * gamma.squeeze(3))
     pixels(y).baddbmm_(pixels(z), torch.cat(of_sample, 2).to(y.dtype).transpose(1, 2))
-    return y, d
+    return native.activate(y, after.activation, inplace=True), d
 
 
 def _by_given_weights(

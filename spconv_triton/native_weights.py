@@ -16,13 +16,13 @@ from torch import Tensor
 from . import native
 from .geometry import Geometry
 from .native_convolution import (
-    LARGE_PRODUCT,
     add_pointwise,
     are_of_onednn,
     are_readable,
     channels_last,
     columns,
     convolve,
+    is_large,
     is_matrix_product,
     maps,
     pointwise,
@@ -42,9 +42,14 @@ AVAILABLE = torch.backends.mkldnn.is_available() and all(
     )
 )
 
-
 PLANS = 256
 """How many shapes are remembered."""
+
+GATED_BYTES = 4 << 20
+"""Of a map, from which reading it once more takes long enough for the gate to come first; and"""
+
+GATED_PIXELS = 8
+"""output pixels per input channel, from which one map less is worth half of Wp more."""
 
 
 class Weights:
@@ -69,6 +74,11 @@ class Weights:
     def redundant(self) -> Tensor:
         assert self._redundant is not None
         return self._redundant
+
+    @property
+    def given(self) -> Weights:
+        """The same, not prepared."""
+        return self
 
     def pointwise_input(self, x: Tensor) -> Tensor:
         """What the point-wise convolutions read, [N, L, H_out, W_out]: ``x`` itself, or in its layout."""
@@ -122,6 +132,7 @@ class Plan(NamedTuple):
         size: (H_out, W_out).
         pixels: H_out W_out, as a tensor, since ATen makes one of a number in every call.
         is_z: whether the point-wise convolutions read x itself.
+        gate_first: whether the gate comes first.
     """
 
     products: Products
@@ -131,6 +142,7 @@ class Plan(NamedTuple):
     size: tuple[int, int]
     pixels: Tensor
     is_z: bool
+    gate_first: bool
 
 
 class PreparedWeights(Weights):
@@ -153,7 +165,6 @@ class PreparedWeights(Weights):
 
     @property
     def given(self) -> Weights:
-        """The same, not prepared."""
         return Weights(self.gwc, self.pwc, self._redundant, self.geometry)
 
     def plan(self, shape: tuple[int, ...]) -> Plan:
@@ -166,20 +177,24 @@ class PreparedWeights(Weights):
         return plan
 
     def u3(self, x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
-        (_, weight, groups, rest), view, (stride, padding, dilation), *_ = self.plan(x.shape)
+        y = self.convolve(x, bias)
+        for block, matrix in self.plan(x.shape).products.rest:
+            columns(y, block.output, block.outputs).addmm_(columns(z, block.input, block.inputs), matrix)
+        return y
+
+    def convolve(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """GWC'(x3) + bias: GWC(x3) where the gate comes first."""
+        (_, weight, groups, _), view, (stride, padding, dilation), *_ = self.plan(x.shape)
         x3 = x.narrow(1, 0, self.pwc.shape[1]) if view is None else x.as_strided(*view)
         y = torch.ops.mkldnn._convolution_pointwise.default(
             x3, weight, bias, padding, stride, dilation, groups, "none", [], ""
         )
-        y = channels_last(y)  # which it is, unless x3 has a single channel
-        for block, matrix in rest:
-            columns(y, block.output, block.outputs).addmm_(columns(z, block.input, block.inputs), matrix)
-        return y
+        return channels_last(y)  # which it is, unless x3 has a single channel
 
     def u1(self, z: Tensor, bias: Tensor | None = None) -> Tensor:
         """U1 + bias as a new tensor, likewise."""
         read = columns(z, self.pwc.shape[1], self.redundant.shape[1])
-        if read.shape[0] * self.redundant.numel() > LARGE_PRODUCT:
+        if is_large(read.shape[0], self.redundant):
             y = torch.ops.mkldnn._linear_pointwise.default(read, self._large_redundant, bias, "none", [], "")
         elif bias is None:
             y = torch.mm(read, self._turned_redundant)
@@ -194,7 +209,10 @@ class PreparedWeights(Weights):
         is_z = self.geometry.is_centred and self.geometry.stride == (1, 1)
         pixels = torch.tensor(float(size[0] * size[1]))
         rows = batch * size[0] * size[1]
-        return Plan(self._products(height, width), view, window[:3], rows, size, pixels, is_z)
+        bytes_of_map = rows * self.gwc.shape[0] * self.gwc.itemsize
+        gate_first = self.has_gate and bytes_of_map > GATED_BYTES and rows > GATED_PIXELS * batch * shape[1]
+        products = self._prepared if gate_first else self._products(height, width)
+        return Plan(products, view, window[:3], rows, size, pixels, is_z, gate_first)
 
     def _products(self, height: int, width: int) -> Products:
         # Zeros among merged weights make NaN of infinities; the gate tells, and without one nothing does.

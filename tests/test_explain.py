@@ -74,7 +74,8 @@ def test_other_norms_on_a_gpu() -> None:
         (64, {"padding": 2, "stride": 2}, "prepared weights"),
         (64, {}, "folded weights"),
         (64, {"padding": 1, "groups": 4, "padding_mode": "reflect"}, "prepared weights"),
-        (64, {"padding": 1, "dtype": torch.float64}, "given weights"),
+        (64, {"padding": 1, "dtype": torch.float64}, "gate first"),
+        (256, {"padding": 1, "dtype": torch.float64}, "given weights"),
     ],
     ids=str,
 )
@@ -93,6 +94,13 @@ def test_without_redundant_channels_on_a_gpu() -> None:
     found = explain(layer, torch.randn(2, 32, 8, 8).to(memory_format=torch.channels_last), capability=(9, 0))
     assert found.path.name == "branch"
     assert found.kept_bytes == found.input_bytes
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize(("size", "path"), [(56, "gate first"), (28, "folded weights")])
+def test_large_maps_on_a_cpu(size: int, path: str) -> None:
+    x = torch.randn(8, 64, size, size).to(memory_format=torch.channels_last)
+    assert explain(SPConv2d(64, 64, 3, padding=1), x).path.name == path
 
 
 def test_norms_in_training_on_a_cpu() -> None:

@@ -11,8 +11,9 @@ from cases import RESNET50, SMALL, Case, Inputs, assert_within_budget, make_inpu
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import native_onepass, reference
+from spconv_triton import native_onepass, native_weights, reference
 from spconv_triton.functional import spconv2d, spconv2d_inference
+from spconv_triton.native_convolution import is_matrix_product
 
 BY_NAME = {case.name: case for case in SMALL}
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
@@ -71,8 +72,13 @@ def tensors_of(after: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_agrees_with_float64(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for cached in (native_onepass.CACHED, 1):  # all samples together, and each by itself
-        monkeypatch.setattr(native_onepass, "CACHED", cached)
+    for cached, pixels in ((native_onepass.CACHED, 1 << 30), (1, 1 << 30), (1, 0)):
+        monkeypatch.setattr(native_onepass, "CACHED", cached)  # all samples together, or each by itself
+        monkeypatch.setattr(native_weights, "GATED_PIXELS", pixels)  # the gate last, or first
+        monkeypatch.setattr(native_weights, "GATED_BYTES", 0)
+        monkeypatch.setattr(
+            native_onepass, "gate_comes_first", lambda x, _, first=pixels == 0: first and is_matrix_product(x)
+        )
         for activation in ACTIVATIONS:
             check(make_inputs(case, dtype, branch_bias=True), following(case, activation, dtype, residual=True))
         check(make_inputs(case, dtype, bias=False), following(case, "relu", dtype))

@@ -38,7 +38,7 @@ BY_NAME = {case.name: case for case in SMALL}
 DTYPES = (torch.float32, torch.bfloat16) if MULTIPLIES_BFLOAT16 else (torch.float32,)
 
 
-FORMS = ("merged", "folded", "prepared")
+FORMS = ("merged", "folded", "prepared", "gate first")
 
 
 def force(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +46,9 @@ def force(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = native_folding.can_fold
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
     monkeypatch.setattr(native_weights, "can_fold", lambda *layer: form == "folded" and kept(*layer))
+    if form == "gate first":
+        monkeypatch.setattr(native_weights, "GATED_BYTES", 0)
+        monkeypatch.setattr(native_weights, "GATED_PIXELS", 0)
 
 
 def geometry_of(case: Case) -> Geometry:
