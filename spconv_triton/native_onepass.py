@@ -47,7 +47,7 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor |
 """x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
 
 
-CACHED = 16 << 20
+CACHED = 8 << 20
 """Bytes of a map that samples which go through the layer together have at most, unless it is a single one."""
 
 
