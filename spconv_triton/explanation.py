@@ -211,7 +211,7 @@ def _native_path(module: SPConv2d, x: Tensor) -> str:
     weights = prepare(x, module.weight_gwc, module.weight_pwc, module.weight_redundant, geometry)
     if isinstance(weights, PreparedWeights):
         plan = weights.plan((*x.shape[:2], height, width))
-        return "gate first" if plan.gate_first else f"{plan.products.form} weights"
+        return "gate first" if plan.gate_first else f"{plan.form.name} weights"
     return "gate first" if weights.has_gate and gate_comes_first(x, geometry) else "given weights"
 
 

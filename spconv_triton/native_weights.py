@@ -105,17 +105,17 @@ class Weights:
         return pointwise(z, self.redundant, self.pwc.shape[1])
 
 
-class Products(NamedTuple):
-    """What U3 is made by.
+class Form(NamedTuple):
+    """The form that weights are prepared in: what U3 is made by.
 
     Attributes:
-        form: of the weights: ``"merged"``, ``"folded"`` or ``"prepared"``.
+        name: ``"merged"``, ``"folded"`` or ``"prepared"``.
         weight: of the group-wise convolution, in oneDNN's order if it is packed.
         groups: of that convolution.
         rest: of the point-wise one, each block transposed: [inputs, outputs].
     """
 
-    form: str
+    name: str
     weight: Tensor
     groups: int
     rest: tuple[tuple[Block, Tensor], ...]
@@ -125,7 +125,7 @@ class Plan(NamedTuple):
     """What is the same in every call on inputs of one shape, found once.
 
     Attributes:
-        products: of U3.
+        form: of the weights.
         view: shape and strides of x3 in x; None for a slice of channels, which oneDNN copies.
         window: stride, padding and dilation of that view's convolution.
         rows: N H_out W_out.
@@ -135,7 +135,7 @@ class Plan(NamedTuple):
         gate_first: whether the gate comes first.
     """
 
-    products: Products
+    form: Form
     view: tuple[Any, Any] | None
     window: tuple[Any, Any, Any]
     rows: int
@@ -178,7 +178,7 @@ class PreparedWeights(Weights):
 
     def u3(self, x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self.convolve(x, bias)
-        for block, matrix in self.plan(x.shape).products.rest:
+        for block, matrix in self.plan(x.shape).form.rest:
             columns(y, block.output, block.outputs).addmm_(columns(z, block.input, block.inputs), matrix)
         return y
 
@@ -211,27 +211,27 @@ class PreparedWeights(Weights):
         rows = batch * size[0] * size[1]
         bytes_of_map = rows * self.gwc.shape[0] * self.gwc.itemsize
         gate_first = self.has_gate and bytes_of_map > GATED_BYTES and rows > GATED_PIXELS * batch * shape[1]
-        products = self._prepared if gate_first else self._products(height, width)
-        return Plan(products, view, window[:3], rows, size, pixels, is_z, gate_first)
+        form = self._prepared if gate_first else self._form(height, width)
+        return Plan(form, view, window[:3], rows, size, pixels, is_z, gate_first)
 
-    def _products(self, height: int, width: int) -> Products:
+    def _form(self, height: int, width: int) -> Form:
         # Zeros among merged weights make NaN of infinities; the gate tells, and without one nothing does.
         if self.has_gate and can_merge(self.gwc, self.geometry, height, width):
             return self._merged
         return self._folded if can_fold(self.geometry, height, width) else self._prepared
 
     @functools.cached_property
-    def _prepared(self) -> Products:
+    def _prepared(self) -> Form:
         return self._pack("prepared", self.gwc, self.geometry.groups, whole(self.pwc))
 
     @functools.cached_property
-    def _folded(self) -> Products:
+    def _folded(self) -> Form:
         groups = self.geometry.groups
         weight = fold(self.gwc, self.pwc, self.geometry)
         return self._pack("folded", weight, groups, other_blocks(self.gwc, groups))
 
     @functools.cached_property
-    def _merged(self) -> Products:
+    def _merged(self) -> Form:
         return self._pack("merged", merge(self.gwc, self.pwc, self.geometry), 1, ())
 
     @functools.cached_property
@@ -243,11 +243,11 @@ class PreparedWeights(Weights):
         matrix = self.redundant.flatten(1).contiguous()
         return torch.ops.mkldnn._reorder_linear_weight(matrix, None) if self._packs else matrix
 
-    def _pack(self, form: str, weight: Tensor, groups: int, rest: tuple[Block, ...]) -> Products:
+    def _pack(self, name: str, weight: Tensor, groups: int, rest: tuple[Block, ...]) -> Form:
         if self._packs:
             _, stride, padding, dilation, _ = self.geometry  # the order is the same for wider rows
             weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, None)
-        return Products(form, weight, groups, tuple((block, block.of(self.pwc).t()) for block in rest))
+        return Form(name, weight, groups, tuple((block, block.of(self.pwc).t()) for block in rest))
 
 
 def prepare(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry) -> Weights:
