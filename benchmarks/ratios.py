@@ -19,6 +19,7 @@ import torch
 from cases import RESNET50, Case
 
 from benchmarks.competitors import COMPILED, DEVICE, DIRECTIONS, DTYPE, NAMES, Competitor, build, count_macs, with_batch
+from benchmarks.turns import turns
 
 COMPILED_TOO = (f"reference{COMPILED}", f"native{COMPILED}")
 
@@ -65,9 +66,8 @@ def measure(
     field = [build(case, name, direction) for name in names]
     repeats = {competitor.name: repeats_of(competitor) for competitor in field}
     seconds: dict[str, list[float]] = {competitor.name: [] for competitor in field}
-    for turn in range(rounds):
-        first = turn % len(field)  # nobody always runs in the wake of the same neighbour
-        for competitor in field[first:] + field[:first]:
+    for order in turns(field, rounds):
+        for competitor in order:
             count = repeats[competitor.name]
             start = time.perf_counter()
             for _ in range(count):

@@ -23,6 +23,7 @@ from cases import assert_within_budget, kept_bytes
 from torch import Tensor, nn
 
 from benchmarks.ratios import machine, quantiles
+from benchmarks.turns import turns
 from spconv_triton import convert, fuse
 
 VANILLA = "vanilla"
@@ -76,10 +77,8 @@ def speeds(vanilla: nn.Module, split: nn.Module, images: Tensor, rounds: int, *,
             for _ in range(2):  # the first call builds what oneDNN keeps, or compiles
                 seconds(*runners[name])
         taken: dict[str, list[float]] = {name: [] for name in runners}
-        for turn in range(rounds):
-            names = list(runners)
-            first = turn % len(names)  # nobody always runs in the wake of the same neighbour
-            for name in names[first:] + names[:first]:
+        for order in turns(list(runners), rounds):
+            for name in order:
                 taken[name].append(seconds(*runners[name]))
     rows = ["| network | ms | speed, vanilla = 1 |", "|---|---:|---:|"]
     for name, own in taken.items():

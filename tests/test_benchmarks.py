@@ -9,6 +9,7 @@ import torch
 from cases import RESNET50, Case
 
 from benchmarks import competitors, dense_init, overhead, ratios
+from benchmarks.turns import turns
 from spconv_triton import SPConv2d, convert, models
 
 TINY = Case("tiny", 2, 8, 8, (6, 5))
@@ -20,6 +21,17 @@ def test_competitors_are_ready_to_run(name: str, direction: str) -> None:
     competitor = competitors.build(TINY, name, direction)
     assert competitor.layout in competitors.LAYOUTS
     assert len(competitor.call()) == (1 if direction == "forward" else 3 if name == "conv2d" else 5)
+
+
+def test_nobody_follows_the_same_neighbour_round_after_round() -> None:
+    names = ("conv2d", "reference", "native")
+    orders = list(turns(names, 60))
+    assert orders == list(turns(names, 60)), "one run is like another"
+    assert all(sorted(order) == sorted(names) for order in orders)
+    line = [name for order in orders for name in order]
+    for name in names:
+        before = [line[i - 1] for i in range(1, len(line)) if line[i] == name]
+        assert all(before.count(other) >= 12 for other in names if other != name)
 
 
 def test_macs_are_the_papers() -> None:

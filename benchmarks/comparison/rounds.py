@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from benchmarks.allocator import settle
 from benchmarks.ratios import quantiles
+from benchmarks.turns import turns
 
 SAMPLE_SECONDS = 0.02
 """A sample repeats its call until it takes about this long: the clock and the loop then cost nothing."""
@@ -58,9 +59,8 @@ def take_turns(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dic
         repeats[name] = max(1, round(effort.sample / max(once, 1e-9)))
         together += once * repeats[name]
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(effort.rounds(together)):
-        first = turn % len(names)  # nobody always runs in the wake of the same neighbour
-        for name in names[first:] + names[:first]:
+    for order in turns(names, effort.rounds(together)):
+        for name in order:
             taken[name].append(_seconds(calls[name], repeats[name]))
     return taken
 

@@ -17,6 +17,7 @@ from benchmarks.gpu import plan
 from benchmarks.gpu.device import Call, Device, device_of, latency
 from benchmarks.gpu.record import Record
 from benchmarks.ratios import quantiles
+from benchmarks.turns import turns
 
 ROUNDS = 60
 REHEARSED_ROUNDS = 2
@@ -149,9 +150,7 @@ def report(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     if not record.rehearsal:
         sampler([calls[name] for name in names])  # the first call of each is another thing
-    for turn in range(REHEARSED_ROUNDS if record.rehearsal else ROUNDS):
-        first = turn % len(names)  # nobody always runs in the wake of the same neighbour
-        order = names[first:] + names[:first]
+    for order in turns(names, REHEARSED_ROUNDS if record.rehearsal else ROUNDS):
         for name, took in zip(order, sampler([calls[name] for name in order]), strict=True):
             seconds[name].append(took)
     yardstick = names[0]
