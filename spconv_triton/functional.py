@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, native_onepass, ops, reference
+from . import native, native_batch_norm, native_onepass, ops, reference
 from .autocast import cast, promote
 from .checks import (
     check_alike,
@@ -427,7 +427,8 @@ def spconv2d_batch_norm(
         y, *_, statistics = ops.spconv2d_batch_norm(x, *weights, bias, *norms, *eps, *geometry[1:])
         mean, variance, _ = statistics.unbind()
     else:
-        y, mean, variance = native.batch_norm(x, *weights, bias, norm_representative, norm_redundant, eps, geometry)
+        compute = native_batch_norm.batch_norm if chosen == "native" else native.batch_norm
+        y, mean, variance = compute(x, *weights, bias, norm_representative, norm_redundant, eps, geometry)
     return y.contiguous(memory_format=memory_format(x)), mean, variance
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, native_batch_norm
 from .branch_norm import fold_branch_norms, folds, normalises_batch, track
 from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS, choose
@@ -301,8 +301,10 @@ class SPConv2d(nn.Module):
         if x.shape[1] != self.in_channels:
             raise ValueError(f"x must have {self.in_channels} channels, got {x.shape[1]}: {shape(x)}")
         norms = (self.norm_representative, self.norm_redundant)
-        if all(map(normalises_batch, norms)) and choose(x, self.backend) == "triton" and x.shape[0] > 0:
-            return self._forward_batch_norm(x, window)
+        if all(map(normalises_batch, norms)) and x.shape[0] > 0:
+            chosen = choose(x, self.backend)
+            if chosen == "triton" or (chosen == "native" and native_batch_norm.is_computed(x)):
+                return self._forward_batch_norm(x, window)
         x3, x1 = x.split((self.representative_channels, self.redundant_channels), dim=1)
         y = functional.representative_branch(
             x3, self.weight_gwc, self.weight_pwc, groups=self.groups, backend=self.backend, **window

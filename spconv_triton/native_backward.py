@@ -20,12 +20,13 @@ gamma is sigmoid(-d), not 1 - beta, and E1 is not g - E3: where the gate is satu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import native, native_backward_maps, native_backward_products
+from . import native_backward_maps, native_backward_products
 from .geometry import Geometry
 from .native_backward_maps import Maps
 from .native_backward_operands import operands
@@ -72,18 +73,20 @@ def gradients(
     return (*of_layer, dbias, dbranch_bias)
 
 
-def differentiable_gradients(inputs: list[Any], geometry: Geometry, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients where they will themselves be differentiated: by the chain rule through the parts."""
+def differentiable_gradients(
+    layer: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients where they will themselves be differentiated: by the chain rule through ``layer``, which computes
+    Y from ``inputs`` part by part."""
     present = [i for i, tensor in enumerate(inputs) if tensor is not None]
 
-    def layer(*tensors: Tensor) -> Tensor:
+    def of_present(*tensors: Tensor) -> Tensor:
         arguments = list(inputs)
         for i, tensor in zip(present, tensors, strict=True):
             arguments[i] = tensor
-        x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
-        return native.compose(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
+        return layer(*arguments)
 
-    pullback = torch.func.vjp(layer, *(inputs[i] for i in present))[1]
+    pullback = torch.func.vjp(of_present, *(inputs[i] for i in present))[1]
     gradients: list[Tensor | None] = [None] * len(inputs)
     for i, gradient in zip(present, pullback(grad), strict=True):
         gradients[i] = gradient

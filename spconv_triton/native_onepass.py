@@ -18,6 +18,7 @@ The backward is :mod:`spconv_triton.native_backward`.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -170,7 +171,8 @@ class OnePass(torch.autograd.Function):
         *inputs, d = ctx.saved_tensors
         with without_autocast(grads[0]):
             if torch.is_grad_enabled():
-                return (*differentiable_gradients(inputs, ctx.geometry, grads[0]), None)
+                layer = functools.partial(native.compose, geometry=ctx.geometry)
+                return (*differentiable_gradients(layer, inputs, grads[0]), None)
             return (*gradients(inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad), None)
 
 

@@ -9,13 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
-    SMALL,
-    Case,
-    assert_within_budget_over_draws,
-    kept_bytes,
-    make_inputs,
-)
+from cases import SMALL, Case, assert_within_budget_over_draws, kept_bytes
+from norm_cases import NORMS, Leaves, cast, layer, make_leaves, run
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,59 +30,14 @@ CASES = (
     Case("many-blocks", 2, 8, 8, (13, 11), **ROW),
 )
 BY_NAME = {case.name: case for case in CASES}
-NORMS = ("weight3", "bias3", "weight1", "bias1")
-
-Leaves = dict[str, Tensor | None]
-
-
-def make_leaves(
-    case: Case,
-    device: str,
-    dtype: torch.dtype = torch.float32,
-    *,
-    mean: float = 0.0,
-    gate: float = 0.0,
-    memory_format: torch.memory_format = torch.channels_last,
-) -> Leaves:
-    """Inputs of the layer and parameters of its norms, which shift S3 - S1 by ``gate``."""
-    inputs = make_inputs(case, dtype, device=device, mean=mean, memory_format=memory_format)
-    norms = {name: torch.randn(case.out_channels, device=device).requires_grad_() for name in NORMS}
-    with torch.no_grad():
-        norms["bias3"] += gate
-    return {**inputs.tensors(), **norms}
-
-
-def cast(leaves: Leaves, dtype: torch.dtype) -> Leaves:
-    return {name: None if leaf is None else leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
-
-
-def layer(leaves: Leaves, case: Case, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return functional.spconv2d_batch_norm(
-        *(leaves[name] for name in ("x", "weight_gwc", "weight_pwc", "weight_redundant", "bias")),
-        norm_representative=(leaves["weight3"], leaves["bias3"]),
-        norm_redundant=(leaves["weight1"], leaves["bias1"]),
-        eps=(1e-5, 1e-3),
-        backend=backend,
-        **case.window,
-    )
-
-
-def run(leaves: Leaves, case: Case, backend: str, grad: Tensor | None = None) -> dict[str, Tensor]:
-    """Output, statistics and gradients by name."""
-    y, mean, variance = layer(leaves, case, backend)
-    present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    found = {"y": y.detach(), "mean": mean, "variance": variance}
-    if grad is not None:
-        found |= dict(zip(present, torch.autograd.grad(y, list(present.values()), grad.to(y.dtype)), strict=True))
-    return found
 
 
 def judged(leaves: Leaves, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """By the kernels, by ATen in the same dtype, and by ATen in float64."""
+    """By the kernels, part by part in the same dtype, and in float64."""
     device = leaves["x"].device
     grad = torch.randn((case.batch, case.out_channels, *case.output_size()), device=device).to(leaves["x"].dtype)
-    kernels, same_dtype = (run(leaves, case, backend, grad) for backend in ("triton", "native"))
-    exact = run(cast(leaves, torch.float64), case, "native", grad)
+    kernels, same_dtype = (run(leaves, case, backend, grad) for backend in ("triton", "reference"))
+    exact = run(cast(leaves, torch.float64), case, "reference", grad)
     if INTERPRETED and leaves["x"].dtype == torch.bfloat16:
         # The interpreter truncates to bfloat16 where a GPU rounds, which shows in the mean of many values.
         del exact["mean"], exact["variance"]
@@ -227,7 +177,7 @@ MODULES: dict[str, dict[str, Any]] = {
 
 
 def make_pair(device: str, **options: Any) -> tuple[SPConv2d, SPConv2d]:
-    """A layer on the kernels and its twin on ATen."""
+    """A layer on the kernels and its twin part by part."""
     ours = SPConv2d(8, 12, (1, 3), padding=(0, 1), groups=1, branch_norm=True)
     for name in ("norm_representative", "norm_redundant"):
         norm = nn.BatchNorm2d(12, **options)
@@ -236,7 +186,7 @@ def make_pair(device: str, **options: Any) -> tuple[SPConv2d, SPConv2d]:
         setattr(ours, name, norm)
     ours.to(device)
     twin = copy.deepcopy(ours)
-    ours.backend, twin.backend = "triton", "native"
+    ours.backend, twin.backend = "triton", "reference"
     return ours, twin
 
 

@@ -1,0 +1,218 @@
+"""The layer on ATen with a batch norm in each branch, normalising by the batch; keeps x, U3 and little else.
+
+Part by part, autograd keeps U3 and U1, both after their norms, and what the gate makes of them. Here the output is
+written over U1, which the backward makes again: that costs a twentieth of a step and leaves as much in memory as
+nn.Conv2d and its norm keep. With mu the mean of a branch over the batch, r = 1 / sqrt(variance + eps), and w and b the
+norm's parameters,
+
+    V = w r (U - mu) + b,    d = mean_p V3 - mean_p V1,    Y = beta V3 + gamma V1 + bias
+
+and in the backward, with g = dL/dY, P the pixels of a sample and K = N P, per (sample, channel)
+
+    B = sum_p g,    T = sum_p g (U - mu) = sum_p g U - mu B,    R = sum_p (U - mu)
+    delta = beta gamma (w3 r3 T3 - w1 r1 T1 + (b3 - b1) B)                                    = dL/dd
+
+    db3 = sum_n (beta B + delta),    dw3 = r3 sum_n (beta T3 + delta R3 / P),    dbias = sum_n B
+    dL/dU3 = w3 r3 (beta g + delta / P - db3 / K - r3 (U3 - mu3) dw3 / K)
+
+and for U1 with gamma and -delta. From there on they are the gradients of the convolutions
+(:mod:`spconv_triton.native_backward_maps`).
+
+Source: Zhang et al., IJCAI 2020, section 3.4; batch norm: Ioffe and Szegedy, ICML 2015, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .autocast import without_autocast
+from .dispatch import is_transformed
+from .geometry import Geometry
+from .native_backward import differentiable_gradients
+from .native_backward_maps import branch_gradients
+from .native_backward_operands import operands
+from .native_convolution import channels_last, pointwise
+from .native_gate import sums_of_maps
+from .native_weights import for_one_call
+
+TENSORS = 9
+"""x, the three weights, the bias, and weight and bias of either norm: what is differentiated."""
+
+
+class Statistics(NamedTuple):
+    """Of U3 and U1, in float32 or better.
+
+    Attributes:
+        mean: over the batch, [2, M].
+        variance: likewise, by N P.
+        sample: means of each sample, [2, N, M].
+    """
+
+    mean: Tensor
+    variance: Tensor
+    sample: Tensor
+
+
+class Branch(NamedTuple):
+    """A branch and its norm, over the batch [1, M, 1, 1] and over a sample [N, M, 1, 1].
+
+    Attributes:
+        mean: mu.
+        reciprocal: r.
+        scale: w r.
+        shift: b.
+        deviation: R / P.
+    """
+
+    mean: Tensor
+    reciprocal: Tensor
+    scale: Tensor
+    shift: Tensor
+    deviation: Tensor
+
+
+def batch_norm(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None,
+    norm_representative: tuple[Tensor | None, Tensor | None],
+    norm_redundant: tuple[Tensor | None, Tensor | None],
+    eps: tuple[float, float],
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, mean and variance, arguments as of :func:`spconv_triton.functional.spconv2d_batch_norm`."""
+    tensors = (x, weight_gwc, weight_pwc, weight_redundant, bias, *norm_representative, *norm_redundant)
+    if not is_computed(x) or is_transformed():
+        return _compose(tensors, eps, geometry)
+    return OnePass.apply(*tensors, eps, geometry)
+
+
+def is_computed(x: Tensor) -> bool:
+    """Whether a layer on ``x`` takes one pass here: in eager mode on a CPU, in a dtype that maps have."""
+    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+
+
+def _compose(tensors: tuple[Any, ...], eps: tuple[float, float], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    x, gwc, pwc, redundant, bias, weight3, bias3, weight1, bias1 = tensors
+    return native.batch_norm(x, gwc, pwc, redundant, bias, (weight3, bias3), (weight1, bias1), eps, geometry)
+
+
+class OnePass(torch.autograd.Function):
+    """Y, mean and variance; keeps the tensors that it is given, U3, d and the statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, ctx.eps, ctx.geometry = arguments
+        y, u3, d, statistics = forward(tensors, ctx.eps, ctx.geometry)
+        ctx.save_for_backward(*tensors, u3, d, *statistics)
+        ctx.mark_non_differentiable(statistics.mean, statistics.variance)
+        # A view of nothing: autograd forbids an in-place ReLU behind a Function that returns a view.
+        return y.data, statistics.mean, statistics.variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        tensors, (u3, d, *statistics) = saved[:TENSORS], saved[TENSORS:]
+        with without_autocast(grads[0]):
+            if torch.is_grad_enabled():
+                found = differentiable_gradients(
+                    lambda *tensors: _compose(tensors, ctx.eps, ctx.geometry)[0], tensors, grads[0]
+                )
+            else:
+                branches = _branches(tensors, Statistics(*statistics), ctx.eps)
+                found = gradients(tensors, u3, branches, ctx.geometry, d, grads[0], ctx.needs_input_grad)
+        return (*found, None, None)
+
+
+def forward(
+    tensors: Sequence[Any], eps: tuple[float, float], geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor, Statistics]:
+    """Y, U3, d = S3 - S1 after the norms [N, M, 1, 1], and the statistics. Without gradients."""
+    x, gwc, pwc, redundant, bias, *_ = tensors
+    x = channels_last(x)
+    weights = for_one_call(x, gwc, pwc, redundant, geometry)
+    z = weights.pointwise_input(x)
+    maps = weights.u3(x, z), weights.u1(z)
+    u3, u1 = maps
+    # ATen's own, which takes the variance of what is left of the mean.
+    moments = [torch.batch_norm_update_stats(u, None, None, 0.0) for u in maps]
+    mean, variance = map(torch.stack, zip(*moments, strict=True))
+    sample = torch.stack([sums_of_maps(u).flatten(1) for u in maps]).div_(u3.shape[2] * u3.shape[3])
+    statistics = Statistics(mean, variance, sample)
+    three, one = _branches(tensors, statistics, eps)
+    d = torch.addcmul(three.shift - one.shift, three.deviation, three.scale).addcmul_(
+        one.deviation, one.scale, value=-1
+    )
+    beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
+    scale3, scale1 = beta * three.scale, gamma * one.scale
+    offset = beta * three.shift + gamma * one.shift - scale3 * three.mean - scale1 * one.mean
+    if bias is not None:
+        offset += bias.detach()[:, None, None]
+    return torch.addcmul(offset, u1, scale1, out=u1).addcmul_(u3, scale3), u3, d, statistics
+
+
+def _branches(tensors: Sequence[Any], statistics: Statistics, eps: tuple[float, float]) -> tuple[Branch, Branch]:
+    """U3 and U1 with their norms."""
+    like = statistics.mean[0].view(1, -1, 1, 1)
+
+    def column(parameter: Tensor | None, default: float) -> Tensor:
+        return torch.full_like(like, default) if parameter is None else parameter.detach().to(like.dtype).view_as(like)
+
+    found = []
+    for i, (weight, shift) in enumerate((tensors[5:7], tensors[7:9])):
+        mean = statistics.mean[i].view_as(like)
+        reciprocal = torch.rsqrt(statistics.variance[i].view_as(like) + eps[i])
+        deviation = statistics.sample[i, :, :, None, None] - mean
+        found.append(Branch(mean, reciprocal, column(weight, 1.0) * reciprocal, column(shift, 0.0), deviation))
+    return found[0], found[1]
+
+
+def gradients(
+    tensors: Sequence[Any],
+    u3: Tensor,
+    branches: tuple[Branch, Branch],
+    geometry: Geometry,
+    d: Tensor,
+    grad: Tensor,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the nine tensors, where ``needed``.
+
+    Args:
+        u3, branches, d: of the forward.
+        grad: dL/dY, [N, M, H_out, W_out].
+    """
+    x, gwc, pwc, redundant, bias, *norms = tensors
+    given = operands(x, gwc, pwc, redundant, geometry, d, grad)
+    g, gates = given.g, (given.beta, given.gamma)
+    pixels = g.shape[2] * g.shape[3]
+    values = g.shape[0] * pixels
+    u1 = pointwise(given.z, redundant, pwc.shape[1])
+    scratch = torch.empty_like(u1)
+    b = sums_of_maps(g)
+    t = []
+    for u, branch in zip((u3, u1), branches, strict=True):
+        t.append(torch.addcmul(sums_of_maps(torch.mul(u, g, out=scratch)), branch.mean, b, value=-1))
+    three, one = branches
+    delta = three.scale * t[0] - one.scale * t[1] + (three.shift - one.shift) * b
+    delta *= gates[0] * gates[1]
+    of_maps, of_norms = [], []  # of U3, and of U1
+    for u, out, branch, gate, of_gate, moved in zip(
+        (u3, u1), (scratch, u1), branches, gates, t, (delta, -delta), strict=True
+    ):
+        shift = (gate * b + moved).sum(0, keepdim=True)
+        weight = branch.reciprocal * (gate * of_gate + moved * branch.deviation).sum(0, keepdim=True)
+        slope = -branch.scale * branch.reciprocal * weight / values
+        constant = branch.scale * (moved / pixels - shift / values) - slope * branch.mean
+        of_maps.append(torch.addcmul(constant, u, slope, out=out).addcmul_(g, gate * branch.scale))
+        of_norms += [weight.flatten(), shift.flatten()]
+    of_bias = b.sum((0, 2, 3)).to(bias.dtype) if bias is not None else None
+    of_parameters = [None if p is None else of.to(p.dtype) for p, of in zip(norms, of_norms, strict=True)]
+    return (*branch_gradients(given, of_maps[0], of_maps[1], needed), of_bias, *of_parameters)

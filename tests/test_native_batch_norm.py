@@ -1,0 +1,190 @@
+"""Batch norms in the branches on a CPU, in one pass: against float64, and what is kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import SMALL, Case, Results, assert_within_budget_over_draws, kept_bytes
+from norm_cases import NORMS, Leaves, cast, layer, make_leaves, run
+from torch import Tensor, nn
+
+from spconv_triton import SPConv2d, functional, native_batch_norm, native_folding
+
+CASES = [case for case in SMALL if case.alpha < 1]
+BY_NAME = {case.name: case for case in CASES}
+
+
+def judged(leaves: Leaves, case: Case) -> tuple[Results, Results, Results]:
+    """In one pass, part by part in the same dtype, and part by part in float64."""
+    x = leaves["x"]
+    assert x is not None
+    grad = torch.randn(case.batch, case.out_channels, *case.output_size()).to(x.dtype)
+    one, parts = (run(leaves, case, backend, grad) for backend in ("native", "reference"))
+    return one, parts, run(cast(leaves, torch.float64), case, "reference", grad)
+
+
+def check(draw: Callable[[], Leaves], case: Case, draws: int, *, condition: float = 1.0) -> None:
+    """Single draws have a yardstick that is lucky, as in the kernels' tests."""
+    assert_within_budget_over_draws((judged(draw(), case) for _ in range(draws)), condition=condition)
+
+
+@pytest.fixture(autouse=True)
+def composed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls that took the way part by part although they asked for ``native``."""
+    calls: list[Any] = []
+    original = native_batch_norm._compose
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(native_batch_norm, "_compose", counted)
+    return calls
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("folded", [False, True], ids=("given", "folded"))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_float64(case: Case, folded: bool, composed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if folded else float("inf"))
+    check(lambda: make_leaves(case), case, 8)
+    check(lambda: make_leaves(case, dtype=torch.float64, memory_format=torch.contiguous_format), case, 2)
+    assert not composed
+
+
+@pytest.mark.parametrize("missing", [("bias",), ("weight3", "bias3"), ("bias3", "weight1"), NORMS], ids=str)
+def test_without_some_parameters(missing: tuple[str, ...]) -> None:
+    case = BY_NAME["odd-pixels"]
+    check(lambda: {**make_leaves(case), **dict.fromkeys(missing)}, case, 4)
+
+
+@pytest.mark.parametrize("gate", [-60.0, -8.0, 8.0, 60.0])
+def test_saturated_gate(gate: float) -> None:
+    case = BY_NAME["odd-pixels"]
+    check(lambda: make_leaves(case, gate=gate), case, 4, condition=abs(gate))
+
+
+@pytest.mark.parametrize("mean", [30.0, 1000.0])
+@pytest.mark.parametrize("name", ["plain", "no-padding", "stride-2-odd"])
+def test_large_means(name: str, mean: float) -> None:
+    check(lambda: make_leaves(BY_NAME[name], mean=mean), BY_NAME[name], 16)
+
+
+def test_a_channel_that_is_constant() -> None:
+    """Its variance is 0, and what its norm multiplies a rounding by is 1 / sqrt(eps)."""
+    case = BY_NAME["no-padding"]
+
+    def draw() -> Leaves:
+        leaves = make_leaves(case)
+        with torch.no_grad():
+            for name in ("weight_gwc", "weight_pwc", "weight_redundant"):
+                leaves[name][:3].zero_()  # type: ignore[index]
+        return leaves
+
+    check(draw, case, 8)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("weight_gwc",), ("weight_pwc", "bias1"), ("weight_redundant", "weight3")])
+def test_gradients_of_some(wanted: tuple[str, ...]) -> None:
+    case = BY_NAME["stride-2-odd"]
+    leaves = make_leaves(case)
+    grad = torch.randn(case.batch, case.out_channels, *case.output_size())
+    expected = run(leaves, case, "native", grad)
+    for name, leaf in leaves.items():
+        if leaf is not None:
+            leaf.requires_grad_(name in wanted)
+    y = layer(leaves, case, "native")[0]
+    for name, gradient in zip(wanted, torch.autograd.grad(y, [leaves[n] for n in wanted], grad), strict=True):
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_what_is_kept_for_the_backward() -> None:
+    """x and one map, as of nn.Conv2d and its norm; part by part twice that."""
+    case = Case("memory", 4, 32, 32, (16, 16))
+    leaves = make_leaves(case)
+    x = leaves["x"]
+    assert x is not None
+    maps = x.numel() * x.itemsize
+    small = sum(leaf.numel() * leaf.itemsize for name, leaf in leaves.items() if name != "x" and leaf is not None)
+    assert 2 * maps < kept_bytes(lambda: layer(leaves, case, "native")[0]) <= 2.05 * maps + small
+    assert kept_bytes(lambda: layer(leaves, case, "reference")[0]) >= 4 * maps
+
+
+def test_twice_through_one_graph_gives_the_same_bits() -> None:
+    case = BY_NAME["odd-pixels"]
+    leaves = make_leaves(case)
+    before = {name: leaf.detach().clone() for name, leaf in leaves.items() if leaf is not None}
+    present = [leaf for leaf in leaves.values() if leaf is not None]
+    grad = torch.randn(case.batch, case.out_channels, *case.output_size())
+    y = layer(leaves, case, "native")[0]
+    first, second = (torch.autograd.grad(y, present, grad, retain_graph=True) for _ in range(2))
+    again = layer(leaves, case, "native")[0]
+    assert torch.equal(y, again)
+    for one, two, three in zip(first, second, torch.autograd.grad(again, present, grad), strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+    for name, value in before.items():
+        assert torch.equal(leaves[name].detach(), value), name  # type: ignore[union-attr]
+
+
+def test_second_derivatives() -> None:
+    case = BY_NAME["tiny"]
+    leaves = make_leaves(case, dtype=torch.float64)
+    present = [name for name, leaf in leaves.items() if leaf is not None]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return layer({**leaves, **dict(zip(present, tensors, strict=True))}, case, "native")[0]
+
+    inputs = [leaves[name].detach().double().requires_grad_() for name in present]  # type: ignore[union-attr]
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_function_transforms_see_the_parts(composed: list[Any]) -> None:
+    case = BY_NAME["tiny"]
+    leaves = make_leaves(case, dtype=torch.float64)
+    x = leaves["x"]
+    assert x is not None
+    by_transform = torch.func.grad(lambda x: layer({**leaves, "x": x}, case, "native")[0].square().sum())(x.detach())
+    assert composed
+    (expected,) = torch.autograd.grad(layer(leaves, case, "native")[0].square().sum(), x)
+    torch.testing.assert_close(by_transform, expected)
+
+
+@pytest.fixture
+def in_one(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of a layer that normalises by the batch in one pass."""
+    calls: list[str] = []
+    original = functional.spconv2d_batch_norm
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["backend"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "spconv2d_batch_norm", counted)
+    return calls
+
+
+def test_layers_train_in_one_pass(in_one: list[str]) -> None:
+    network = nn.Sequential(SPConv2d(8, 12, 3, padding=1, branch_norm=True), nn.ReLU(inplace=True)).double()
+    parts = copy.deepcopy(network)
+    parts[0].backend = "reference"
+    x = torch.randn(3, 8, 6, 5, dtype=torch.float64)
+    for _ in range(2):
+        for one in (network, parts):
+            one(x).square().sum().backward()
+    assert in_one == ["auto"] * 2
+    for (name, ours), theirs in zip(network.named_parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda m, name=name: f"{name}: {m}")
+    for ours, theirs in zip(network.buffers(), parts.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_half_precision_and_compiled_layers_stay_in_parts(in_one: list[str]) -> None:
+    layer = SPConv2d(8, 12, 3, padding=1, branch_norm=True)
+    copy.deepcopy(layer).bfloat16()(torch.randn(2, 8, 6, 5, dtype=torch.bfloat16))
+    torch.compile(layer, backend="eager")(torch.randn(2, 8, 6, 5))
+    assert not in_one
