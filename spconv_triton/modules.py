@@ -303,7 +303,7 @@ class SPConv2d(nn.Module):
         norms = (self.norm_representative, self.norm_redundant)
         if all(map(normalises_batch, norms)) and x.shape[0] > 0:
             chosen = choose(x, self.backend)
-            if chosen == "triton" or (chosen == "native" and native_batch_norm.is_computed(x)):
+            if chosen == "triton" or (chosen == "native" and native_batch_norm.takes(x)):
                 return self._forward_batch_norm(x, window)
         x3, x1 = x.split((self.representative_channels, self.redundant_channels), dim=1)
         y = functional.representative_branch(

@@ -89,13 +89,13 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y, mean and variance, arguments as of :func:`spconv_triton.functional.spconv2d_batch_norm`."""
     tensors = (x, weight_gwc, weight_pwc, weight_redundant, bias, *norm_representative, *norm_redundant)
-    if not is_computed(x) or is_transformed():
+    if not takes(x) or is_transformed():
         return _compose(tensors, eps, geometry)
     return OnePass.apply(*tensors, eps, geometry)
 
 
-def is_computed(x: Tensor) -> bool:
-    """Whether a layer on ``x`` takes one pass here: in eager mode on a CPU, in a dtype that maps have."""
+def takes(x: Tensor) -> bool:
+    """Whether a layer on ``x`` takes the one pass: in eager mode on a CPU, in float32 or float64."""
     return x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
 
 

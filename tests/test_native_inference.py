@@ -81,15 +81,13 @@ def test_prepared_weights_agree_with_float64(
     case: Case, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force(form, monkeypatch)
+    inputs = make_inputs(case, dtype)
+    if not are_preparable(inputs.x, inputs.weight_gwc, geometry_of(case)):
+        assert case.name in ("wide-padding", "stride-3-shifted"), "oneDNN reads what it should not, for both weights"
+        return
     for options in ({"bias": False}, {}, {"branch_bias": True}, {"memory_format": torch.contiguous_format}):
-        inputs = make_inputs(case, dtype, **options)
-        if not are_preparable(inputs.x, inputs.weight_gwc, geometry_of(case)):
-            assert case.name in ("wide-padding", "stride-3-shifted"), (
-                "oneDNN reads what it should not, for both weights"
-            )
-            return
-        got, same_dtype, exact = judged(inputs, case)
-        assert_within_budget("y", got["y"], same_dtype["y"], exact["y"])
+        # Of single draws, one in ten thousand has a reference too lucky for any other order of summation.
+        assert_within_budget_over_draws(judged(make_inputs(case, dtype, **options), case) for _ in range(3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,8 +116,7 @@ def test_samples_may_go_one_by_one(name: str, dtype: torch.dtype, monkeypatch: p
     """As large maps do."""
     monkeypatch.setattr(native_onepass, "CACHED", 1)
     case = replace(BY_NAME[name], batch=5)
-    got, same_dtype, exact = judged(make_inputs(case, dtype, branch_bias=True), case)
-    assert_within_budget("y", got["y"], same_dtype["y"], exact["y"])
+    assert_within_budget_over_draws(judged(make_inputs(case, dtype, branch_bias=True), case) for _ in range(3))
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 7])
