@@ -421,14 +421,14 @@ def spconv2d_batch_norm(
     if x.shape[0] * height * width < 2:
         raise ValueError(f"x must give more than 1 value per channel to normalise, got {shape(x)}")
     weights = (weight_gwc, weight_pwc, weight_redundant)
+    norms = (*norm_representative, *norm_redundant)
     chosen = choose(x, backend)
     if chosen == "triton":
-        norms = (*norm_representative, *norm_redundant)
         y, *_, statistics = ops.spconv2d_batch_norm(x, *weights, bias, *norms, *eps, *geometry[1:])
         mean, variance, _ = statistics.unbind()
     else:
         compute = native_batch_norm.batch_norm if chosen == "native" else native.batch_norm
-        y, mean, variance = compute(x, *weights, bias, norm_representative, norm_redundant, eps, geometry)
+        y, mean, variance = compute((x, *weights, bias, *norms), eps, geometry)
     return y.contiguous(memory_format=memory_format(x)), mean, variance
 
 

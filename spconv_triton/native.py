@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -122,18 +123,15 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
     return reference.gap_softmax_fusion(u3, u1)
 
 
-def batch_norm(
-    x: Tensor,
-    weight_gwc: Tensor,
-    weight_pwc: Tensor,
-    weight_redundant: Tensor,
-    bias: Tensor | None,
-    norm_representative: tuple[Tensor | None, Tensor | None],
-    norm_redundant: tuple[Tensor | None, Tensor | None],
-    eps: tuple[float, float],
-    geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Y, mean and variance, arguments as of :func:`spconv_triton.functional.spconv2d_batch_norm`."""
+def batch_norm(tensors: Sequence[Any], eps: tuple[float, float], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, mean and variance of a layer with batch norms in its branches, part by part.
+
+    Args:
+        tensors: as of :func:`spconv_triton.functional.spconv2d_batch_norm`: x, the three weights, the bias, and weight
+            and bias of either norm.
+        eps: of either norm.
+    """
+    x, weight_gwc, weight_pwc, weight_redundant, bias, *parameters = tensors
     representative = weight_pwc.shape[1]
     branches = (
         representative_branch(x[:, :representative], weight_gwc, weight_pwc, geometry),
@@ -143,7 +141,7 @@ def batch_norm(
     with torch.no_grad():
         pairs = [torch.var_mean(u.to(precise), (0, 2, 3), correction=0) for u in branches]
     variance, mean = (torch.stack(values) for values in zip(*pairs, strict=True))
-    norms = (norm_representative, norm_redundant)
+    norms = (parameters[:2], parameters[2:])
 
     def widened(parameter: Tensor | None) -> Tensor | None:
         """ATen takes float32 parameters beside a map in half precision, but not beside float64, nor two dtypes."""

@@ -76,32 +76,16 @@ class Branch(NamedTuple):
     deviation: Tensor
 
 
-def batch_norm(
-    x: Tensor,
-    weight_gwc: Tensor,
-    weight_pwc: Tensor,
-    weight_redundant: Tensor,
-    bias: Tensor | None,
-    norm_representative: tuple[Tensor | None, Tensor | None],
-    norm_redundant: tuple[Tensor | None, Tensor | None],
-    eps: tuple[float, float],
-    geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Y, mean and variance, arguments as of :func:`spconv_triton.functional.spconv2d_batch_norm`."""
-    tensors = (x, weight_gwc, weight_pwc, weight_redundant, bias, *norm_representative, *norm_redundant)
-    if not takes(x) or is_transformed():
-        return _compose(tensors, eps, geometry)
+def batch_norm(tensors: Sequence[Any], eps: tuple[float, float], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, mean and variance, as of :func:`spconv_triton.native.batch_norm`, which computes what this does not."""
+    if not takes(tensors[0]) or is_transformed():
+        return native.batch_norm(tensors, eps, geometry)
     return OnePass.apply(*tensors, eps, geometry)
 
 
 def takes(x: Tensor) -> bool:
     """Whether a layer on ``x`` takes the one pass: in eager mode on a CPU, in float32 or float64."""
     return x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
-
-
-def _compose(tensors: tuple[Any, ...], eps: tuple[float, float], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-    x, gwc, pwc, redundant, bias, weight3, bias3, weight1, bias1 = tensors
-    return native.batch_norm(x, gwc, pwc, redundant, bias, (weight3, bias3), (weight1, bias1), eps, geometry)
 
 
 class OnePass(torch.autograd.Function):
@@ -123,7 +107,7 @@ class OnePass(torch.autograd.Function):
         with without_autocast(grads[0]):
             if torch.is_grad_enabled():
                 found = differentiable_gradients(
-                    lambda *tensors: _compose(tensors, ctx.eps, ctx.geometry)[0], tensors, grads[0]
+                    lambda *tensors: native.batch_norm(tensors, ctx.eps, ctx.geometry)[0], tensors, grads[0]
                 )
             else:
                 branches = _branches(tensors, Statistics(*statistics), ctx.eps)

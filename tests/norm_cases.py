@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from cases import Case, make_inputs
 from torch import Tensor
@@ -53,3 +56,16 @@ def run(leaves: Leaves, case: Case, backend: str, grad: Tensor | None = None) ->
     if grad is not None:
         found |= dict(zip(present, torch.autograd.grad(y, list(present.values()), grad.to(y.dtype)), strict=True))
     return found
+
+
+def batch_normed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends of the calls, from now on, that normalise by the batch in one function."""
+    calls: list[str] = []
+    original = functional.spconv2d_batch_norm
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["backend"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "spconv2d_batch_norm", counted)
+    return calls

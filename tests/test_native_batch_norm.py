@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from cases import SMALL, Case, Results, assert_within_budget_over_draws, kept_bytes
-from norm_cases import NORMS, Leaves, cast, layer, make_leaves, run
+from norm_cases import NORMS, Leaves, batch_normed, cast, layer, make_leaves, run
 from torch import Tensor, nn
 
-from spconv_triton import SPConv2d, functional, native_batch_norm, native_folding
+from spconv_triton import SPConv2d, native_batch_norm, native_folding
 
 CASES = [case for case in SMALL if case.alpha < 1]
 BY_NAME = {case.name: case for case in CASES}
@@ -32,28 +32,28 @@ def check(draw: Callable[[], Leaves], case: Case, draws: int, *, condition: floa
     assert_within_budget_over_draws((judged(draw(), case) for _ in range(draws)), condition=condition)
 
 
-@pytest.fixture(autouse=True)
-def composed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The calls that took the way part by part although they asked for ``native``."""
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Those that took the one pass."""
     calls: list[Any] = []
-    original = native_batch_norm._compose
+    original = native_batch_norm.forward
 
     def counted(*args: Any) -> Any:
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(native_batch_norm, "_compose", counted)
+    monkeypatch.setattr(native_batch_norm, "forward", counted)
     return calls
 
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("folded", [False, True], ids=("given", "folded"))
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_agrees_with_float64(case: Case, folded: bool, composed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agrees_with_float64(case: Case, folded: bool, forwards: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if folded else float("inf"))
     check(lambda: make_leaves(case), case, 8)
     check(lambda: make_leaves(case, dtype=torch.float64, memory_format=torch.contiguous_format), case, 2)
-    assert not composed
+    assert len(forwards) == 8 + 2
 
 
 @pytest.mark.parametrize("missing", [("bias",), ("weight3", "bias3"), ("bias3", "weight1"), NORMS], ids=str)
@@ -143,29 +143,22 @@ def test_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_function_transforms_see_the_parts(composed: list[Any]) -> None:
+def test_function_transforms_see_the_parts(forwards: list[Any]) -> None:
     case = BY_NAME["tiny"]
     leaves = make_leaves(case, dtype=torch.float64)
     x = leaves["x"]
     assert x is not None
     by_transform = torch.func.grad(lambda x: layer({**leaves, "x": x}, case, "native")[0].square().sum())(x.detach())
-    assert composed
+    assert not forwards
     (expected,) = torch.autograd.grad(layer(leaves, case, "native")[0].square().sum(), x)
+    assert forwards
     torch.testing.assert_close(by_transform, expected)
 
 
 @pytest.fixture
 def in_one(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The calls of a layer that normalises by the batch in one pass."""
-    calls: list[str] = []
-    original = functional.spconv2d_batch_norm
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["backend"])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "spconv2d_batch_norm", counted)
-    return calls
+    return batch_normed(monkeypatch)
 
 
 def test_layers_train_in_one_pass(in_one: list[str]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from cases import SMALL, Case, assert_within_budget_over_draws, kept_bytes
-from norm_cases import NORMS, Leaves, cast, layer, make_leaves, run
+from norm_cases import NORMS, Leaves, batch_normed, cast, layer, make_leaves, run
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import SPConv2d, functional
+from spconv_triton import SPConv2d
 from spconv_triton.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -216,15 +216,7 @@ DRAWS = 6
 @pytest.fixture
 def by_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backends of the calls that normalise by the batch in one operator."""
-    calls: list[str] = []
-    original = functional.spconv2d_batch_norm
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["backend"])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "spconv2d_batch_norm", counted)
-    return calls
+    return batch_normed(monkeypatch)
 
 
 @pytest.mark.parametrize("options", list(MODULES.values()), ids=list(MODULES))
