@@ -8,19 +8,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
 from .native_backward_operands import Operands
 from .native_convolution import (
-    add_convolution,
     add_pointwise,
+    channels_last,
     columns,
     convolution_backward,
     convolve,
     is_matrix_product,
-    pointwise,
 )
 from .native_folding import Block, fold, folding_pays, other_blocks, unfold_gradient, whole
 from .native_gate import sums_of_maps
@@ -44,7 +42,7 @@ class Maps(NamedTuple):
 
 def gate_gradient(given: Operands) -> tuple[Tensor, Maps]:
     """A, [N, M, 1, 1], and what was made for it."""
-    _, x3, z, g, _, _, gwc, pwc, redundant, geometry = given
+    _, x3, z, g, _, _, _, pwc, redundant, geometry = given
     convolved, blocks, is_folded = _folded(given)
     if is_folded:
         scratch = convolve(x3, convolved, None, *geometry[1:])
@@ -53,14 +51,14 @@ def gate_gradient(given: Operands) -> tuple[Tensor, Maps]:
             written.addmm_(read, block.of(pwc).t())
         add_pointwise(scratch, z, -redundant, pwc.shape[1])
     else:
-        scratch = add_convolution(pointwise(z, torch.cat((pwc, -redundant), 1)), x3, gwc, *geometry[1:])
+        scratch = add_pointwise(convolve(x3, convolved, None, *geometry[1:]), z, torch.cat((pwc, -redundant), 1))
     return sums_of_maps(scratch.mul_(g)), Maps(scratch, convolved, blocks, is_folded)
 
 
 def _folded(given: Operands) -> tuple[Tensor, tuple[Block, ...], bool]:
     """The weight of the group-wise convolution, the blocks of Wp that are not in it, and whether any are."""
     gwc, pwc, geometry = given.weight_gwc, given.weight_pwc, given.geometry
-    if is_matrix_product(given.x3) and folding_pays(given.x, gwc, geometry):
+    if folding_pays(given.x, gwc, geometry):
         return fold(gwc, pwc, geometry), other_blocks(gwc, geometry.groups), True
     return gwc, whole(pwc), False
 
@@ -102,32 +100,25 @@ def _representative_gradients(
         dx3, dconvolved = convolution_backward(e, given.x3, convolved, through, *given.geometry[1:])
     if needed[2]:
         dweight_pwc = torch.empty_like(given.weight_pwc)
-        for block in blocks:
-            _weight_gradient(e, given.z, block, block.of(dweight_pwc))
         if is_folded and dconvolved is not None:
             unfold_gradient(dconvolved, dweight_pwc, given.geometry)
-    if dz is not None:
-        assert dx3 is not None
+    is_x = given.z is given.x
+    read, added = given.x3 if is_x else given.z, channels_last(dx3) if is_x and dx3 is not None else None
+    for block in blocks:
+        of_block = None if dweight_pwc is None else block.of(dweight_pwc)
+        _block_gradients(e, read, block, block.of(given.weight_pwc), of_block, dz, added)
+    if dz is not None and not blocks:
         of_representative = dz.narrow(1, 0, given.x3.shape[1])
-        if given.z is given.x:
-            of_representative.copy_(dx3)
-        else:
-            of_representative.zero_()
-        for block in blocks:
-            _adjoint(e, block.of(given.weight_pwc), block, dz, accumulate=True)
+        of_representative.zero_() if added is None else of_representative.copy_(added)
     return dx3, dconvolved if needed[1] else None, dweight_pwc
 
 
 def _redundant_gradients(given: Operands, e: Tensor, dz: Tensor | None, needed: tuple[bool, ...]) -> Tensor | None:
     """The gradient of W1; W1^T E1 goes into ``dz``."""
-    weight, dweight = given.weight_redundant, None
-    block = Block(0, weight.shape[0], given.x3.shape[1], weight.shape[1])
-    if needed[3]:
-        dweight = torch.empty_like(weight)
-        _weight_gradient(e, given.z, block, dweight.flatten(1))
-    if dz is not None:
-        _adjoint(e, weight.flatten(1), block, dz)
-    return dweight
+    weight = given.weight_redundant.flatten(1)
+    dweight = torch.empty_like(weight) if needed[3] else None
+    _block_gradients(e, given.z, Block(0, weight.shape[0], given.x3.shape[1], weight.shape[1]), weight, dweight, dz)
+    return None if dweight is None else dweight.view_as(given.weight_redundant)
 
 
 def _input_gradient(given: Operands, dz: Tensor | None, dx3: Tensor | None) -> Tensor | None:
@@ -140,29 +131,47 @@ def _input_gradient(given: Operands, dz: Tensor | None, dx3: Tensor | None) -> T
     return dx
 
 
-def _weight_gradient(e: Tensor, z: Tensor, block: Block, out: Tensor) -> None:
-    """e z^T over samples and pixels, of the block's outputs and inputs, into ``out``: [outputs, inputs].
+def _block_gradients(
+    e: Tensor,
+    z: Tensor,
+    block: Block,
+    weight: Tensor,
+    dweight: Tensor | None,
+    dz: Tensor | None,
+    added: Tensor | None = None,
+) -> None:
+    """Of a point-wise convolution of the block's inputs in ``z`` to its outputs in ``e``.
 
     Args:
-        e: [N, M, H, W].
+        e: gradient by the outputs, [N, M, H, W].
         z: [N, L, H, W].
+        weight: [outputs, inputs].
+        dweight: what e z^T is written into, of that shape; None for not at all.
+        dz: what W^T e is written into, [N, L, H, W]; None for not at all.
+        added: of the same inputs, and added to it.
     """
     output, outputs, first, inputs = block
-    if is_matrix_product(z):
-        torch.mm(columns(e, output, outputs).t(), columns(z, first, inputs), out=out)
+    if is_matrix_product(z, weight.numel()):
+        of_e = columns(e, output, outputs)
+        if dweight is not None:
+            torch.mm(of_e.t(), columns(z, first, inputs), out=dweight)
+        if dz is not None:
+            written = columns(dz, first, inputs)
+            if added is None:
+                torch.mm(of_e, weight, out=written)
+            else:
+                written.copy_(columns(added, first, inputs)).addmm_(of_e, weight)
         return
-    weight = e.new_empty(outputs, inputs, 1, 1)
+    needed = dz is not None, dweight is not None
+    if not any(needed):
+        return
     of_e, of_z = e.narrow(1, output, outputs), z.narrow(1, first, inputs)
-    out.copy_(convolution_backward(of_e, of_z, weight, (False, True))[1].flatten(1))
-
-
-def _adjoint(e: Tensor, weight: Tensor, block: Block, dz: Tensor, *, accumulate: bool = False) -> None:
-    """W^T e of the block's outputs, into or added to its inputs in ``dz``: e [N, M, H, W], weight [outputs, inputs]."""
-    output, outputs, first, inputs = block
-    if is_matrix_product(e):
-        read, written = columns(e, output, outputs), columns(dz, first, inputs)
-        written.addmm_(read, weight) if accumulate else torch.mm(read, weight, out=written)
-        return
-    y = F.conv2d(e.narrow(1, output, outputs), weight.t()[:, :, None, None].contiguous())
-    written = dz.narrow(1, first, inputs)
-    written.add_(y) if accumulate else written.copy_(y)
+    through, of_weight = convolution_backward(of_e, of_z, weight[:, :, None, None], needed)
+    if dweight is not None:
+        dweight.copy_(of_weight.flatten(1))
+    if dz is not None:
+        written = dz.narrow(1, first, inputs)
+        if added is None:
+            written.copy_(through)
+        else:
+            torch.add(through, added.narrow(1, first, inputs), out=written)

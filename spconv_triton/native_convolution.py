@@ -28,6 +28,21 @@ MULTIPLIES_BFLOAT16 = (
 """Whether oneDNN has bfloat16 on this processor. It adds in float32, and rounds a result once."""
 
 
+def onednn_is_wider() -> bool:
+    """Whether oneDNN multiplies twice as many numbers at once as MKL, which is behind ATen's matrix products.
+
+    Of AMD's processors, which SSE4a tells, MKL uses 256 bits. Since Zen 5, which AVX-VNNI tells from Zen 4, they
+    multiply 512 at once.
+    """
+    flags: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    of_amd = all(flags.get(name, False) for name in ("sse4a", "avx_vnni", "avx512_f"))
+    return of_amd and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
+ONEDNN_IS_WIDER = onednn_is_wider()
+"""Then ATen's products of float32 matrices take twice the time of oneDNN's convolutions."""
+
+
 def map_dtype(x: Tensor) -> torch.dtype:
     """The dtype of maps that are made from ``x``: its own, or float32 where that would be slow or less precise."""
     if x.dtype == torch.bfloat16 and x.is_cpu and MULTIPLIES_BFLOAT16:
@@ -120,7 +135,7 @@ def pointwise(x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
         weight: [M, C, 1, 1], C <= L - first.
     """
     outputs, inputs = weight.shape[:2]
-    if not is_matrix_product(x):
+    if not is_matrix_product(x, weight.numel()):
         return convolve(x.narrow(1, first, inputs), weight)
     read, matrix = columns(x, first, inputs), weight.flatten(1)
     if LINEAR and x.dtype == torch.float32 and is_large(read.shape[0], matrix):
@@ -131,12 +146,16 @@ def pointwise(x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
 
 
 def add_pointwise(y: Tensor, x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
-    """``y``, [N, M, H, W] in channels_last and dense on a CPU, plus :func:`pointwise`, in place."""
+    """``y``, [N, M, H, W] in channels_last and dense on a CPU, plus :func:`pointwise`: in place, or as a new tensor."""
     outputs, inputs = weight.shape[:2]
-    if is_matrix_product(x) and y.dtype == x.dtype:
-        columns(y, 0, outputs).addmm_(columns(x, first, inputs), weight.flatten(1).t())
-        return y
-    return y.add_(convolve(x.narrow(1, first, inputs), weight))
+    if y.dtype == x.dtype and can_be_matrix_product(x):
+        written, read, matrix = columns(y, 0, outputs), columns(x, first, inputs), weight.flatten(1)
+        if is_matrix_product(x, weight.numel()):
+            written.addmm_(read, matrix.t())
+            return y
+        if LINEAR and weight.numel() >= LARGE_WEIGHT:
+            return maps(torch.ops.mkldnn._linear_pointwise.binary(read, written, matrix, None, "add"), y.shape)
+    return add_convolution(y, x.narrow(1, first, inputs), weight)
 
 
 def add_convolution(
@@ -232,9 +251,19 @@ def _every_window_reads(size: int, kernel: int, stride: int, padding: int, dilat
     return all(any(0 <= start + dilation * tap < size for tap in range(kernel)) for start in starts)
 
 
-def is_matrix_product(x: Tensor) -> bool:
-    """Whether a 1 x 1 convolution of ``x`` is a matrix product over pixels: on a CPU it takes less time than oneDNN's,
-    by half where channels are few or a slice.
+def is_matrix_product(x: Tensor, weights: int) -> bool:
+    """Whether a 1 x 1 convolution of ``x`` by so many weights is a matrix product over pixels.
+
+    On a CPU that takes less time than oneDNN's, by half where channels are few or a slice, except for large ones of
+    float32 where :data:`ONEDNN_IS_WIDER`.
+    """
+    if not can_be_matrix_product(x):
+        return False
+    return not (ONEDNN_IS_WIDER and x.dtype == torch.float32 and x.numel() // x.shape[1] * weights > LARGE_PRODUCT)
+
+
+def can_be_matrix_product(x: Tensor) -> bool:
+    """Whether it can be one.
 
     Not under a dispatch mode: FLOP counters know convolutions, not products in place. Nor where products of float32
     matrices may be bfloat16's, as those of a convolution are not.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
+from .native_convolution import is_matrix_product
 
 MERGED_CHANNELS = 16
 """Up to which x3 is one block of oneDNN's."""
@@ -102,7 +103,9 @@ def folding_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
     height, width = x.shape[2:]
     rows, columns = geometry.output_size(height, width)
     saved = x.shape[0] * rows * columns * weight_gwc.shape[0] * weight_gwc.shape[1]
-    return saved > FOLDED_PRODUCTS and x.dtype != torch.bfloat16 and can_fold(geometry, height, width)
+    if saved <= FOLDED_PRODUCTS or x.dtype == torch.bfloat16 or not can_fold(geometry, height, width):
+        return False
+    return is_matrix_product(x, weight_gwc.shape[0] * weight_gwc.shape[1] * geometry.groups)
 
 
 def fold(weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> Tensor:

@@ -54,7 +54,7 @@ def bias_difference(branch_bias: Tensor, dtype: torch.dtype) -> Tensor:
 def gate_comes_first(x: Tensor, geometry: Geometry) -> bool:
     """Whether weights of every sample, scaled by its gate, are a smaller thing than one more map."""
     height, width = geometry.output_size(x.shape[2], x.shape[3])
-    return height * width > x.shape[1] and is_matrix_product(x)
+    return height * width > x.shape[1] and is_matrix_product(x, x.shape[1] ** 2)
 
 
 def difference_of_means(gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redundant: Tensor) -> Tensor:

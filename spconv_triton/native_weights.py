@@ -19,6 +19,7 @@ from .native_convolution import (
     add_pointwise,
     are_of_onednn,
     are_readable,
+    can_be_matrix_product,
     channels_last,
     columns,
     convolve,
@@ -93,6 +94,9 @@ class Weights:
             z: of :meth:`pointwise_input`.
             bias: [M] or None, dtype of ``x``.
         """
+        if z is x and not is_matrix_product(x, self.pwc.numel()):  # both convolutions would copy a slice
+            x3 = channels_last(x.narrow(1, 0, self.pwc.shape[1]))
+            return add_pointwise(convolve(x3, self.gwc, bias, *self.geometry[1:]), x3, self.pwc)
         return add_pointwise(self.convolve(x, bias), z, self.pwc)
 
     def convolve(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -274,7 +278,7 @@ def _detached(
 
 def are_preparable(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
     """Whether oneDNN computes with prepared weights what it would with given ones, for this ``x``."""
-    if not (AVAILABLE and are_of_onednn(x) and x.numel() > 0 and is_matrix_product(x)):
+    if not (AVAILABLE and are_of_onednn(x) and x.numel() > 0 and can_be_matrix_product(x)):
         return False
     _, stride, padding, dilation, groups = geometry
     x3 = x.narrow(1, 0, weight_gwc.shape[1] * groups)

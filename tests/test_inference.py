@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import native_onepass, native_weights, reference
 from spconv_triton.functional import spconv2d, spconv2d_inference
-from spconv_triton.native_convolution import is_matrix_product
+from spconv_triton.native_convolution import can_be_matrix_product
 
 BY_NAME = {case.name: case for case in SMALL}
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
@@ -77,7 +77,7 @@ def test_agrees_with_float64(case: Case, dtype: torch.dtype, monkeypatch: pytest
         monkeypatch.setattr(native_weights, "GATED_PIXELS", pixels)  # the gate last, or first
         monkeypatch.setattr(native_weights, "GATED_BYTES", 0)
         monkeypatch.setattr(
-            native_onepass, "gate_comes_first", lambda x, _, first=pixels == 0: first and is_matrix_product(x)
+            native_onepass, "gate_comes_first", lambda x, _, first=pixels == 0: first and can_be_matrix_product(x)
         )
         for activation in ACTIVATIONS:
             check(make_inputs(case, dtype, branch_bias=True), following(case, activation, dtype, residual=True))
