@@ -254,12 +254,15 @@ def _every_window_reads(size: int, kernel: int, stride: int, padding: int, dilat
 def is_matrix_product(x: Tensor, weights: int) -> bool:
     """Whether a 1 x 1 convolution of ``x`` by so many weights is a matrix product over pixels.
 
-    On a CPU that takes less time than oneDNN's, by half where channels are few or a slice, except for large ones of
-    float32 where :data:`ONEDNN_IS_WIDER`.
+    On a CPU that takes less time than oneDNN's, by half where channels are few or a slice. Large ones of float32 do not
+    where :data:`ONEDNN_IS_WIDER`.
     """
-    if not can_be_matrix_product(x):
-        return False
-    return not (ONEDNN_IS_WIDER and x.dtype == torch.float32 and x.numel() // x.shape[1] * weights > LARGE_PRODUCT)
+    return can_be_matrix_product(x) and not takes_convolutions(x.dtype, x.numel() // x.shape[1] * weights)
+
+
+def takes_convolutions(dtype: torch.dtype, products: int) -> bool:
+    """Whether so many multiply-accumulates are oneDNN's rather than ATen's."""
+    return ONEDNN_IS_WIDER and dtype == torch.float32 and products > LARGE_PRODUCT
 
 
 def can_be_matrix_product(x: Tensor) -> bool:

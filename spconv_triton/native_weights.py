@@ -29,6 +29,7 @@ from .native_convolution import (
     pointwise,
     representative,
     representative_view,
+    takes_convolutions,
 )
 from .native_folding import Block, can_fold, can_merge, fold, folding_pays, merge, other_blocks, whole
 from .native_gate import gate_comes_first
@@ -48,6 +49,9 @@ PLANS = 256
 
 GATED_BYTES = 4 << 20
 """Of a map, from which reading it once more takes long enough for the gate to come first; and"""
+
+EXCHANGED_CHANNELS = 32
+"""Of a group, from which oneDNN's convolution of two groups takes less time than two products of ATen's."""
 
 GATED_PIXELS = 8
 """output pixels per input channel, from which one map less is worth half of Wp more."""
@@ -117,12 +121,15 @@ class Form(NamedTuple):
         weight: of the group-wise convolution, in oneDNN's order if it is packed.
         groups: of that convolution.
         rest: of the point-wise one, each block transposed: [inputs, outputs].
+        exchanged: the same as one convolution of two groups, on x3 with its halves exchanged, in oneDNN's order; None
+            where that would not take less time for any input.
     """
 
     name: str
     weight: Tensor
     groups: int
     rest: tuple[tuple[Block, Tensor], ...]
+    exchanged: Tensor | None
 
 
 class Plan(NamedTuple):
@@ -137,6 +144,7 @@ class Plan(NamedTuple):
         pixels: H_out W_out, as a tensor, since ATen makes one of a number in every call.
         is_z: whether the point-wise convolutions read x itself.
         gate_first: whether the gate comes first.
+        exchanges: whether to use ``form.exchanged``.
     """
 
     form: Form
@@ -147,6 +155,7 @@ class Plan(NamedTuple):
     pixels: Tensor
     is_z: bool
     gate_first: bool
+    exchanges: bool
 
 
 class PreparedWeights(Weights):
@@ -181,14 +190,21 @@ class PreparedWeights(Weights):
         return plan
 
     def u3(self, x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = self.convolve(x, bias)
-        for block, matrix in self.plan(x.shape).form.rest:
+        y, plan = self.convolve(x, bias), self.plan(x.shape)
+        if plan.exchanges:
+            first, second = z.narrow(1, 0, self.pwc.shape[1]).chunk(2, 1)
+            read = channels_last(torch.cat((second, first), 1))
+            torch.ops.mkldnn._convolution_pointwise_.binary(
+                y, read, plan.form.exchanged, None, (0, 0), (1, 1), (1, 1), 2, "add", 1.0, None, [], None
+            )
+            return y
+        for block, matrix in plan.form.rest:
             columns(y, block.output, block.outputs).addmm_(columns(z, block.input, block.inputs), matrix)
         return y
 
     def convolve(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """GWC'(x3) + bias: GWC(x3) where the gate comes first."""
-        (_, weight, groups, _), view, (stride, padding, dilation), *_ = self.plan(x.shape)
+        (_, weight, groups, *_), view, (stride, padding, dilation), *_ = self.plan(x.shape)
         x3 = x.narrow(1, 0, self.pwc.shape[1]) if view is None else x.as_strided(*view)
         y = torch.ops.mkldnn._convolution_pointwise.default(
             x3, weight, bias, padding, stride, dilation, groups, "none", [], ""
@@ -208,15 +224,20 @@ class PreparedWeights(Weights):
 
     def _make_plan(self, shape: tuple[int, ...]) -> Plan:
         batch, _, height, width = shape
-        view, window = representative_view(shape, self.gwc.shape, self.geometry)
         size = self.geometry.output_size(height, width)
         is_z = self.geometry.is_centred and self.geometry.stride == (1, 1)
         pixels = torch.tensor(float(size[0] * size[1]))
         rows = batch * size[0] * size[1]
         bytes_of_map = rows * self.gwc.shape[0] * self.gwc.itemsize
         gate_first = self.has_gate and bytes_of_map > GATED_BYTES and rows > GATED_PIXELS * batch * shape[1]
+        view, window = representative_view(shape, self.gwc.shape, self.geometry)
+        by_convolutions = takes_convolutions(self.pwc.dtype, rows * self.pwc.numel())
+        if by_convolutions and not can_merge(self.gwc, self.geometry, height, width):
+            gate_first = False  # products with weights of each sample are ATen's
+            view, window = None, self.geometry[1:]  # a copy of x3 takes less time than longer strides
         form = self._prepared if gate_first else self._form(height, width)
-        return Plan(form, view, window[:3], rows, size, pixels, is_z, gate_first)
+        exchanges = by_convolutions and form.exchanged is not None
+        return Plan(form, view, window[:3], rows, size, pixels, is_z, gate_first, exchanges)
 
     def _form(self, height: int, width: int) -> Form:
         # Zeros among merged weights make NaN of infinities; the gate tells, and without one nothing does.
@@ -251,7 +272,11 @@ class PreparedWeights(Weights):
         if self._packs:
             _, stride, padding, dilation, _ = self.geometry  # the order is the same for wider rows
             weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, None)
-        return Form(name, weight, groups, tuple((block, block.of(self.pwc).t()) for block in rest))
+        exchanged = None
+        if len(rest) == 2 and self._packs and rest[0].inputs >= EXCHANGED_CHANNELS:
+            blocks = torch.cat([block.of(self.pwc) for block in rest])[:, :, None, None]
+            exchanged = torch.ops.mkldnn._reorder_convolution_weight(blocks, (0, 0), (1, 1), (1, 1), 2, None)
+        return Form(name, weight, groups, tuple((block, block.of(self.pwc).t()) for block in rest), exchanged)
 
 
 def prepare(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry) -> Weights:

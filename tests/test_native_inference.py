@@ -26,7 +26,16 @@ from cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import SPConv2d, functional, fuse, native_folding, native_onepass, native_weights, reference
+from spconv_triton import (
+    SPConv2d,
+    functional,
+    fuse,
+    native_convolution,
+    native_folding,
+    native_onepass,
+    native_weights,
+    reference,
+)
 from spconv_triton.geometry import Geometry
 from spconv_triton.native_convolution import MULTIPLIES_BFLOAT16
 from spconv_triton.native_weights import AVAILABLE, PreparedWeights, are_preparable
@@ -38,14 +47,18 @@ BY_NAME = {case.name: case for case in SMALL}
 DTYPES = (torch.float32, torch.bfloat16) if MULTIPLIES_BFLOAT16 else (torch.float32,)
 
 
-FORMS = ("merged", "folded", "prepared", "gate first")
+FORMS = ("merged", "folded", "exchanged", "prepared", "gate first")
 
 
 def force(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have weights prepared in this form wherever it is right."""
     kept = native_folding.can_fold
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
-    monkeypatch.setattr(native_weights, "can_fold", lambda *layer: form == "folded" and kept(*layer))
+    monkeypatch.setattr(native_weights, "can_fold", lambda *layer: form in ("folded", "exchanged") and kept(*layer))
+    if form == "exchanged":
+        monkeypatch.setattr(native_convolution, "ONEDNN_IS_WIDER", True)
+        monkeypatch.setattr(native_convolution, "LARGE_PRODUCT", 0)
+        monkeypatch.setattr(native_weights, "EXCHANGED_CHANNELS", 1)
     if form == "gate first":
         monkeypatch.setattr(native_weights, "GATED_BYTES", 0)
         monkeypatch.setattr(native_weights, "GATED_PIXELS", 0)
