@@ -39,34 +39,21 @@ class Exempt(NamedTuple):
 
 
 STEP = "ptxas stops at a number of registers that fits one more program, and keeps a few words aside"
-FULL = "all registers are taken, and a few addresses and masks wait outside the loops"
-VECTOR = "float32 without tensor cores: operands pass through registers, and smaller blocks load more for each product"
 SCALAR = "scalar registers are kept in lanes of vector registers: no memory is touched"
 
-CUDA = ("sm_80", "sm_90", "sm_100", "sm_120")
 HALVES = ("float16", "bfloat16")
 TENSOR = (*HALVES, "tf32")
-ANY = (*TENSOR, "float32")
+
+SPILLS_NOTHING = ("sm_80", "sm_90", "sm_100")
+"""Targets without exceptions. What of a table spilled there is no longer in it, or pruned (``kernels/tuning.py``)."""
 
 EXEMPT = (
-    Exempt("branch_forward", CUDA, TENSOR, 8, 4, 0, STEP),
-    Exempt("branches_forward", CUDA, TENSOR, 8, 4, 0, STEP),
-    Exempt("branches_forward", CUDA, ("float32",), 80, 40, 0, VECTOR),
-    Exempt("fusion_blend_grad", CUDA, ("float32",), 8, 2, 0, STEP),
-    Exempt("gate_planes", CUDA, ANY, 24, 12, 0, STEP),
-    Exempt("input_grad", CUDA, ("float32",), 112, 95, 25, VECTOR),
-    Exempt("input_grad", CUDA, TENSOR, 40, 18, 2, FULL),
-    Exempt("input_grad", ("gfx942",), TENSOR, 70, 0, 0, SCALAR),
-    Exempt("input_grad_descriptor", ("sm_100",), HALVES, 8, 3, 0, STEP),
-    Exempt("norm_sums", ("sm_100",), HALVES, 8, 2, 1, STEP),
-    Exempt("onepass_forward", CUDA, ("float32",), 96, 54, 10, VECTOR),
-    Exempt("onepass_forward", CUDA, ("tf32",), 16, 6, 0, FULL),
+    Exempt("branch_forward", ("sm_120",), ("tf32",), 8, 4, 0, STEP),
+    Exempt("input_grad", ("sm_120",), ("tf32", "float32"), 16, 8, 2, STEP),
+    Exempt("input_grad", ("gfx942",), TENSOR, 46, 0, 0, SCALAR),
     Exempt("onepass_forward", ("gfx942",), TENSOR, 2, 0, 0, SCALAR),
-    Exempt("weight_grad", CUDA, HALVES, 24, 13, 8, STEP),
-    Exempt("weight_grad", CUDA, ("tf32",), 48, 27, 0, STEP),
-    Exempt("weight_grad", CUDA, ("float32",), 24, 12, 0, VECTOR),
-    Exempt("weight_grad", ("gfx942",), TENSOR, 21, 0, 0, SCALAR),
-    Exempt("window_statistics", CUDA, ("float32",), 8, 2, 0, STEP),
+    Exempt("weight_grad", ("sm_120",), HALVES, 24, 12, 0, STEP),
+    Exempt("weight_grad", ("gfx942",), TENSOR, 7, 0, 0, SCALAR),
 )
 
 

@@ -132,9 +132,10 @@ def layers() -> tuple[Layer, ...]:
         Layer(replace(wide, name="residual, relu6"), SOMEWHERE, followed_by("relu6", wide)),
         Layer(replace(strided(wide), name="stride 2, bare"), SOMEWHERE),
         Layer(replace(wide, name="k5", kernel_size=(5, 5), padding=(2, 2)), SOMEWHERE),
-        Layer(replace(wide, name="dilated", dilation=(2, 2), padding=(2, 2)), (*flat_only, SOMEWHERE[0], SOMEWHERE[2])),
+        Layer(replace(dilated(wide), name="dilated"), (*flat_only, SOMEWHERE[0], SOMEWHERE[2])),
         Layer(replace(strided(wide), name="stride 3 x 2", stride=(3, 2), size=(14, 15)), SOMEWHERE),
         Layer(replace(wide, name="one group", groups=1, in_channels=128, out_channels=128), SOMEWHERE),
+        Layer(dilated(RESNET50[0]), EVERYWHERE, only=("weight_grad",)),  # rows that wide layers do not choose
         Layer(Case("resnet20-16@32", 128, 16, 16, (32, 32)), SOMEWHERE),
         Layer(strided(Case("resnet20-16-32@32", 128, 16, 32, (32, 32))), SOMEWHERE, batch_norm=True),
     ]
@@ -153,6 +154,11 @@ def followed_by(activation: str, case: Case, *, residual: bool = True) -> dict[s
 def strided(case: Case) -> Case:
     """The same at stride 2."""
     return replace(case, name=f"{case.name} stride 2", stride=(2, 2))
+
+
+def dilated(case: Case) -> Case:
+    """The same with dilated taps, which no descriptor kernel takes."""
+    return replace(case, name=f"{case.name} dilated", dilation=(2, 2), padding=(2, 2))
 
 
 def _descriptor_layers() -> Iterator[Layer]:

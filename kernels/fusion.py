@@ -14,7 +14,7 @@ in fixed order. There are no atomics, so the same input gives the same bits.
 import triton
 import triton.language as tl
 
-from .tuning import FUSION, FUSION_KEY, autotuned, prune_channels
+from .tuning import FUSION, FUSION_GRAD, FUSION_KEY, autotuned, prune_channels
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def fusion_blend(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@autotuned(FUSION, FUSION_KEY, prune_channels)
+@autotuned(FUSION_GRAD, FUSION_KEY, prune_channels)
 @triton.jit(do_not_specialize=["N", "P"])
 def fusion_blend_grad(
     grad_ptr,  # [N, P, C]

@@ -4,7 +4,10 @@ Keys name what belongs to a layer (channels, groups, window); batch, height and 
 new input size neither tunes nor compiles again.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import triton
 from triton import knobs
@@ -15,6 +18,47 @@ def config(num_warps: int, num_stages: int, **blocks: int) -> triton.Config:
     return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
 
 
+class Table(tuple[triton.Config, ...]):
+    """Rows by how products are formed; each of them once, and last the narrowest, which all share.
+
+    Args:
+        half: for float16 and bfloat16.
+        tf32: for float32 on tensor cores.
+        float32: for float32 without.
+    """
+
+    half: frozenset[Any]
+    tf32: frozenset[Any]
+    float32: frozenset[Any]
+
+    def __new__(
+        cls, half: Sequence[triton.Config], tf32: Sequence[triton.Config], float32: Sequence[triton.Config]
+    ) -> Table:
+        every = (*half[:-1], *tf32[:-1], *float32[:-1], half[-1])
+        table = super().__new__(cls, {blocks(row): row for row in every}.values())
+        table.half, table.tf32, table.float32 = (frozenset(map(blocks, rows)) for rows in (half, tf32, float32))
+        assert blocks(half[-1]) in table.tf32 & table.float32
+        return table
+
+    def of(self, configs: Sequence[triton.Config], arguments: dict[str, Any]) -> list[triton.Config]:
+        """Those of ``configs`` that are for a kernel's arguments; all, if none is of this table."""
+        if itemsize(arguments) < 4:
+            rows = self.half
+        else:
+            rows = self.float32 if arguments["PRECISION"] == "ieee" else self.tf32
+        return [config for config in configs if blocks(config) in rows] or list(configs)
+
+
+def blocks(config: triton.Config) -> Any:
+    """What tells a row from others."""
+    return tuple(sorted(config.kwargs.items())), config.num_warps, config.num_stages
+
+
+def itemsize(arguments: dict[str, Any]) -> int:
+    """Bytes of an element of the maps that a kernel reads."""
+    return arguments["grad_ptr" if "grad_ptr" in arguments else "x_ptr"].dtype.itemsize
+
+
 def autotuned(table: Sequence[triton.Config], key: Sequence[str], prune: Callable[..., list[triton.Config]]):
     """``triton.autotune`` over ``table``, or its last row where kernels are interpreted.
 
@@ -22,7 +66,14 @@ def autotuned(table: Sequence[triton.Config], key: Sequence[str], prune: Callabl
     keeps for the smallest blocks.
     """
     configs = [table[-1]] if knobs.runtime.interpret else list(table)
-    return triton.autotune(configs, key=list(key), prune_configs_by={"early_config_prune": prune}, cache_results=True)
+
+    def early_config_prune(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
+        if isinstance(table, Table):
+            configs = table.of(configs, {**named_args, **kwargs})
+        return prune(configs, named_args, **kwargs)
+
+    pruning = {"early_config_prune": early_config_prune}
+    return triton.autotune(configs, key=list(key), prune_configs_by=pruning, cache_results=True)
 
 
 def fits(block: int, size: int, smallest: int) -> bool:
@@ -33,20 +84,20 @@ def fits(block: int, size: int, smallest: int) -> bool:
 def spills(candidate: triton.Config, itemsize: int, scattered: bool, window: int) -> bool:
     """64 accumulators a thread leave few registers.
 
-    The wider operands of float32 overflow those of sm_80; so do the addresses and masks of channels that are no
-    multiple of 16, one for each element, by 160 to 232 bytes on sm_90 and sm_100; so does pooling over more than four
-    pixels. Eight warps share all that among more threads and just hold it, unless float32 is pooled.
+    The addresses and masks of channels that are no multiple of 16, one for each element, overflow those that are left,
+    by 160 to 232 bytes on sm_90 and sm_100; so does pooling over more than four pixels. Eight warps share all that
+    among more threads and just hold it, unless float32 is pooled.
 
     Args:
         scattered: channels of a group are no multiple of 16.
         window: pixels that a point-wise convolution averages.
     """
-    blocks = sorted(candidate.kwargs.values())
-    accumulators = blocks[-1] * blocks[-2] // (32 * candidate.num_warps)
+    sizes = sorted(candidate.kwargs.values())
+    accumulators = sizes[-1] * sizes[-2] // (32 * candidate.num_warps)
     if accumulators < 64:
         return False
     if candidate.num_warps < 8:
-        return itemsize == 4 or scattered or window > 4
+        return scattered or window > 4
     return itemsize == 4 and window > 1
 
 
@@ -59,45 +110,64 @@ def overflows_shared_memory(candidate: triton.Config, itemsize: int) -> bool:
 def prune_layer(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
     """Keep the configs whose channel blocks fit a group, and that the dtype leaves registers and memory for."""
     arguments = {**named_args, **kwargs}
-    sizes = {name: arguments[size] // arguments["G"] for name, size in (("BLOCK_CO", "CO"), ("BLOCK_C", "CR"))}
-    itemsize = arguments["grad_ptr" if "grad_ptr" in arguments else "x_ptr"].dtype.itemsize
-    scattered = any(size % 16 for size in sizes.values())
+    sizes = group_sizes(arguments)
+    bytes_each = itemsize(arguments)
+    scattered = are_scattered(arguments)
     window = arguments["STRIDE_H"] * arguments["STRIDE_W"]
     kept = [
         c
         for c in configs
         if all(fits(c.kwargs[name], size, 16) for name, size in sizes.items() if name in c.kwargs)
-        and not spills(c, itemsize, scattered, window)
-        and not overflows_shared_memory(c, itemsize)
+        and not spills(c, bytes_each, scattered, window)
+        and not overflows_shared_memory(c, bytes_each)
     ]
     return kept or [configs[-1]]
 
 
+def group_sizes(arguments: dict[str, Any]) -> dict[str, int]:
+    """Channels of a group by the name of their block."""
+    return {name: arguments[size] // arguments["G"] for name, size in (("BLOCK_CO", "CO"), ("BLOCK_C", "CR"))}
+
+
+def are_scattered(arguments: dict[str, Any]) -> bool:
+    """Whether channels of a group are no multiple of 16: then addresses and masks are of single elements."""
+    return any(size % 16 for size in group_sizes(arguments).values())
+
+
 def prune_input_grad(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
-    """As :func:`prune_layer`; and at a stride the wider blocks spill a little on sm_90 and sm_100."""
+    """As :func:`prune_layer`, less what spills: at a stride the wider blocks on sm_90 and sm_100, and of channels that
+    are scattered 32 beside 128 pixels on sm_100."""
     arguments = {**named_args, **kwargs}
-    strided = arguments["STRIDE_H"] * arguments["STRIDE_W"] > 1
-    candidates = [c for c in configs if not strided or c.kwargs["BLOCK_C"] <= 32]
-    return prune_layer(candidates, named_args, **kwargs)
+    strided, scattered = arguments["STRIDE_H"] * arguments["STRIDE_W"] > 1, are_scattered(arguments)
+
+    def is_clean(block: dict[str, int]) -> bool:
+        if strided and block["BLOCK_C"] > 32:
+            return False
+        return not (scattered and block["BLOCK_C"] == 32 and block["BLOCK_PIX"] == 128)
+
+    return prune_layer([c for c in configs if is_clean(c.kwargs)], named_args, **kwargs)
 
 
 def prune_weight_grad(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
-    """As :func:`prune_layer`, less what spills into the loop on sm_80.
+    """As :func:`prune_layer`, less what spills.
 
-    Float32 without tensor cores passes operands through registers for all pixels of a step: 64 of them leave 3.7 KB a
-    thread in local memory. At a stride the narrowest block spills beside 64 input channels, where a layer that has more
-    outputs does not want it.
+    In half precision, of channels that are scattered, steps of 16 and 64 pixels do on sm_100; at a stride, 64 outputs
+    of float32 without tensor cores on sm_80; and beside 64 input channels, 32 outputs of 32 pixels on sm_90. Beside as
+    many the narrowest block, which is for narrow layers, does on each of them in one layer or another.
     """
     arguments = {**named_args, **kwargs}
-    vectors = arguments["grad_ptr"].dtype.itemsize == 4 and arguments["PRECISION"] == "ieee"
     strided = arguments["STRIDE_H"] * arguments["STRIDE_W"] > 1
-    wide = arguments["BLOCK_C"] >= 64 and arguments["CO"] // arguments["G"] > 16
-    candidates = [
-        c
-        for c in configs
-        if not (vectors and c.kwargs["BLOCK_PIX"] > 32) and not (strided and wide and c.kwargs["BLOCK_CO"] <= 16)
-    ]
-    return prune_layer(candidates or configs, named_args, **kwargs)
+    scattered_halves = are_scattered(arguments) and itemsize(arguments) < 4
+    wide = arguments["BLOCK_C"] >= 64
+    narrow_outputs = arguments["CO"] // arguments["G"] <= 16
+
+    def is_clean(block: dict[str, int]) -> bool:
+        pixels, outputs = block["BLOCK_PIX"], block["BLOCK_CO"]
+        if (scattered_halves and pixels != 32) or (strided and (pixels, outputs) == (16, 64)):
+            return False
+        return not wide or ((pixels, outputs) != (32, 32) and (outputs > 16 or narrow_outputs))
+
+    return prune_layer([c for c in configs if is_clean(c.kwargs)] or configs, named_args, **kwargs)
 
 
 def prune_channels(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
@@ -117,38 +187,87 @@ def prune_statistics(configs: list[triton.Config], named_args: dict, **kwargs) -
 BRANCH_KEY = ("CR", "CO", "G", "KH", "KW", "STRIDE_H", "STRIDE_W", "PRECISION")
 LAYER_KEY = ("C", *BRANCH_KEY)
 
-FORWARD = (
-    config(8, 3, BLOCK_PIX=128, BLOCK_CO=128, BLOCK_C=32),
-    config(4, 4, BLOCK_PIX=128, BLOCK_CO=64, BLOCK_C=32),
-    config(4, 4, BLOCK_PIX=64, BLOCK_CO=64, BLOCK_C=32),
-    config(4, 3, BLOCK_PIX=128, BLOCK_CO=32, BLOCK_C=16),
-    config(4, 3, BLOCK_PIX=64, BLOCK_CO=16, BLOCK_C=16),
+NARROWEST = config(4, 3, BLOCK_PIX=64, BLOCK_CO=16, BLOCK_C=16)
+
+# Float32 without tensor cores passes operands through registers, and leaves none for 32 accumulators a thread on sm_80.
+FORWARD = Table(
+    half=(
+        config(8, 3, BLOCK_PIX=128, BLOCK_CO=128, BLOCK_C=32),
+        config(4, 4, BLOCK_PIX=128, BLOCK_CO=64, BLOCK_C=32),
+        config(8, 3, BLOCK_PIX=64, BLOCK_CO=64, BLOCK_C=32),
+        config(4, 3, BLOCK_PIX=128, BLOCK_CO=32, BLOCK_C=16),
+        NARROWEST,
+    ),
+    tf32=(
+        config(8, 3, BLOCK_PIX=128, BLOCK_CO=128, BLOCK_C=16),
+        config(8, 3, BLOCK_PIX=64, BLOCK_CO=64, BLOCK_C=16),
+        config(4, 3, BLOCK_PIX=128, BLOCK_CO=32, BLOCK_C=16),
+        NARROWEST,
+    ),
+    float32=(
+        config(8, 3, BLOCK_PIX=64, BLOCK_CO=64, BLOCK_C=16),
+        config(4, 3, BLOCK_PIX=64, BLOCK_CO=32, BLOCK_C=16),
+        NARROWEST,
+    ),
 )
 
 MOMENT_PIXELS = 128
 """BLOCK_PIX of the branches that leave moments. Not tuned: it decides the size of a buffer, allocated before."""
 
-# No wider: the moments of the columns take as many registers again as the accumulator.
-BRANCHES = (
-    config(8, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=64, BLOCK_C=32),
-    config(4, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=32, BLOCK_C=16),
-    config(4, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=16, BLOCK_C=16),
+# No wider: the moments of the columns take as many registers again as the accumulator, two for an element of float32.
+NARROWEST_MOMENTS = config(8, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=16, BLOCK_C=16)
+BRANCHES = Table(
+    half=(
+        config(8, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=64, BLOCK_C=32),
+        config(8, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=32, BLOCK_C=32),
+        NARROWEST_MOMENTS,
+    ),
+    tf32=(config(8, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=32, BLOCK_C=32), NARROWEST_MOMENTS),
+    float32=(config(8, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=32, BLOCK_C=32), NARROWEST_MOMENTS),
 )
 
-INPUT_GRAD = (
-    config(8, 3, BLOCK_PIX=128, BLOCK_C=128, BLOCK_CO=32),
-    config(4, 4, BLOCK_PIX=128, BLOCK_C=64, BLOCK_CO=32),
-    config(4, 4, BLOCK_PIX=64, BLOCK_C=64, BLOCK_CO=32),
-    config(4, 3, BLOCK_PIX=128, BLOCK_C=32, BLOCK_CO=32),
-    config(4, 3, BLOCK_PIX=64, BLOCK_C=16, BLOCK_CO=16),
+NARROWEST_INPUTS = config(4, 3, BLOCK_PIX=64, BLOCK_C=16, BLOCK_CO=16)
+INPUT_GRAD = Table(
+    half=(
+        config(8, 3, BLOCK_PIX=128, BLOCK_C=128, BLOCK_CO=32),
+        config(4, 4, BLOCK_PIX=128, BLOCK_C=64, BLOCK_CO=32),
+        config(4, 4, BLOCK_PIX=64, BLOCK_C=64, BLOCK_CO=32),
+        config(4, 3, BLOCK_PIX=128, BLOCK_C=32, BLOCK_CO=32),
+        NARROWEST_INPUTS,
+    ),
+    tf32=(
+        config(8, 3, BLOCK_PIX=128, BLOCK_C=128, BLOCK_CO=16),
+        config(8, 3, BLOCK_PIX=64, BLOCK_C=64, BLOCK_CO=32),
+        config(4, 3, BLOCK_PIX=128, BLOCK_C=32, BLOCK_CO=32),
+        NARROWEST_INPUTS,
+    ),
+    float32=(
+        config(8, 3, BLOCK_PIX=64, BLOCK_C=64, BLOCK_CO=16),
+        config(4, 3, BLOCK_PIX=32, BLOCK_C=32, BLOCK_CO=16),
+        NARROWEST_INPUTS,
+    ),
 )
 
 # Two accumulators and a tile of weights: eight warps for what four carry elsewhere.
-WEIGHT_GRAD = (
-    config(8, 3, BLOCK_PIX=64, BLOCK_CO=64),
-    config(8, 3, BLOCK_PIX=32, BLOCK_CO=64),
-    config(4, 3, BLOCK_PIX=32, BLOCK_CO=32),
-    config(4, 3, BLOCK_PIX=32, BLOCK_CO=16),
+NARROWEST_WEIGHTS = config(4, 3, BLOCK_PIX=32, BLOCK_CO=16)
+WEIGHT_GRAD = Table(
+    half=(
+        config(8, 3, BLOCK_PIX=64, BLOCK_CO=64),
+        config(8, 3, BLOCK_PIX=32, BLOCK_CO=64),
+        config(4, 3, BLOCK_PIX=32, BLOCK_CO=32),
+        config(4, 3, BLOCK_PIX=16, BLOCK_CO=32),
+        NARROWEST_WEIGHTS,
+    ),
+    tf32=(
+        config(8, 3, BLOCK_PIX=32, BLOCK_CO=64),
+        config(4, 3, BLOCK_PIX=16, BLOCK_CO=32),
+        NARROWEST_WEIGHTS,
+    ),
+    float32=(
+        config(8, 3, BLOCK_PIX=16, BLOCK_CO=64),
+        config(8, 3, BLOCK_PIX=16, BLOCK_CO=32),
+        NARROWEST_WEIGHTS,
+    ),
 )
 
 
@@ -165,7 +284,7 @@ def weight_block(channels_per_group: int) -> int:
 STATISTICS_KEY = ("C", "KH", "KW", "STRIDE_H", "STRIDE_W")
 
 STATISTICS = (
-    config(4, 3, BLOCK_PIX=32, BLOCK_C=128),
+    config(8, 3, BLOCK_PIX=32, BLOCK_C=128),
     config(4, 3, BLOCK_PIX=64, BLOCK_C=64),
     config(4, 3, BLOCK_PIX=64, BLOCK_C=32),
     config(4, 3, BLOCK_PIX=64, BLOCK_C=16),
@@ -174,9 +293,9 @@ STATISTICS = (
 GATE_KEY = ("C", "CR", "CO", "G", "TAPS")
 
 GATE = (
-    config(8, 2, BLOCK_N=16, BLOCK_CO=16, BLOCK_C=64),
-    config(4, 2, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=32),
-    config(4, 2, BLOCK_N=16, BLOCK_CO=16, BLOCK_C=16),
+    config(8, 2, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=64),
+    config(4, 2, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=16),
+    config(2, 2, BLOCK_N=16, BLOCK_CO=16, BLOCK_C=16),
 )
 
 FUSION_KEY = ("C",)
@@ -188,10 +307,18 @@ FUSION = (
     config(4, 2, BLOCK_PIX=64, BLOCK_C=16),
 )
 
+# Two maps are written, not one.
+FUSION_GRAD = (
+    config(4, 2, BLOCK_PIX=32, BLOCK_C=128),
+    config(4, 2, BLOCK_PIX=32, BLOCK_C=64),
+    config(4, 2, BLOCK_PIX=64, BLOCK_C=32),
+    config(4, 2, BLOCK_PIX=64, BLOCK_C=16),
+)
+
 # Five accumulators.
 NORM_SUMS = (
     config(4, 2, BLOCK_PIX=16, BLOCK_C=128),
     config(4, 2, BLOCK_PIX=32, BLOCK_C=64),
     config(4, 2, BLOCK_PIX=64, BLOCK_C=32),
-    config(4, 2, BLOCK_PIX=64, BLOCK_C=16),
+    config(4, 2, BLOCK_PIX=32, BLOCK_C=16),
 )

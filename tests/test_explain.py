@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import RESNET50
 
-from spconv_triton import SPConv2d, dispatch, explain
+from spconv_triton import SPConv2d, dispatch, explain, native_convolution
 from spconv_triton.dispatch import INTERPRETED
 from spconv_triton.native_weights import AVAILABLE
 
@@ -97,8 +97,13 @@ def test_without_redundant_channels_on_a_gpu() -> None:
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDNN")
-@pytest.mark.parametrize(("size", "path"), [(56, "gate first"), (28, "folded weights")])
-def test_large_maps_on_a_cpu(size: int, path: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "wider", "path"),
+    [(56, False, "gate first"), (56, True, "folded weights"), (28, False, "folded weights")],
+)
+def test_large_maps_on_a_cpu(size: int, wider: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where oneDNN multiplies wider than ATen, weights for each sample are not worth it."""
+    monkeypatch.setattr(native_convolution, "ONEDNN_IS_WIDER", wider)
     x = torch.randn(8, 64, size, size).to(memory_format=torch.channels_last)
     assert explain(SPConv2d(64, 64, 3, padding=1), x).path.name == path
 

@@ -27,7 +27,7 @@ from cases import RESNET50, Case
 from benchmarks import matrix, static
 from benchmarks.launches import Launch, backward_launches
 from benchmarks.machine_code import compiling_for
-from benchmarks.machine_code_gate import EXEMPT, Exempt, complaints, unused
+from benchmarks.machine_code_gate import EXEMPT, SPILLS_NOTHING, Exempt, complaints, unused
 from benchmarks.matrix import Compilation
 from benchmarks.measurements import Row, load, measure
 from spconv_triton import launch
@@ -81,6 +81,8 @@ def test_nothing_spills_or_overflows(rows: dict[str, Row]) -> None:
     wrong = complaints(rows.values())
     assert not wrong, "\n".join(wrong)
     assert not unused(list(rows.values())), "exceptions that nothing needs"
+    for target in SPILLS_NOTHING:
+        assert not any(row.spilled_bytes or row.local for row in rows.values() if row.target == target), target
 
 
 def test_the_report_tells_the_truth(wanted: list[Compilation], rows: dict[str, Row]) -> None:
