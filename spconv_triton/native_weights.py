@@ -1,13 +1,15 @@
 """The weights of a layer on ATen and the products with them: as they are given, or prepared.
 
-Prepared, there are less of them (:mod:`spconv_triton.native_folding`), and they lie in the order in which oneDNN
-computes; else every call reorders them, which for the deep layers of a network, whose weights are many and maps small,
-takes as long as the products. A layer in eval keeps them. For a single call they are at most folded.
+Prepared, there are less of them (:mod:`spconv_triton.native_folding`), and for each shape of inputs they lie in the
+order in which oneDNN computes; else every call reorders them, which for the deep layers of a network, whose weights are
+many and maps small, takes as long as the products. A layer in eval keeps them. For a single call they are at most
+folded.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +46,8 @@ AVAILABLE = torch.backends.mkldnn.is_available() and all(
     )
 )
 
-PLANS = 256
-"""How many shapes are remembered."""
+PLANS = 8
+"""How many shapes are remembered: each has weights of its own."""
 
 GATED_BYTES = 4 << 20
 """Of a map, from which reading it once more takes long enough for the gate to come first; and"""
@@ -121,15 +123,12 @@ class Form(NamedTuple):
         weight: of the group-wise convolution, in oneDNN's order if it is packed.
         groups: of that convolution.
         rest: of the point-wise one, each block transposed: [inputs, outputs].
-        exchanged: the same as one convolution of two groups, on x3 with its halves exchanged, in oneDNN's order; None
-            where that would not take less time for any input.
     """
 
     name: str
     weight: Tensor
     groups: int
     rest: tuple[tuple[Block, Tensor], ...]
-    exchanged: Tensor | None
 
 
 class Plan(NamedTuple):
@@ -137,6 +136,8 @@ class Plan(NamedTuple):
 
     Attributes:
         form: of the weights.
+        exchanged: ``form.rest`` as one convolution of two groups, on x3 with its halves exchanged, in oneDNN's order;
+            None where that does not take less time.
         view: shape and strides of x3 in x; None for a slice of channels, which oneDNN copies.
         window: stride, padding and dilation of that view's convolution.
         rows: N H_out W_out.
@@ -144,10 +145,10 @@ class Plan(NamedTuple):
         pixels: H_out W_out, as a tensor, since ATen makes one of a number in every call.
         is_z: whether the point-wise convolutions read x itself.
         gate_first: whether the gate comes first.
-        exchanges: whether to use ``form.exchanged``.
     """
 
     form: Form
+    exchanged: Tensor | None
     view: tuple[Any, Any] | None
     window: tuple[Any, Any, Any]
     rows: int
@@ -155,7 +156,6 @@ class Plan(NamedTuple):
     pixels: Tensor
     is_z: bool
     gate_first: bool
-    exchanges: bool
 
 
 class PreparedWeights(Weights):
@@ -184,18 +184,18 @@ class PreparedWeights(Weights):
         """For an x of this shape."""
         plan = self._plans.get(shape)
         if plan is None:
-            if len(self._plans) >= PLANS:
-                self._plans.clear()
+            for oldest in list(self._plans)[: len(self._plans) - PLANS + 1]:
+                self._plans.pop(oldest, None)
             plan = self._plans[shape] = self._make_plan(shape)
         return plan
 
     def u3(self, x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
         y, plan = self.convolve(x, bias), self.plan(x.shape)
-        if plan.exchanges:
+        if plan.exchanged is not None:
             first, second = z.narrow(1, 0, self.pwc.shape[1]).chunk(2, 1)
             read = channels_last(torch.cat((second, first), 1))
             torch.ops.mkldnn._convolution_pointwise_.binary(
-                y, read, plan.form.exchanged, None, (0, 0), (1, 1), (1, 1), 2, "add", 1.0, None, [], None
+                y, read, plan.exchanged, None, (0, 0), (1, 1), (1, 1), 2, "add", 1.0, None, [], None
             )
             return y
         for block, matrix in plan.form.rest:
@@ -204,7 +204,7 @@ class PreparedWeights(Weights):
 
     def convolve(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """GWC'(x3) + bias: GWC(x3) where the gate comes first."""
-        (_, weight, groups, *_), view, (stride, padding, dilation), *_ = self.plan(x.shape)
+        (_, weight, groups, _), _, view, (stride, padding, dilation), *_ = self.plan(x.shape)
         x3 = x.narrow(1, 0, self.pwc.shape[1]) if view is None else x.as_strided(*view)
         y = torch.ops.mkldnn._convolution_pointwise.default(
             x3, weight, bias, padding, stride, dilation, groups, "none", [], ""
@@ -235,29 +235,26 @@ class PreparedWeights(Weights):
         if by_convolutions and not can_merge(self.gwc, self.geometry, height, width):
             gate_first = False  # products with weights of each sample are ATen's
             view, window = None, self.geometry[1:]  # a copy of x3 takes less time than longer strides
-        form = self._prepared if gate_first else self._form(height, width)
-        exchanges = by_convolutions and form.exchanged is not None
-        return Plan(form, view, window[:3], rows, size, pixels, is_z, gate_first, exchanges)
+        of_x3 = (batch, self.pwc.shape[1], height, width) if view is None else view[0]
+        form = self._form(height, width, gate_first)
+        if self._packs:
+            form = form._replace(weight=_packed(form.weight, of_x3, *window[:3], form.groups))
+        exchanged = None
+        if by_convolutions and self._packs and len(form.rest) == 2 and form.rest[0][0].inputs >= EXCHANGED_CHANNELS:
+            blocks = torch.cat([block.of(self.pwc) for block, _ in form.rest])[:, :, None, None]
+            exchanged = _packed(blocks, (batch, self.pwc.shape[1], *size), (1, 1), (0, 0), (1, 1), 2)
+        return Plan(form, exchanged, view, window[:3], rows, size, pixels, is_z, gate_first)
 
-    def _form(self, height: int, width: int) -> Form:
-        # Zeros among merged weights make NaN of infinities; the gate tells, and without one nothing does.
-        if self.has_gate and can_merge(self.gwc, self.geometry, height, width):
-            return self._merged
-        return self._folded if can_fold(self.geometry, height, width) else self._prepared
-
-    @functools.cached_property
-    def _prepared(self) -> Form:
-        return self._pack("prepared", self.gwc, self.geometry.groups, whole(self.pwc))
-
-    @functools.cached_property
-    def _folded(self) -> Form:
+    def _form(self, height: int, width: int, gate_first: bool) -> Form:
         groups = self.geometry.groups
-        weight = fold(self.gwc, self.pwc, self.geometry)
-        return self._pack("folded", weight, groups, other_blocks(self.gwc, groups))
-
-    @functools.cached_property
-    def _merged(self) -> Form:
-        return self._pack("merged", merge(self.gwc, self.pwc, self.geometry), 1, ())
+        # Zeros among merged weights make NaN of infinities; the gate tells, and without one nothing does.
+        if not gate_first and self.has_gate and can_merge(self.gwc, self.geometry, height, width):
+            return Form("merged", merge(self.gwc, self.pwc, self.geometry), 1, ())
+        if not gate_first and can_fold(self.geometry, height, width):
+            blocks, name, weight = other_blocks(self.gwc, groups), "folded", fold(self.gwc, self.pwc, self.geometry)
+        else:
+            blocks, name, weight = whole(self.pwc), "prepared", self.gwc
+        return Form(name, weight, groups, tuple((block, block.of(self.pwc).t()) for block in blocks))
 
     @functools.cached_property
     def _turned_redundant(self) -> Tensor:
@@ -268,15 +265,20 @@ class PreparedWeights(Weights):
         matrix = self.redundant.flatten(1).contiguous()
         return torch.ops.mkldnn._reorder_linear_weight(matrix, None) if self._packs else matrix
 
-    def _pack(self, name: str, weight: Tensor, groups: int, rest: tuple[Block, ...]) -> Form:
-        if self._packs:
-            _, stride, padding, dilation, _ = self.geometry  # the order is the same for wider rows
-            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, None)
-        exchanged = None
-        if len(rest) == 2 and self._packs and rest[0].inputs >= EXCHANGED_CHANNELS:
-            blocks = torch.cat([block.of(self.pwc) for block in rest])[:, :, None, None]
-            exchanged = torch.ops.mkldnn._reorder_convolution_weight(blocks, (0, 0), (1, 1), (1, 1), 2, None)
-        return Form(name, weight, groups, tuple((block, block.of(self.pwc).t()) for block in rest), exchanged)
+
+def _packed(
+    weight: Tensor,
+    x: Sequence[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """A weight in the order in which oneDNN convolves an input of this shape.
+
+    The order depends on it. On processors with AVX2 alone a weight in another took up to 20 ms a call to reorder.
+    """
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(x))
 
 
 def prepare(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry) -> Weights:

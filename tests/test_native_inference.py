@@ -132,6 +132,29 @@ def test_samples_may_go_one_by_one(name: str, dtype: torch.dtype, monkeypatch: p
     assert_within_budget_over_draws(judged(make_inputs(case, dtype, branch_bias=True), case) for _ in range(3))
 
 
+def test_weights_are_packed_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For another shape oneDNN may want another order, and would reorder them in every call."""
+    packed, kept = [], native_weights._packed
+
+    def counted(weight: Tensor, x: tuple[int, ...], *window: Any) -> Tensor:
+        packed.append(tuple(x))
+        return kept(weight, x, *window)
+
+    monkeypatch.setattr(native_weights, "_packed", counted)
+    layer = SPConv2d(32, 16, 3, padding=1).eval()
+    judge = copy.deepcopy(layer).double()
+    shapes = [(batch, 32, height, 6) for batch in (1, 2) for height in range(1, native_weights.PLANS)]
+    with torch.no_grad():
+        for shape in shapes:
+            x = torch.randn(shape)
+            for _ in range(2):
+                torch.testing.assert_close(layer(x), judge(x.double()).float(), atol=1e-5, rtol=1e-4)
+    assert [x[::2] for x in packed] == [x[::2] for x in shapes]  # pixels may be of longer rows
+    memory = layer._inference._kept
+    assert memory is not None
+    assert list(memory.weights._plans) == shapes[-native_weights.PLANS :], "the latest are remembered"
+
+
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 7])
 def test_any_share_of_the_samples_may_go_together(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(replace(BY_NAME["plain"], batch=7), torch.float32)
