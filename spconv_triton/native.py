@@ -170,13 +170,30 @@ def compose(
     Autograd and ``torch.func`` differentiate it as often as asked, with U3 and U1 in memory.
     """
     representative = weight_pwc.shape[1]
-    y = representative_branch(x[:, :representative], weight_gwc, weight_pwc, geometry)
+    parts = x[:, :representative], None if weight_redundant is None else x[:, representative:]
+    return compose_parts(*parts, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, after)
+
+
+def compose_parts(
+    x3: Tensor,
+    x1: Tensor | None,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    geometry: Geometry,
+    after: Epilogue | None = None,
+) -> Tensor:
+    """As :func:`compose`, of the representative and the redundant channels of x."""
+    y = representative_branch(x3, weight_gwc, weight_pwc, geometry)
     if branch_bias is not None:
-        y = (y + branch_bias[0, :, None, None]).to(x.dtype)
+        y = (y + branch_bias[0, :, None, None]).to(x3.dtype)
     if weight_redundant is not None:
-        u1 = pointwise(x[:, representative:], weight_redundant, geometry)
+        assert x1 is not None
+        u1 = pointwise(x1, weight_redundant, geometry)
         if branch_bias is not None:
-            u1 = (u1 + branch_bias[1, :, None, None]).to(x.dtype)
+            u1 = (u1 + branch_bias[1, :, None, None]).to(x3.dtype)
         y = gap_softmax_fusion(y, u1)
     if after is not None:
         return after(y, bias)

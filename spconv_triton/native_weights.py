@@ -184,7 +184,7 @@ class PreparedWeights(Weights):
         """For an x of this shape."""
         plan = self._plans.get(shape)
         if plan is None:
-            for oldest in list(self._plans)[: len(self._plans) - PLANS + 1]:
+            for oldest in list(self._plans)[: max(0, len(self._plans) - PLANS + 1)]:
                 self._plans.pop(oldest, None)
             plan = self._plans[shape] = self._make_plan(shape)
         return plan
