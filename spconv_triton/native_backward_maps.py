@@ -12,16 +12,10 @@ from torch import Tensor
 
 from . import native
 from .native_backward_operands import Operands
-from .native_convolution import (
-    add_pointwise,
-    channels_last,
-    columns,
-    convolution_backward,
-    convolve,
-    is_matrix_product,
-)
+from .native_convolution import channels_last, convolution_backward, convolve
 from .native_folding import Block, fold, folding_pays, other_blocks, unfold_gradient, whole
 from .native_gate import sums_of_maps
+from .native_products import add_pointwise, columns, is_matrix_product
 
 
 class Maps(NamedTuple):

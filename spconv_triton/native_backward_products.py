@@ -30,8 +30,9 @@ from torch import Tensor
 
 from . import native
 from .native_backward_operands import Operands
-from .native_convolution import channels_last, convolution_backward, convolve, is_matrix_product, pixels
+from .native_convolution import channels_last, convolution_backward, convolve
 from .native_gate import gate_comes_first, sums_of_maps
+from .native_products import is_matrix_product, pixels
 
 
 class Products(NamedTuple):

@@ -36,8 +36,9 @@ from .geometry import Geometry
 from .native_backward import differentiable_gradients
 from .native_backward_maps import branch_gradients
 from .native_backward_operands import operands
-from .native_convolution import channels_last, pointwise
+from .native_convolution import channels_last
 from .native_gate import sums_of_maps
+from .native_products import pointwise
 from .native_weights import for_one_call
 
 TENSORS = 9

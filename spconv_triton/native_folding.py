@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .native_convolution import is_matrix_product
+from .native_products import is_matrix_product
 
 MERGED_CHANNELS = 16
 """Up to which x3 is one block of oneDNN's."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .native_convolution import is_matrix_product
+from .native_products import is_matrix_product
 
 COPIED = 1 << 19
 """Elements that are copied at a time."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from .dispatch import is_transformed
 from .geometry import Geometry
 from .layout import memory_format
-from .native_convolution import are_products_precise
+from .native_products import are_products_precise
 from .native_weights import PreparedWeights, Weights, are_preparable, prepare
 from .watch import Watch, can_watch
 

@@ -1,12 +1,15 @@
 """The whole layer on ATen, keeping x and one number per (sample, output channel) for the backward.
 
-Forward, in channels_last: the group-wise convolution is oneDNN's, the point-wise ones are matrix products over pixels.
+Forward, in channels_last: the group-wise convolution is oneDNN's, the point-wise ones are matrix products over pixels
+(:mod:`spconv_triton.native_products`).
 
 On small maps U3 and U1 are made side by side, the gate comes from their means, and the blend is written over U1. On
 large ones every further map costs more than weights for each sample: there is none but Y, the gate comes first
 (:mod:`spconv_triton.native_gate`), and the point-wise convolutions are added in one product,
 
     Y = scale GWC(x3) + offset + [scale Wp | a gamma W1] z,   scale = a beta,   offset = a (beta b3 + gamma b1) + bias
+
+but where oneDNN multiplies wider than ATen: there two more maps take less time than a product for each sample.
 
 In inference a is the scale of a norm that follows, and a residual and an activation follow in place; else a is 1. There
 weights are prepared (:mod:`spconv_triton.native_weights`), with which the branches take less time, so that maps are
@@ -32,7 +35,7 @@ from .dispatch import is_exporting, is_transformed
 from .geometry import Geometry
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
-from .native_convolution import channels_last, pixels
+from .native_convolution import channels_last
 from .native_gate import (
     bias_difference,
     difference_of_means,
@@ -42,6 +45,7 @@ from .native_gate import (
     sums_of_maps,
 )
 from .native_inference import Inference
+from .native_products import pixels
 from .native_weights import Plan, PreparedWeights, Weights, for_one_call
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]

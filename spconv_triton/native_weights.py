@@ -18,23 +18,25 @@ from torch import Tensor
 from . import native
 from .geometry import Geometry
 from .native_convolution import (
-    add_pointwise,
     are_of_onednn,
     are_readable,
-    can_be_matrix_product,
     channels_last,
-    columns,
     convolve,
+    representative,
+    representative_view,
+)
+from .native_folding import Block, can_fold, can_merge, fold, folding_pays, merge, other_blocks, whole
+from .native_gate import gate_comes_first
+from .native_products import (
+    add_pointwise,
+    can_be_matrix_product,
+    columns,
     is_large,
     is_matrix_product,
     maps,
     pointwise,
-    representative,
-    representative_view,
     takes_convolutions,
 )
-from .native_folding import Block, can_fold, can_merge, fold, folding_pays, merge, other_blocks, whole
-from .native_gate import gate_comes_first
 
 AVAILABLE = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)

@@ -17,7 +17,7 @@ from small_network import CLASSES, images, small_network
 from torch import Tensor, nn
 
 from spconv_triton import SPConv2d
-from spconv_triton.native_convolution import can_be_matrix_product
+from spconv_triton.native_products import can_be_matrix_product
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import RESNET50
 
-from spconv_triton import SPConv2d, dispatch, explain, native_convolution
+from spconv_triton import SPConv2d, dispatch, explain, native_products
 from spconv_triton.dispatch import INTERPRETED
 from spconv_triton.native_weights import AVAILABLE
 
@@ -103,7 +103,7 @@ def test_without_redundant_channels_on_a_gpu() -> None:
 )
 def test_large_maps_on_a_cpu(size: int, wider: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where oneDNN multiplies wider than ATen, weights for each sample are not worth it."""
-    monkeypatch.setattr(native_convolution, "ONEDNN_IS_WIDER", wider)
+    monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", wider)
     x = torch.randn(8, 64, size, size).to(memory_format=torch.channels_last)
     assert explain(SPConv2d(64, 64, 3, padding=1), x).path.name == path
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import native_onepass, native_weights, reference
 from spconv_triton.functional import spconv2d, spconv2d_inference
-from spconv_triton.native_convolution import can_be_matrix_product
+from spconv_triton.native_products import can_be_matrix_product
 
 BY_NAME = {case.name: case for case in SMALL}
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}

@@ -526,21 +526,22 @@ def assert_outputs_within_budget(got: dict[str, Tensor], layer: SPConv2d, x: Ten
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("size", [(9, 7), (4, 4)], ids=("more pixels than channels", "fewer"))
-def test_inductor_sees_every_operation_of_inference(size: tuple[int, int]) -> None:
-    """It lowers the ATen path itself, so it can fuse across the layer; 1 x 1 convolutions are matrix products."""
+def test_inductor_sees_every_operation_of_inference() -> None:
+    """It lowers the ATen path itself, three convolutions, so it can fuse across the layer."""
     from torch._inductor.utils import run_and_get_code
 
     layer = make({"kernel_size": 3, "padding": 1})
-    x = torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
     with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
         got, sources = run_and_get_code(torch.compile(layer, fullgraph=True), x)
         judge = make({"kernel_size": 3, "padding": 1}, backend="reference")
         judge.load_state_dict(layer.state_dict())
         assert_within_budget("y", got, judge(x), judge.double()(x.double()))
     (source,) = sources
-    assert source.count("mkldnn._convolution_pointwise") + source.count("convolution(") >= 1
-    assert ("bmm(" in source) == (size[0] * size[1] > 8)
+    assert (
+        len(re.findall(r"= (?:extern_kernels\.convolution|torch\.ops\.\w+\.\w*convolution\w*(?:\.\w+)?)\(", source))
+        == 3
+    )
     assert ".spconv_triton." not in source
 
 

@@ -32,11 +32,12 @@ from spconv_triton import (
     native_folding,
     native_gate,
     native_onepass,
+    native_products,
     native_weights,
     reference,
 )
 from spconv_triton.functional import spconv2d
-from spconv_triton.native_convolution import is_matrix_product
+from spconv_triton.native_products import is_matrix_product
 
 BY_NAME = {case.name: case for case in SMALL}
 GATED = [case for case in SMALL if case.alpha < 1]
@@ -146,9 +147,9 @@ def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypa
 )
 def test_agrees_where_onednn_is_wider(case: Case, linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """There it takes the products of pixels: as convolutions, some as linear layers."""
-    monkeypatch.setattr(native_convolution, "ONEDNN_IS_WIDER", True)
-    monkeypatch.setattr(native_convolution, "LARGE_PRODUCT", 0)
-    monkeypatch.setattr(native_convolution, "LARGE_WEIGHT", 0 if linear else float("inf"))
+    monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", True)
+    monkeypatch.setattr(native_products, "LARGE_PRODUCT", 0)
+    monkeypatch.setattr(native_products, "LARGE_WEIGHT", 0 if linear else float("inf"))
     assert_agrees_over_draws(native, lambda: make_inputs(case, branch_bias=True), 3)
     for gate in (-30.0, 8.0):
         assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate), perturbations=4)
@@ -168,17 +169,17 @@ def test_knows_where_onednn_is_wider(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True), raising=False)
     available = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    assert native_convolution.onednn_is_wider() == (wider and available), processor
+    assert native_products.onednn_is_wider() == (wider and available), processor
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not native_convolution.onednn_is_wider(), "of a PyTorch that does not tell"
+    assert not native_products.onednn_is_wider(), "of a PyTorch that does not tell"
 
 
 def test_large_products_are_convolutions_where_onednn_is_wider(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of float32, and only if a convolution may be a product at all."""
     x = torch.randn(2, 8, 6, 5)
     for wider in (False, True):
-        monkeypatch.setattr(native_convolution, "ONEDNN_IS_WIDER", wider)
-        monkeypatch.setattr(native_convolution, "LARGE_PRODUCT", 60 * 64)
+        monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", wider)
+        monkeypatch.setattr(native_products, "LARGE_PRODUCT", 60 * 64)
         assert is_matrix_product(x, 64)
         assert is_matrix_product(x, 65) != wider
         assert is_matrix_product(x.double(), 65)

@@ -30,9 +30,9 @@ from spconv_triton import (
     SPConv2d,
     functional,
     fuse,
-    native_convolution,
     native_folding,
     native_onepass,
+    native_products,
     native_weights,
     reference,
 )
@@ -56,8 +56,8 @@ def force(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
     monkeypatch.setattr(native_weights, "can_fold", lambda *layer: form in ("folded", "exchanged") and kept(*layer))
     if form == "exchanged":
-        monkeypatch.setattr(native_convolution, "ONEDNN_IS_WIDER", True)
-        monkeypatch.setattr(native_convolution, "LARGE_PRODUCT", 0)
+        monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", True)
+        monkeypatch.setattr(native_products, "LARGE_PRODUCT", 0)
         monkeypatch.setattr(native_weights, "EXCHANGED_CHANNELS", 1)
     if form == "gate first":
         monkeypatch.setattr(native_weights, "GATED_BYTES", 0)
