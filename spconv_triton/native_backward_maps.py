@@ -86,7 +86,10 @@ def branch_gradients(
 def _representative_gradients(
     given: Operands, made: Maps, e: Tensor, dz: Tensor | None, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """GWC^T(E3) and the gradients of Wg and Wp; Wp^T E3 goes into ``dz``, with GWC^T(E3) where z is x."""
+    """GWC^T(E3) and the gradients of Wg and Wp; Wp^T E3 goes into ``dz``.
+
+    Where z is x so does GWC^T(E3), and is not returned, so that its memory is free.
+    """
     _, convolved, blocks, is_folded = made
     dx3 = dconvolved = dweight_pwc = None
     through = needed[0], needed[1] or (needed[2] and is_folded)
@@ -104,7 +107,7 @@ def _representative_gradients(
     if dz is not None and not blocks:
         of_representative = dz.narrow(1, 0, given.x3.shape[1])
         of_representative.zero_() if added is None else of_representative.copy_(added)
-    return dx3, dconvolved if needed[1] else None, dweight_pwc
+    return None if is_x else dx3, dconvolved if needed[1] else None, dweight_pwc
 
 
 def _redundant_gradients(given: Operands, e: Tensor, dz: Tensor | None, needed: tuple[bool, ...]) -> Tensor | None:
