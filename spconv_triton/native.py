@@ -164,33 +164,24 @@ def compose(
     branch_bias: Tensor | None,
     geometry: Geometry,
     after: Epilogue | None = None,
+    *,
+    copies: bool = False,
 ) -> Tensor:
     """The layer part by part, arguments as of :func:`spconv_triton.native_onepass.spconv2d_inference`.
 
     Autograd and ``torch.func`` differentiate it as often as asked, with U3 and U1 in memory.
+
+    Args:
+        copies: on a CPU x3 and x1 are copied once, for Inductor: each convolution would copy its slice of channels.
     """
     representative = weight_pwc.shape[1]
-    parts = x[:, :representative], None if weight_redundant is None else x[:, representative:]
-    return compose_parts(*parts, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, after)
-
-
-def compose_parts(
-    x3: Tensor,
-    x1: Tensor | None,
-    weight_gwc: Tensor,
-    weight_pwc: Tensor,
-    weight_redundant: Tensor | None,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    geometry: Geometry,
-    after: Epilogue | None = None,
-) -> Tensor:
-    """As :func:`compose`, of the representative and the redundant channels of x."""
+    x3, x1 = x[:, :representative], x[:, representative:]
+    if copies and weight_redundant is not None and x.is_cpu and not is_exporting():
+        x3, x1 = (part.contiguous(memory_format=torch.channels_last) for part in (x3, x1))
     y = representative_branch(x3, weight_gwc, weight_pwc, geometry)
     if branch_bias is not None:
         y = (y + branch_bias[0, :, None, None]).to(x3.dtype)
     if weight_redundant is not None:
-        assert x1 is not None
         u1 = pointwise(x1, weight_redundant, geometry)
         if branch_bias is not None:
             u1 = (u1 + branch_bias[1, :, None, None]).to(x3.dtype)

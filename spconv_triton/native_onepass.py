@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import native, native_compiled
+from . import native
 from .autocast import without_autocast
 from .dispatch import is_exporting, is_transformed
 from .geometry import Geometry
@@ -98,7 +98,7 @@ def spconv2d(
         # and keep it; a checkpoint tells it not to. On a CPU there is an operator for this.
         if differentiated and not is_exporting():
             return checkpoint(native.compose, *arguments, geometry, use_reentrant=False, preserve_rng_state=False)
-        return native_compiled.compose(*arguments, geometry)
+        return native.compose(*arguments, geometry, copies=True)
     if differentiated:
         return OnePass.apply(*arguments, geometry)
     return _infer(arguments, geometry, NOTHING, memory)
@@ -128,7 +128,7 @@ def spconv2d_inference(
     if is_transformed():
         return native.compose(*arguments, geometry, after)
     if torch.compiler.is_compiling():
-        return native_compiled.compose(*arguments, geometry, after)
+        return native.compose(*arguments, geometry, after, copies=True)
     return _infer(arguments, geometry, after, memory)
 
 
