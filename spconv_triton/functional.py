@@ -24,7 +24,7 @@ from .checks import (
     check_window,
     shape,
 )
-from .dispatch import choose, is_exporting, is_transformed
+from .dispatch import choose
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
 from .native import NOTHING, Epilogue
@@ -267,7 +267,7 @@ def _spconv2d(
             branch_bias=branch_bias,
         )
     elif chosen == "native":
-        y = _on_aten((x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias), geometry, memory)
+        y = native_onepass.spconv2d(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, memory)
     else:
         y = _on_triton(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y.contiguous(memory_format=memory_format(x))
@@ -460,15 +460,6 @@ def _check_weights(
 def _or_none(weight_redundant: Tensor | None) -> Tensor | None:
     """None where there is no redundant channel: alpha = 1."""
     return None if weight_redundant is None or weight_redundant.shape[1] == 0 else weight_redundant
-
-
-def _on_aten(arguments: Arguments, geometry: Geometry, memory: Memory | None) -> Tensor:
-    x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
-    traced = torch.compiler.is_compiling() and not is_exporting() and not is_transformed()
-    if traced and x.is_cpu and weight_redundant is not None and native_onepass.differentiates(arguments):
-        weights = (weight_gwc, weight_pwc, weight_redundant)
-        return ops.native_spconv2d(x, *weights, bias, branch_bias, *geometry[1:])[0]
-    return native_onepass.spconv2d(*arguments, geometry, memory)
 
 
 def _on_triton(

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .dispatch import is_exporting
+from . import native_traced, reference
+from .dispatch import is_exporting, is_transformed
 from .geometry import Geometry
 from .native_convolution import readable
 
@@ -106,20 +106,26 @@ def pointwise_input_adjoint(grad: Tensor, size: tuple[int, int], geometry: Geome
 
 def pointwise(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """1 x 1 convolution of the centre taps: x [N, C, H, W], weight [M, C, 1, 1] -> [N, M, H_out, W_out]."""
+    if torch.compiler.is_compiling():
+        x = native_traced.part(x)
     return F.conv2d(pointwise_input(x, geometry), weight)
 
 
 def representative_branch(x3: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> Tensor:
     """U3 = GWC(x3) + PWC(x3); shapes as in :func:`spconv_triton.functional.representative_branch`."""
-    operands = (x3, weight_gwc)
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        x3 = native_traced.part(x3)
+        gwc = native_traced.convolution(x3, weight_gwc, *geometry[1:])
+    else:
         operands = readable(x3, weight_gwc, *geometry[1:])
-    gwc = F.conv2d(*operands, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        gwc = F.conv2d(*operands, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     return gwc + pointwise(x3, weight_pwc, geometry)
 
 
 def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
     """Y = beta U3 + gamma U1; shapes as in :func:`spconv_triton.functional.gap_softmax_fusion`."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and not (is_exporting() or is_transformed()):
+        return native_traced.gap_softmax_fusion(u3, u1)
     return reference.gap_softmax_fusion(u3, u1)
 
 
@@ -133,9 +139,10 @@ def batch_norm(tensors: Sequence[Any], eps: tuple[float, float], geometry: Geome
     """
     x, weight_gwc, weight_pwc, weight_redundant, bias, *parameters = tensors
     representative = weight_pwc.shape[1]
+    x3, x1 = x.split((representative, x.shape[1] - representative), 1)
     branches = (
-        representative_branch(x[:, :representative], weight_gwc, weight_pwc, geometry),
-        pointwise(x[:, representative:], weight_redundant, geometry),
+        representative_branch(x3, weight_gwc, weight_pwc, geometry),
+        pointwise(x1, weight_redundant, geometry),
     )
     precise = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad():
@@ -164,20 +171,13 @@ def compose(
     branch_bias: Tensor | None,
     geometry: Geometry,
     after: Epilogue | None = None,
-    *,
-    copies: bool = False,
 ) -> Tensor:
     """The layer part by part, arguments as of :func:`spconv_triton.native_onepass.spconv2d_inference`.
 
     Autograd and ``torch.func`` differentiate it as often as asked, with U3 and U1 in memory.
-
-    Args:
-        copies: on a CPU x3 and x1 are copied once, for Inductor: each convolution would copy its slice of channels.
     """
     representative = weight_pwc.shape[1]
-    x3, x1 = x[:, :representative], x[:, representative:]
-    if copies and weight_redundant is not None and x.is_cpu and not is_exporting():
-        x3, x1 = (part.contiguous(memory_format=torch.channels_last) for part in (x3, x1))
+    x3, x1 = x.split((representative, x.shape[1] - representative), 1)
     y = representative_branch(x3, weight_gwc, weight_pwc, geometry)
     if branch_bias is not None:
         y = (y + branch_bias[0, :, None, None]).to(x3.dtype)

@@ -353,3 +353,20 @@ def kept_bytes(call: Callable[[], Tensor]) -> int:
         result = call()  # alive while it is counted, or its storages' addresses would be reused
     del result
     return sum(storages.values())
+
+
+def kept_beside_parameters(function: Callable[..., Tensor], inputs: Inputs) -> int:
+    """Bytes that autograd keeps for the backward of ``function``, parameters aside."""
+    parameters = {t.untyped_storage().data_ptr() for name, t in inputs.tensors().items() if name != "x"}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function(*inputs.positional(), **inputs.window)
+    assert y.requires_grad
+    return sum(found.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from cases import Case
 from fresh import run_python
@@ -33,18 +34,30 @@ import torch
 from cases import Case, assert_agrees, make_inputs
 from spconv_triton.functional import spconv2d
 torch.manual_seed(int(sys.argv[3]))
+compiler = sys.argv[5]
+compiles = compiler != "none"
+layer = torch.compile(spconv2d, fullgraph=True, backend=compiler) if compiles else spconv2d
 for case in eval(sys.argv[4]):
     print(case, "in", flush=True)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16,) if compiler == "inductor" else (torch.float32, torch.bfloat16, torch.float16):
         print("  ", dtype, flush=True)
-        for _ in range(5):
-            assert_agrees(spconv2d, make_inputs(case, dtype, branch_bias=True), perturbations=4, backend="native")
+        for _ in range(1 if compiles else 5):
+            torch._dynamo.reset()
+            inputs = make_inputs(case, dtype, branch_bias=True)
+            assert_agrees(layer, inputs, perturbations=4, backend="native")
+            if compiles:
+                arguments, options = inputs.positional(), {"branch_bias": inputs.branch_bias, **inputs.window}
+                with torch.no_grad():
+                    y, expected = layer(*arguments, **options), spconv2d(*arguments, **options)
+                torch.testing.assert_close(y, expected, rtol=0, atol=0.05 * expected.abs().max().item())
 print("all agree")
 """
 
 
-def test_agrees(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", ["none", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_agrees(compiler: str, tmp_path: Path) -> None:
     seed = int(torch.randint(2**31, ()))
-    cases = f"[Case(**fields) for fields in {[vars(case) for case in WRONG]}]"
-    printed = run_python(CODE, tmp_path, TESTS, TESTS.parent, str(seed), cases, MALLOC_PERTURB_="165")
+    wrong = WRONG[3:] if compiler == "inductor" else WRONG  # every case is compiled twice
+    cases = f"[Case(**fields) for fields in {[vars(case) for case in wrong]}]"
+    printed = run_python(CODE, tmp_path, TESTS, TESTS.parent, str(seed), cases, compiler, MALLOC_PERTURB_="165")
     assert printed.endswith("all agree\n")

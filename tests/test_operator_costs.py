@@ -122,21 +122,9 @@ def test_gap_softmax_fusion_multiplies_no_matrices() -> None:
     (y, gate), forward = flops(lambda: OPERATORS.gap_softmax_fusion(u, u))
     gradients, backward = flops(lambda: OPERATORS.gap_softmax_fusion_backward(y, u, u, gate))
     assert shapes((y, gate, *gradients)) == [(2, 5, 4, 3), (2, 5), (2, 5, 4, 3), (2, 5, 4, 3)]
-    assert forward == backward == 0
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_native_spconv2d(case: Case) -> None:
-    """What a compiled layer calls on a CPU."""
-    layer = Layer(case)
-    operands = (layer.x, *layer.weights, layer.bias, layer.branch_bias)
-    (y, d), forward = flops(lambda: OPERATORS.native_spconv2d(*operands, *layer.window))
-    call = (y, *operands, d, *layer.window, [True] * 5 + [False])
-    gradients, backward = flops(lambda: OPERATORS.native_spconv2d_backward(*call))
-    assert shapes((y, d)) == [layer.output, (*layer.output[:2], 1, 1)]
-    assert shapes(gradients) == [*shapes(operands[:5]), (0,)]
-    assert d.dtype == torch.float32
-    assert (forward, backward) == (layer.flops, 2 * layer.flops)
+    traced, forward_of_traced = flops(lambda: OPERATORS.traced_gap_softmax_fusion(u, u))
+    assert shapes((traced,)) == [(2, 5, 4, 3)]
+    assert forward == backward == forward_of_traced == 0
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -167,9 +155,10 @@ def test_gradient_descriptors() -> None:
 
 def test_every_operator_is_counted_here() -> None:
     registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "spconv_triton" in n}
-    pairs = {"spconv2d", "spconv2d_batch_norm", "representative_branch", "gap_softmax_fusion", "native_spconv2d"}
+    pairs = {"spconv2d", "spconv2d_batch_norm", "representative_branch", "gap_softmax_fusion"}
     opaque = {"onepass_descriptor", "weight_grad_descriptor", "input_grad_descriptor"}
-    assert registered == pairs | {f"{name}_backward" for name in pairs} | opaque | {"spconv2d_inference"}
+    others = {"spconv2d_inference", "traced_gap_softmax_fusion"}
+    assert registered == pairs | {f"{name}_backward" for name in pairs} | opaque | others
 
 
 @torch.no_grad()

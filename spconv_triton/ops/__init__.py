@@ -1,11 +1,10 @@
 """The operators ``torch.ops.spconv_triton.*``: schemas, fakes, autograd, FLOP formulas.
 
-They are the Triton kernels as PyTorch sees them, and the ATen path with gradients as a compiled layer calls it on a
-CPU. Without triton only the latter is registered, and :func:`spconv_triton.dispatch.choose` leads to no other.
+They are the Triton kernels as PyTorch sees them. Without triton there are none, and
+:func:`spconv_triton.dispatch.choose` leads to none.
 """
 
 from ..dispatch import HAS_TRITON
-from .native import native_spconv2d, native_spconv2d_backward
 
 if HAS_TRITON:
     from . import opaque
@@ -18,8 +17,6 @@ if HAS_TRITON:
 __all__ = [
     "gap_softmax_fusion",
     "gap_softmax_fusion_backward",
-    "native_spconv2d",
-    "native_spconv2d_backward",
     "opaque",
     "representative_branch",
     "representative_branch_backward",
