@@ -236,7 +236,6 @@ class PreparedWeights(Weights):
         by_convolutions = takes_convolutions(self.pwc.dtype, rows * self.pwc.numel())
         if by_convolutions and not can_merge(self.gwc, self.geometry, height, width):
             gate_first = False  # products with weights of each sample are ATen's
-            view, window = None, self.geometry[1:]  # a copy of x3 takes less time than longer strides
         of_x3 = (batch, self.pwc.shape[1], height, width) if view is None else view[0]
         form = self._form(height, width, gate_first)
         if self._packs:
