@@ -52,8 +52,8 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor |
 """x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
 
 
-CACHED = 8 << 20
-"""Bytes of a map that samples which go through the layer together have at most, unless it is a single one."""
+CACHED = 16 << 20
+"""Bytes of x and Y that samples which go through the layer together have at most, unless it is a single one."""
 
 
 class Memory(NamedTuple):
@@ -194,7 +194,7 @@ def forward(
     if plan.gate_first:
         return _gate_first(x, weights, bias, branch_bias, after)
     batch, outputs = x.shape[0], weights.gwc.shape[0]
-    parts = min(batch, -(-plan.rows * outputs * x.itemsize // CACHED))
+    parts = min(batch, -(-(x.numel() + plan.rows * outputs) * x.itemsize // CACHED))
     if parts == 1:
         return _by_prepared_weights(x, weights, plan, bias, branch_bias, after)
     samples = -(-batch // parts)

@@ -156,12 +156,23 @@ def test_weights_are_packed_once_for_each_shape(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 7])
+@torch.no_grad()
 def test_any_share_of_the_samples_may_go_together(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(replace(BY_NAME["plain"], batch=7), torch.float32)
-    expected = functional.spconv2d(*inputs.positional(), **inputs.window, backend="native")
-    monkeypatch.setattr(native_onepass, "CACHED", samples * expected[0].nbytes)
-    y = functional.spconv2d(*inputs.positional(), **inputs.window, backend="native")
-    torch.testing.assert_close(y, expected)
+    layer, expected = functional.spconv2d_inference, reference.spconv2d(*inputs.positional(), **inputs.window)
+    together, by_prepared_weights = [], native_onepass._by_prepared_weights
+
+    def counted(x: Tensor, *arguments: Any) -> Any:
+        together.append(x.shape[0])
+        return by_prepared_weights(x, *arguments)
+
+    monkeypatch.setattr(native_onepass, "CACHED", samples * (inputs.x[0].nbytes + expected[0].nbytes))
+    monkeypatch.setattr(native_onepass, "_by_prepared_weights", counted)
+    monkeypatch.setattr(native_onepass, "for_one_call", native_weights.prepare)
+    torch.testing.assert_close(layer(*inputs.positional(), **inputs.window, backend="native"), expected)
+    assert max(together) <= samples
+    assert sum(together) == 7
+    assert len(together) == -(-7 // max(together)), "as few parts as that allows"
 
 
 def make(channels: int = 8, *, bias: bool = True) -> tuple[SPConv2d, Tensor]:
