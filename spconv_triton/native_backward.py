@@ -12,8 +12,9 @@ and everything else is linear in E3 and E1, with z the input of the point-wise c
     dx3 = GWC^T(E3) + pool^T(Wp^T E3)             dx1 = pool^T(W1^T E1)
     dWg = E3 (*) x3,   dWp = E3 z3^T,   dW1 = E1 z1^T,   db3 = sum E3,   db1 = sum E1
 
-Neither U3 nor U1 was kept. Either they come back as one map, U3 - U1 (:mod:`spconv_triton.native_backward_maps`), or A
-comes from the weight gradients of single samples (:mod:`spconv_triton.native_backward_products`).
+Neither U3 nor U1 was kept. Either they come back as one map, U3 - U1 (:mod:`spconv_triton.native_backward_maps`, with
+few channels :mod:`spconv_triton.native_backward_merged`), or A comes from the weight gradients of single samples
+(:mod:`spconv_triton.native_backward_products`).
 
 gamma is sigmoid(-d), not 1 - beta, and E1 is not g - E3: where the gate is saturated they would be all rounding error.
 """
@@ -26,9 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native_backward_maps, native_backward_products
+from . import native_backward_maps, native_backward_merged, native_backward_products
 from .geometry import Geometry
 from .native_backward_maps import Maps
+from .native_backward_merged import Merged
 from .native_backward_operands import operands
 from .native_backward_products import Products
 from .native_gate import bias_difference, sums_of_maps
@@ -50,8 +52,10 @@ def gradients(
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = inputs
     given = operands(x, weight_gwc, weight_pwc, weight_redundant, geometry, d, grad)
     g, beta, gamma = given.g, given.beta, given.gamma
-    made: Products | Maps
-    if native_backward_products.pay(given):
+    made: Merged | Products | Maps
+    if native_backward_merged.pays(given):
+        a, made = native_backward_merged.gate_gradient(given)
+    elif native_backward_products.pay(given):
         a, made = native_backward_products.gate_gradient(given, of_gwc=needed[1])
     else:
         a, made = native_backward_maps.gate_gradient(given)
@@ -66,7 +70,9 @@ def gradients(
             dbranch_bias = torch.stack(((beta * total + to_s3).sum((0, 2, 3)), (gamma * total - to_s3).sum((0, 2, 3))))
             dbranch_bias = dbranch_bias.to(branch_bias.dtype)
     delta = beta * gamma * a / (g.shape[2] * g.shape[3])
-    if isinstance(made, Products):
+    if isinstance(made, Merged):
+        of_layer = native_backward_merged.gradients(given, made, delta, needed)
+    elif isinstance(made, Products):
         of_layer = native_backward_products.gradients(given, made, delta, needed)
     else:
         of_layer = native_backward_maps.gradients(given, made, delta, needed)

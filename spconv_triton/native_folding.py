@@ -28,6 +28,9 @@ from .native_products import is_matrix_product
 MERGED_CHANNELS = 16
 """Up to which x3 is one block of oneDNN's."""
 
+MERGED_PRODUCTS = 4e6
+"""Multiply-accumulates by Wp up to which merging pays in a single call where x3 is more than half a block."""
+
 FOLDED_PRODUCTS = 8e6
 """Multiply-accumulates that must be saved for folding to pay in a single call."""
 
@@ -95,6 +98,21 @@ def can_merge(weight_gwc: Tensor, geometry: Geometry, height: int, width: int) -
     return channels <= MERGED_CHANNELS and reads_the_same(geometry, height, width)
 
 
+def merging_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
+    """Whether merging for one call on ``x`` and its backward takes less time than it saves.
+
+    Gradients of a point-wise convolution of few channels take longest of all, and where maps are small the calls do.
+    In float32 alone: a merged weight of bfloat16 would be a rounding off, and oneDNN has no float64.
+    """
+    height, width = x.shape[2:]
+    if x.dtype != torch.float32 or not x.is_cpu or not can_merge(weight_gwc, geometry, height, width):
+        return False
+    rows, columns = geometry.output_size(height, width)
+    channels = weight_gwc.shape[1] * geometry.groups
+    products = x.shape[0] * rows * columns * weight_gwc.shape[0] * channels
+    return 2 * channels <= MERGED_CHANNELS or products <= MERGED_PRODUCTS
+
+
 def folding_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
     """Whether folding for one call on ``x`` takes less time than it saves.
 
@@ -118,14 +136,25 @@ def fold(weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> Tensor:
 
 
 def merge(weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> Tensor:
-    """The merged GWC', [M, alpha L, k, k]."""
-    shape = (*weight_pwc.shape[:2], *weight_gwc.shape[2:])
-    merged = weight_gwc.new_zeros(shape).contiguous(memory_format=torch.channels_last)
-    for output, outputs, first, inputs in own_blocks(weight_gwc, geometry.groups):
-        merged[output : output + outputs, first : first + inputs] = weight_gwc[output : output + outputs]
+    """The merged GWC', [M, alpha L, k, k], in channels_last."""
+    outputs, channels = weight_pwc.shape[:2]
+    merged = weight_gwc.new_zeros((outputs, *weight_gwc.shape[2:], channels)).permute(0, 3, 1, 2)
+    _on_the_diagonal(merged, geometry.groups).copy_(weight_gwc.unflatten(0, (geometry.groups, -1)).movedim(0, -1))
     taps, share = shared_taps(merged, geometry)
     taps.add_(weight_pwc, alpha=share)
     return merged
+
+
+def part_gradient(merged: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """From the gradient of the merged GWC', that of the group-wise weight, and that of Wp, [M, alpha L, 1, 1]."""
+    of_gwc = _on_the_diagonal(merged, geometry.groups).movedim(-1, 0).flatten(0, 1)
+    taps, share = shared_taps(merged, geometry)
+    return of_gwc, taps if share == 1 else taps.mean((2, 3), keepdim=True)
+
+
+def _on_the_diagonal(merged: Tensor, groups: int) -> Tensor:
+    """Of [M, C, k, k] what leads from each group to itself, a view [M / G, C / G, k, k, G]."""
+    return merged.unflatten(1, (groups, -1)).unflatten(0, (groups, -1)).diagonal(dim1=0, dim2=2)
 
 
 def shared_taps(weight: Tensor, geometry: Geometry) -> tuple[Tensor, float]:

@@ -46,7 +46,7 @@ from .native_gate import (
 )
 from .native_inference import Inference
 from .native_products import pixels
-from .native_weights import Plan, PreparedWeights, Weights, for_one_call
+from .native_weights import MergedWeights, Plan, PreparedWeights, Weights, for_one_call
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
@@ -187,6 +187,8 @@ def forward(
         joins = bias is not None and bias.dtype == x.dtype and branch_bias is None and after.norm_scale is None
         y = weights.u3(x, weights.pointwise_input(x), bias if joins else None)
         return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
+    if isinstance(weights, MergedWeights):
+        return _by_prepared_weights(x, weights, None, bias, branch_bias, after)
     if not isinstance(weights, PreparedWeights):
         first = gate_comes_first(x, weights.geometry)
         return (_gate_first if first else _by_given_weights)(x, weights, bias, branch_bias, after)
@@ -209,8 +211,8 @@ def forward(
 
 def _by_prepared_weights(
     x: Tensor,
-    weights: PreparedWeights,
-    plan: Plan,
+    weights: PreparedWeights | MergedWeights,
+    plan: Plan | None,
     bias: Tensor | None,
     branch_bias: Tensor | None,
     after: Epilogue,
@@ -220,9 +222,10 @@ def _by_prepared_weights(
     # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
     joins = branch_bias is None and after.norm_scale is None and bias is not None and bias.dtype == x.dtype
     joined = bias if joins else None
-    z = x if plan.is_z else weights.pointwise_input(x)
+    z = x if plan is not None and plan.is_z else weights.pointwise_input(x)
     u3, u1 = weights.u3(x, z, joined), weights.u1(z, joined)
-    d = torch.sub(sums_of_maps(u3), sums_of_maps(u1)).div_(plan.pixels)
+    d = torch.sub(sums_of_maps(u3), sums_of_maps(u1))
+    d = d.div_(u3.shape[2] * u3.shape[3] if plan is None else plan.pixels)
     if branch_bias is not None:
         d += bias_difference(branch_bias, d.dtype)
     if not math.isfinite(d.sum()):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
@@ -25,7 +26,7 @@ from .native_convolution import (
     representative,
     representative_view,
 )
-from .native_folding import Block, can_fold, can_merge, fold, folding_pays, merge, other_blocks, whole
+from .native_folding import Block, can_fold, can_merge, fold, folding_pays, merge, merging_pays, other_blocks, whole
 from .native_gate import gate_comes_first
 from .native_products import (
     add_pointwise,
@@ -115,6 +116,24 @@ class Weights:
     def u1(self, z: Tensor) -> Tensor:
         """U1 as a new tensor, likewise."""
         return pointwise(z, self.redundant, self.pwc.shape[1])
+
+
+class MergedWeights(Weights):
+    """The same for a single call on few channels, those of x3 as one; on what is not finite as :class:`PreparedWeights`
+    are."""
+
+    @property
+    def given(self) -> Weights:
+        return Weights(self.gwc, self.pwc, self._redundant, self.geometry)
+
+    def u3(self, x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: ARG002, Wp reads x too
+        merged = merge(self.gwc, self.pwc, self.geometry)
+        x3, window = representative(x, merged, self.geometry._replace(groups=1))
+        return channels_last(F.conv2d(x3, merged, bias, *window))
+
+    def u1(self, z: Tensor, bias: Tensor | None = None) -> Tensor:
+        u1 = super().u1(z)
+        return u1 if bias is None else u1.add_(bias[:, None, None])
 
 
 class Form(NamedTuple):
@@ -289,13 +308,15 @@ def prepare(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geome
 
 
 def for_one_call(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor | None, geometry: Geometry) -> Weights:
-    """The weights for one forward on ``x``: folded where that takes less time than it saves, never packed."""
+    """The weights for one forward on ``x``: merged or folded where that takes less time than it saves, never packed."""
     given = _detached(gwc, pwc, redundant, geometry)
-    if redundant is None or gate_comes_first(x, geometry) or not folding_pays(x, gwc, geometry):
+    if redundant is None or not are_preparable(x, gwc, geometry):
         return Weights(*given)
-    if not are_preparable(x, gwc, geometry):
-        return Weights(*given)
-    return PreparedWeights(*given, packs=False)
+    if merging_pays(x, gwc, geometry):
+        return MergedWeights(*given)
+    if folding_pays(x, gwc, geometry) and not gate_comes_first(x, geometry):
+        return PreparedWeights(*given, packs=False)
+    return Weights(*given)
 
 
 def _detached(

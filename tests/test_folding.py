@@ -16,6 +16,7 @@ from spconv_triton.native_folding import (
     merge,
     other_blocks,
     own_blocks,
+    part_gradient,
     reads_the_same,
     unfold_gradient,
 )
@@ -127,6 +128,17 @@ def test_gradients_of_the_blocks_are_in_that_of_the_folded_weight(case: Case) ->
     got = torch.zeros_like(pwc)
     unfold_gradient(gradient, got, geometry)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("case", FITTING, ids=str)
+def test_gradients_of_both_weights_are_in_that_of_the_merged_one(case: Case) -> None:
+    """As autograd has them of :func:`merge`."""
+    geometry = geometry_of(case)
+    weights = [weight.requires_grad_() for weight in operands(case)[1:]]
+    merged = merge(*weights, geometry)
+    assert merged.is_contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn_like(merged)
+    torch.testing.assert_close(part_gradient(gradient, geometry), torch.autograd.grad(merged, weights, gradient))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

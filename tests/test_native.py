@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import (
+    native_backward_maps,
     native_backward_products,
     native_convolution,
     native_folding,
@@ -121,6 +122,7 @@ def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float, dtype
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
 def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of samples in the backward: none, point-wise, all; parts of Wp in the group-wise weight; gates first."""
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
     monkeypatch.setattr(native_backward_products, "pay", lambda given: backward != "maps")
     monkeypatch.setattr(native_backward_products, "gwc_pays", lambda given: backward == "all products")
     monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if folded else float("inf"))
@@ -138,6 +140,44 @@ def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypa
         assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate), perturbations=4)
 
 
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_agrees_with_merged_weights(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever taps of the group-wise weight read what Wp does; the others go as they do."""
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30)
+    for options in ({"bias": False}, {"branch_bias": True}, {"mean": 3.0, "memory_format": torch.contiguous_format}):
+        assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
+    assert_agrees(native, make_inputs(case, mean=100.0), condition=MEAN_100, perturbations=4)
+    for gate in (-80.0, -30.0, -8.0, 8.0, 30.0, 80.0):
+        assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate), perturbations=4)
+
+
+@pytest.mark.parametrize("frozen", ["weight_gwc", "weight_pwc", "weight_redundant", "weights", "x"])
+@pytest.mark.parametrize("name", ["plain", "stride-2"])
+def test_merged_weights_with_some_gradients_only(name: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30)
+    inputs = make_inputs(BY_NAME[name], bias=False)
+    names = ("weight_gwc", "weight_pwc", "weight_redundant") if frozen == "weights" else (frozen,)
+    inputs = replace(inputs, **{name: inputs.tensors()[name].detach() for name in names})
+    wanted = [t for t in inputs.tensors().values() if t.requires_grad]
+    found, expected = (
+        torch.autograd.grad(layer(*inputs.positional(), **inputs.window).square().sum(), wanted)
+        for layer in (native, reference.spconv2d)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("thin", [1, 1 << 30], ids=("products", "convolutions"))
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_agrees_whatever_makes_the_gradients_of_few_channels(
+    case: Case, thin: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
+    monkeypatch.setattr(native_backward_products, "pay", lambda given: False)
+    monkeypatch.setattr(native_backward_maps, "LONG", 1)
+    monkeypatch.setattr(native_backward_maps, "THIN", thin)
+    assert_agrees_over_draws(native, lambda: make_inputs(case, branch_bias=True), 4)
+
+
 @pytest.mark.parametrize(
     ("case", "linear"),
     [
@@ -148,6 +188,7 @@ def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypa
 )
 def test_agrees_where_onednn_is_wider(case: Case, linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """There it takes the products of pixels: as convolutions, some as linear layers."""
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
     monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", True)
     monkeypatch.setattr(native_products, "LARGE_PRODUCT", 0)
     monkeypatch.setattr(native_products, "LARGE_WEIGHT", 0 if linear else float("inf"))

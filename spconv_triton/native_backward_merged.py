@@ -1,0 +1,73 @@
+"""The backward of a layer of few channels: U3 - U1 = GWC'(x3) - W1 z1, with GWC' merged of the weights of x3.
+
+One map as in :mod:`spconv_triton.native_backward_maps`, in as few calls as there can be. Formulas:
+:mod:`spconv_triton.native_backward`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import native
+from .native_backward_operands import Operands
+from .native_convolution import channels_last, convolution_backward, convolve
+from .native_folding import merge, merging_pays, part_gradient
+from .native_gate import sums_of_maps
+from .native_products import can_be_matrix_product
+
+
+class Merged(NamedTuple):
+    """What :func:`gradients` goes on with.
+
+    Attributes:
+        scratch: a map that is no longer used, [N, M, H_out, W_out].
+        weight: of the convolution of x3, [M, alpha L, k, k].
+        z1: the redundant channels of z.
+    """
+
+    scratch: Tensor
+    weight: Tensor
+    z1: Tensor
+
+
+def pays(given: Operands) -> bool:
+    """Whether this way takes less time than the others; not where operations are counted."""
+    return merging_pays(given.x, given.weight_gwc, given.geometry) and can_be_matrix_product(given.x)
+
+
+def gate_gradient(given: Operands) -> tuple[Tensor, Merged]:
+    """A, [N, M, 1, 1], and what was made for it."""
+    _, stride, padding, dilation, _ = given.geometry
+    weight = merge(given.weight_gwc, given.weight_pwc, given.geometry)
+    z1 = channels_last(given.z.narrow(1, given.x3.shape[1], given.weight_redundant.shape[1]))
+    difference = convolve(given.x3, weight, None, stride, padding, dilation)
+    difference -= F.conv2d(z1, given.weight_redundant)
+    return sums_of_maps(difference.mul_(given.g)), Merged(difference, weight, z1)
+
+
+def gradients(
+    given: Operands, made: Merged, delta: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x and the three weights, where ``needed``; ``delta`` is [N, M, 1, 1]."""
+    _, stride, padding, dilation, _ = given.geometry
+    dx = dx3 = dz1 = dweight_gwc = dweight_pwc = dweight_redundant = None
+    through = needed[0], needed[1] or needed[2]
+    if any(through):
+        e3 = torch.addcmul(delta, given.g, given.beta, out=made.scratch)
+        dx3, merged = convolution_backward(e3, given.x3, made.weight, through, stride, padding, dilation)
+        if through[1]:
+            dweight_gwc, dweight_pwc = part_gradient(merged, given.geometry)
+    if needed[0] or needed[3]:
+        e1 = torch.addcmul(-delta, given.g, given.gamma, out=made.scratch)
+        dz1, dweight_redundant = convolution_backward(e1, made.z1, given.weight_redundant, (needed[0], needed[3]))
+    if needed[0]:
+        assert dx3 is not None
+        assert dz1 is not None
+        if given.z is not given.x:
+            dz1 = native.pointwise_input_adjoint(dz1, (given.x.shape[2], given.x.shape[3]), given.geometry)
+        dx = torch.cat((dx3, dz1), 1)
+    return dx, dweight_gwc if needed[1] else None, dweight_pwc if needed[2] else None, dweight_redundant
