@@ -21,6 +21,7 @@ gamma is sigmoid(-d), not 1 - beta, and E1 is not g - E3: where the gate is satu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from . import native_backward_maps, native_backward_merged, native_backward_prod
 from .geometry import Geometry
 from .native_backward_maps import Maps
 from .native_backward_merged import Merged
-from .native_backward_operands import operands
+from .native_backward_operands import Operands, operands
 from .native_backward_products import Products
 from .native_gate import bias_difference, sums_of_maps
 
@@ -52,13 +53,7 @@ def gradients(
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = inputs
     given = operands(x, weight_gwc, weight_pwc, weight_redundant, geometry, d, grad)
     g, beta, gamma = given.g, given.beta, given.gamma
-    made: Merged | Products | Maps
-    if native_backward_merged.pays(given):
-        a, made = native_backward_merged.gate_gradient(given)
-    elif native_backward_products.pay(given):
-        a, made = native_backward_products.gate_gradient(given, of_gwc=needed[1])
-    else:
-        a, made = native_backward_maps.gate_gradient(given)
+    a, made = _gate_gradient(given, needed)
     dbias = dbranch_bias = None
     if bias is not None or branch_bias is not None:
         total = sums_of_maps(g)
@@ -77,6 +72,17 @@ def gradients(
     else:
         of_layer = native_backward_maps.gradients(given, made, delta, needed)
     return (*of_layer, dbias, dbranch_bias)
+
+
+def _gate_gradient(given: Operands, needed: tuple[bool, ...]) -> tuple[Tensor, Merged | Products | Maps]:
+    """A, [N, M, 1, 1], and what was made for it."""
+    if native_backward_merged.pays(given):
+        a, merged = native_backward_merged.gate_gradient(given)
+        if math.isfinite(a.sum()):  # else the zeros among merged weights make NaN of infinities
+            return a, merged
+    if native_backward_products.pay(given):
+        return native_backward_products.gate_gradient(given, of_gwc=needed[1])
+    return native_backward_maps.gate_gradient(given)
 
 
 def differentiable_gradients(

@@ -10,8 +10,9 @@ from nonfinite import assert_spreads_as_in_the_reference
 from strategies import NOT_FINITE, calls_with_what_is_not_finite
 from torch import Tensor
 
-from spconv_triton import native_onepass, native_weights, reference
+from spconv_triton import native_folding, native_onepass, native_weights, reference
 from spconv_triton.functional import gap_softmax_fusion, spconv2d, spconv2d_inference
+from spconv_triton.geometry import resolve
 
 
 def native(*arguments: Tensor | None, **options: object) -> Tensor:
@@ -23,6 +24,22 @@ def test_any_layer_spreads_them_as_the_reference(inputs: Inputs) -> None:
     # In bfloat16 oneDNN pairs channels, and multiplies the neighbour of a slice by zero: NaN, if that is infinite.
     extent = "more" if inputs.x.dtype == torch.bfloat16 else "exact"
     assert_spreads_as_in_the_reference(native, inputs, extent=extent)
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_zeros_among_merged_weights_spread_nothing(value: float) -> None:
+    """At the edge without padding, x3 is read by its own group and no point-wise convolution; gradients are too."""
+    inputs = make_inputs(Case("edge", 2, 8, 8, (6, 5), padding=(0, 0)), bias=False)
+    inputs.x.data[0, 1, 0, 0] = value
+    assert native_folding.merging_pays(inputs.x, inputs.weight_gwc, resolve((3, 3), 1, 0, 1, 2))
+    assert_spreads_as_in_the_reference(native, inputs)
+    inputs.x.data[0, 1, 0, 0] = 1.0
+    grad = torch.randn(2, 8, 4, 3)
+    grad[0, 5, 1, 1] = value
+    found, expected = (run(layer, inputs, grad) for layer in (native, reference.spconv2d))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].isnan(), tensor.isnan()), name
+        assert torch.equal(found[name].isinf(), tensor.isinf()), name
 
 
 @pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow), "aot_eager"])
