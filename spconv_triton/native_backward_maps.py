@@ -20,7 +20,7 @@ from .native_products import add_pointwise, columns, is_matrix_product
 THIN = 16
 """Channels, below which, and"""
 
-LONG = 1 << 12
+LONG = 1 << 13
 """pixels, from which gradients of a point-wise convolution are oneDNN's."""
 
 

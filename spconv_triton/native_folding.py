@@ -28,8 +28,8 @@ from .native_products import is_matrix_product
 MERGED_CHANNELS = 16
 """Up to which x3 is one block of oneDNN's."""
 
-MERGED_PRODUCTS = 4e6
-"""Multiply-accumulates by Wp up to which merging pays in a single call where x3 is more than half a block."""
+FEW_PRODUCTS, MANY_PRODUCTS = 3e5, 2e6
+"""Multiply-accumulates by Wp up to which merging pays in a single call; and where x3 is half a block, from which."""
 
 FOLDED_PRODUCTS = 8e6
 """Multiply-accumulates that must be saved for folding to pay in a single call."""
@@ -101,7 +101,8 @@ def can_merge(weight_gwc: Tensor, geometry: Geometry, height: int, width: int) -
 def merging_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
     """Whether merging for one call on ``x`` and its backward takes less time than it saves.
 
-    Gradients of a point-wise convolution of few channels take longest of all, and where maps are small the calls do.
+    Where maps are small the calls take the time, and where they are large gradients of a point-wise convolution of few
+    channels do.
     In float32 alone: a merged weight of bfloat16 would be a rounding off, and oneDNN has no float64.
     """
     height, width = x.shape[2:]
@@ -110,7 +111,7 @@ def merging_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
     rows, columns = geometry.output_size(height, width)
     channels = weight_gwc.shape[1] * geometry.groups
     products = x.shape[0] * rows * columns * weight_gwc.shape[0] * channels
-    return 2 * channels <= MERGED_CHANNELS or products <= MERGED_PRODUCTS
+    return products <= FEW_PRODUCTS or (2 * channels <= MERGED_CHANNELS and products >= MANY_PRODUCTS)
 
 
 def folding_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:

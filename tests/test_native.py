@@ -144,6 +144,7 @@ def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypa
 def test_agrees_with_merged_weights(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever taps of the group-wise weight read what Wp does; the others go as they do."""
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30)
+    monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
     for options in ({"bias": False}, {"branch_bias": True}, {"mean": 3.0, "memory_format": torch.contiguous_format}):
         assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
     assert_agrees(native, make_inputs(case, mean=100.0), condition=MEAN_100, perturbations=4)
@@ -155,6 +156,7 @@ def test_agrees_with_merged_weights(case: Case, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", ["plain", "stride-2"])
 def test_merged_weights_with_some_gradients_only(name: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30)
+    monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
     inputs = make_inputs(BY_NAME[name], bias=False)
     names = ("weight_gwc", "weight_pwc", "weight_redundant") if frozen == "weights" else (frozen,)
     inputs = replace(inputs, **{name: inputs.tensors()[name].detach() for name in names})
