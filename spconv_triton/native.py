@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from . import native_traced, reference
 from .dispatch import is_exporting, is_transformed
@@ -43,6 +44,9 @@ class Epilogue(NamedTuple):
 
 NOTHING = Epilogue()
 
+POOLS_EVEN_OR_ODD = torch.__version__ < TorchVersion("2.12")
+"""Whether what is compiled with pooling in ceil mode is for even sizes only, or for odd ones."""
+
 
 def activate(y: Tensor, activation: str, *, inplace: bool = False) -> Tensor:
     """``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"`` of ``y``."""
@@ -62,7 +66,7 @@ def pointwise_input(x: Tensor, geometry: Geometry) -> Tensor:
             return x
         (top, left), (height, width) = geometry.centre, geometry.output_size(x.shape[2], x.shape[3])
         return F.pad(x, (-left, left + width - x.shape[3], -top, top + height - x.shape[2]))
-    if not geometry.is_centred or _exports_symbols(x):
+    if not geometry.is_centred or _traces_symbols(x):
         return reference.pointwise_input(
             x,
             geometry.kernel_size,
@@ -75,13 +79,14 @@ def pointwise_input(x: Tensor, geometry: Geometry) -> Tensor:
     return F.avg_pool2d(x, geometry.stride, ceil_mode=True, count_include_pad=False)
 
 
-def _exports_symbols(x: Tensor) -> bool:
-    """Whether ``torch.export`` traces sizes that may vary; strictly, every size may.
+def _traces_symbols(x: Tensor) -> bool:
+    """Whether sizes may vary of which nothing may be asked.
 
-    Pooling in ceil mode asks whether 2 ((H - 1) // 2) < H, and ``torch.export`` cannot tell that it holds for any H.
+    Pooling in ceil mode asks whether 2 ((H - 1) // 2) < H, and ``torch.export`` cannot tell that it holds for any H;
+    strictly, every size that it sees may vary. ``torch.compile`` asks whether H is even, before PyTorch 2.12.
     """
     if not is_exporting():
-        return False
+        return POOLS_EVEN_OR_ODD and torch.compiler.is_compiling()
     return torch.compiler.is_dynamo_compiling() or not all(type(size) is int for size in x.shape[2:])
 
 
