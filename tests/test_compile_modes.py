@@ -83,6 +83,15 @@ def test_inductor_runs_any_batch_with_one_graph() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
+def test_weights_may_be_frozen() -> None:
+    """Inductor then folds what it can of them into constants, in oneDNN's order."""
+    network = small_network().eval().to(memory_format=torch.channels_last)
+    x = images(2).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        torch.testing.assert_close(torch.compile(network, fullgraph=True)(x), network(x), rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_and_dtype_are_guarded() -> None:
     """A graph made outside autocast is not run inside it, nor one for float32 on float64."""
     layer = SPConv2d(8, 12, 3, 2, 1)
