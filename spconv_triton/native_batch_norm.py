@@ -23,6 +23,7 @@ Source: Zhang et al., IJCAI 2020, section 3.4; batch norm: Ioffe and Szegedy, IC
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -124,12 +125,12 @@ def forward(
     x = channels_last(x)
     weights = for_one_call(x, gwc, pwc, redundant, geometry)
     z = weights.pointwise_input(x)
-    maps = weights.u3(x, z), weights.u1(z)
-    u3, u1 = maps
-    # ATen's own, which takes the variance of what is left of the mean.
-    moments = [torch.batch_norm_update_stats(u, None, None, 0.0) for u in maps]
-    mean, variance = map(torch.stack, zip(*moments, strict=True))
-    sample = torch.stack([sums_of_maps(u).flatten(1) for u in maps]).div_(u3.shape[2] * u3.shape[3])
+    u3, u1 = weights.u3(x, z), weights.u1(z)
+    mean, variance = _moments(u3, u1)
+    if not math.isfinite(mean.sum()):  # joined weights may make NaN of infinities
+        u3 = weights.given.u3(x, z)
+        mean, variance = _moments(u3, u1)
+    sample = torch.stack([sums_of_maps(u).flatten(1) for u in (u3, u1)]).div_(u3.shape[2] * u3.shape[3])
     statistics = Statistics(mean, variance, sample)
     three, one = _branches(tensors, statistics, eps)
     d = torch.addcmul(three.shift - one.shift, three.deviation, three.scale).addcmul_(
@@ -141,6 +142,13 @@ def forward(
     if bias is not None:
         offset += bias.detach()[:, None, None]
     return torch.addcmul(offset, u1, scale1, out=u1).addcmul_(u3, scale3), u3, d, statistics
+
+
+def _moments(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the batch, [2, M] each; ATen's own, whose variance is of what is left of the mean."""
+    moments = [torch.batch_norm_update_stats(u, None, None, 0.0) for u in (u3, u1)]
+    mean, variance = map(torch.stack, zip(*moments, strict=True))
+    return mean, variance
 
 
 def _branches(tensors: Sequence[Any], statistics: Statistics, eps: tuple[float, float]) -> tuple[Branch, Branch]:

@@ -87,8 +87,8 @@ class Weights:
 
     @property
     def given(self) -> Weights:
-        """The same, not prepared."""
-        return self
+        """The same, neither joined nor prepared."""
+        return Weights(self.gwc, self.pwc, self._redundant, self.geometry)
 
     def pointwise_input(self, x: Tensor) -> Tensor:
         """What the point-wise convolutions read, [N, L, H_out, W_out]: ``x`` itself, or in its layout."""
@@ -119,12 +119,8 @@ class Weights:
 
 
 class MergedWeights(Weights):
-    """The same for a single call on few channels, those of x3 as one; on what is not finite as :class:`PreparedWeights`
-    are."""
-
-    @property
-    def given(self) -> Weights:
-        return Weights(self.gwc, self.pwc, self._redundant, self.geometry)
+    """The same for a single call on few channels, with those of x3 merged. They add up in another order, too, so that
+    whoever finds a mean that is not finite asks :attr:`given`."""
 
     def u3(self, x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: ARG002, Wp reads x too
         merged = merge(self.gwc, self.pwc, self.geometry)
@@ -196,10 +192,6 @@ class PreparedWeights(Weights):
         super().__init__(gwc, pwc, redundant, geometry)
         self._packs = packs
         self._plans: dict[tuple[int, ...], Plan] = {}
-
-    @property
-    def given(self) -> Weights:
-        return Weights(self.gwc, self.pwc, self._redundant, self.geometry)
 
     def plan(self, shape: tuple[int, ...]) -> Plan:
         """For an x of this shape."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import SMALL, Case, Results, assert_within_budget_over_draws, kept_bytes
 from norm_cases import NORMS, Leaves, batch_normed, cast, layer, make_leaves, run
+from strategies import NOT_FINITE
 from torch import Tensor, nn
 
 from spconv_triton import SPConv2d, native_batch_norm, native_folding
@@ -47,13 +48,31 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("folded", [False, True], ids=("given", "folded"))
+@pytest.mark.parametrize("weights", ["given", "folded", "merged"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_agrees_with_float64(case: Case, folded: bool, forwards: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if folded else float("inf"))
+def test_agrees_with_float64(case: Case, weights: str, forwards: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if weights == "merged" else 0)
+    monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
+    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if weights == "folded" else float("inf"))
     check(lambda: make_leaves(case), case, 8)
     check(lambda: make_leaves(case, dtype=torch.float64, memory_format=torch.contiguous_format), case, 2)
     assert len(forwards) == 8 + 2
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_zeros_among_merged_weights_spread_nothing(value: float) -> None:
+    """At the edge without padding, x3 is read by its own group and no point-wise convolution."""
+    layer = SPConv2d(8, 8, 3, bias=False, branch_norm=True)
+    judge = SPConv2d(8, 8, 3, bias=False, branch_norm=True, backend="reference")
+    judge.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, 6, 5)
+    x[0, 1, 0, 0] = value
+    y, expected = layer(x), judge(x)
+    assert expected.isnan().any(), "the case has something to spread"
+    assert torch.equal(y.isnan(), expected.isnan())
+    gradients = [torch.autograd.grad(out.sum(), m.parameters()) for out, m in ((y, layer), (expected, judge))]
+    for found, right in zip(*gradients, strict=True):
+        assert torch.equal(found.isnan(), right.isnan())
 
 
 @pytest.mark.parametrize("missing", [("bias",), ("weight3", "bias3"), ("bias3", "weight1"), NORMS], ids=str)
