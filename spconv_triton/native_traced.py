@@ -43,7 +43,7 @@ def convolution(
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
 
-@traceable_op("traced_gap_softmax_fusion", kernels=tuple)
+@traceable_op("native_gap_softmax_fusion", kernels=tuple)
 def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
     """Y = beta U3 + gamma U1, all of them [N, M, H_out, W_out], with U3 - U1 in the backward.
 

@@ -122,7 +122,7 @@ def test_gap_softmax_fusion_multiplies_no_matrices() -> None:
     (y, gate), forward = flops(lambda: OPERATORS.gap_softmax_fusion(u, u))
     gradients, backward = flops(lambda: OPERATORS.gap_softmax_fusion_backward(y, u, u, gate))
     assert shapes((y, gate, *gradients)) == [(2, 5, 4, 3), (2, 5), (2, 5, 4, 3), (2, 5, 4, 3)]
-    traced, forward_of_traced = flops(lambda: OPERATORS.traced_gap_softmax_fusion(u, u))
+    traced, forward_of_traced = flops(lambda: OPERATORS.native_gap_softmax_fusion(u, u))
     assert shapes((traced,)) == [(2, 5, 4, 3)]
     assert forward == backward == forward_of_traced == 0
 
@@ -157,7 +157,7 @@ def test_every_operator_is_counted_here() -> None:
     registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "spconv_triton" in n}
     pairs = {"spconv2d", "spconv2d_batch_norm", "representative_branch", "gap_softmax_fusion"}
     opaque = {"onepass_descriptor", "weight_grad_descriptor", "input_grad_descriptor"}
-    others = {"spconv2d_inference", "traced_gap_softmax_fusion"}
+    others = {"spconv2d_inference", "native_gap_softmax_fusion"}
     assert registered == pairs | {f"{name}_backward" for name in pairs} | opaque | others
 
 

@@ -97,7 +97,7 @@ def test_every_operator_is_registered() -> None:
         "weight_grad_descriptor",
         "input_grad_descriptor",
         "spconv2d_inference",
-        "traced_gap_softmax_fusion",
+        "native_gap_softmax_fusion",
     }
     registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "spconv_triton" in n}
     assert registered == names
