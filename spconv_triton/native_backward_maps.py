@@ -15,7 +15,7 @@ from .native_backward_operands import Operands
 from .native_convolution import channels_last, convolution_backward, convolve
 from .native_folding import Block, fold, folding_pays, other_blocks, unfold_gradient, whole
 from .native_gate import sums_of_maps
-from .native_products import add_pointwise, columns, is_matrix_product
+from .native_products import columns, is_matrix_product, plus_pointwise
 
 THIN = 16
 """Channels, below which, and"""
@@ -49,9 +49,9 @@ def gate_gradient(given: Operands) -> tuple[Tensor, Maps]:
         for block in blocks:
             read, written = columns(z, block.input, block.inputs), columns(scratch, block.output, block.outputs)
             written.addmm_(read, block.of(pwc).t())
-        add_pointwise(scratch, z, -redundant, pwc.shape[1])
+        scratch = plus_pointwise(scratch, z, -redundant, pwc.shape[1])
     else:
-        scratch = add_pointwise(convolve(x3, convolved, None, *geometry[1:]), z, torch.cat((pwc, -redundant), 1))
+        scratch = plus_pointwise(convolve(x3, convolved, None, *geometry[1:]), z, torch.cat((pwc, -redundant), 1))
     return sums_of_maps(scratch.mul_(g)), Maps(scratch, convolved, blocks, is_folded)
 
 

@@ -62,8 +62,9 @@ def pointwise(x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
     return maps(y, (x.shape[0], outputs, *x.shape[2:]))
 
 
-def add_pointwise(y: Tensor, x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
-    """``y``, [N, M, H, W] in channels_last and dense on a CPU, plus :func:`pointwise`: in place, or as a new tensor."""
+def plus_pointwise(y: Tensor, x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+    """``y``, [N, M, H, W] in channels_last and dense on a CPU, plus :func:`pointwise`: in its memory or new, and then
+    ``y`` is as it was."""
     outputs, inputs = weight.shape[:2]
     if y.dtype == x.dtype and can_be_matrix_product(x):
         written, read, matrix = columns(y, 0, outputs), columns(x, first, inputs), weight.flatten(1)

@@ -29,12 +29,12 @@ from .native_convolution import (
 from .native_folding import Block, can_fold, can_merge, fold, folding_pays, merge, merging_pays, other_blocks, whole
 from .native_gate import gate_comes_first
 from .native_products import (
-    add_pointwise,
     can_be_matrix_product,
     columns,
     is_large,
     is_matrix_product,
     maps,
+    plus_pointwise,
     pointwise,
     takes_convolutions,
 )
@@ -105,8 +105,8 @@ class Weights:
         """
         if z is x and not is_matrix_product(x, self.pwc.numel()):  # both convolutions would copy a slice
             x3 = channels_last(x.narrow(1, 0, self.pwc.shape[1]))
-            return add_pointwise(convolve(x3, self.gwc, bias, *self.geometry[1:]), x3, self.pwc)
-        return add_pointwise(self.convolve(x, bias), z, self.pwc)
+            return plus_pointwise(convolve(x3, self.gwc, bias, *self.geometry[1:]), x3, self.pwc)
+        return plus_pointwise(self.convolve(x, bias), z, self.pwc)
 
     def convolve(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """GWC(x3) + bias, likewise."""

@@ -39,6 +39,7 @@ from spconv_triton import (
     reference,
 )
 from spconv_triton.functional import spconv2d
+from spconv_triton.geometry import resolve
 from spconv_triton.native_products import is_matrix_product
 
 BY_NAME = {case.name: case for case in SMALL}
@@ -197,6 +198,27 @@ def test_agrees_where_onednn_is_wider(case: Case, linear: bool, monkeypatch: pyt
     assert_agrees_over_draws(native, lambda: make_inputs(case, branch_bias=True), 3)
     for gate in (-30.0, 8.0):
         assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate), perturbations=4)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_agrees_where_onednn_takes_the_redundant_part_alone(
+    groups: int, linear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small alpha; Wp is in the group-wise weight then, and the rest of it a product of ATen's."""
+    case = Case("small-alpha", 3, 16, 12, (5, 4), groups=groups, alpha=0.25)
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
+    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0)
+    monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", True)
+    monkeypatch.setattr(native_products, "LARGE_PRODUCT", 3 * 5 * 4 * case.out_channels * case.representative)
+    monkeypatch.setattr(native_products, "LARGE_WEIGHT", 0 if linear else float("inf"))
+    monkeypatch.setattr(native_backward_products, "pay", lambda given: False)
+    for module in (native_onepass, native_weights):
+        monkeypatch.setattr(module, "gate_comes_first", lambda *_: False)
+    inputs = make_inputs(case, branch_bias=True)
+    assert native_folding.folding_pays(inputs.x, inputs.weight_gwc, resolve((3, 3), 1, 1, 1, groups))
+    assert not is_matrix_product(inputs.x, inputs.weight_redundant.numel())
+    assert_agrees_over_draws(native, lambda: make_inputs(case, branch_bias=True), 4)
 
 
 @pytest.mark.parametrize(
