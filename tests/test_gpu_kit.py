@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 # At the same time, for there are two processors.
 HALVES = (
-    ("layers", "graphs", "single", "memory", "others", "model", "compile"),
+    ("layers", "graphs", "single", "parts", "tiles", "memory", "others", "model", "compile"),
     ("correctness", "kernels", "operators", "dynamo", "networks"),
 )
 

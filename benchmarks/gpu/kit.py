@@ -16,7 +16,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +41,8 @@ from functorch.einops import rearrange
 __version__ = "not installed; PyTorch's functorch.einops in its place"
 """
 """The library needs no more of einops, and a machine with PyTorch may be without it."""
+
+RUNNING: set[subprocess.Popen[str]] = set()
 
 BAD = ("failed", "crashed", "timed out")
 
@@ -86,24 +89,44 @@ def main(arguments: Sequence[str] | None = None, sections: Sequence[Section] = S
     command = shlex.join(["python", "-m", "benchmarks.gpu", *arguments])
     report = Report(options.out, rehearsal=options.dry, command=command)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="spconv-gpu-") as scratch:
-        for section in sections:
-            wanted = not options.only or section.name in options.only or section.essential
-            remaining = deadline - time.monotonic()
-            if not wanted:
-                continue
-            missing = [name for name in needs(section, dry=options.dry) if importlib.util.find_spec(name) is None]
-            if missing or remaining < LEAST:
-                report.add(section, "skipped", reason=f"without {', '.join(missing)}" if missing else "no time left")
-                continue
-            say(start, f"{section.name}: {section.title}, at most {min(section.seconds, remaining):.0f} s")
-            found = run(section, Path(scratch), min(section.seconds, remaining), start, dry=options.dry)
-            if section.essential and found["status"] in ("crashed", "timed out"):
-                print(f"{section.name}: {found['output'][-1] if found['output'] else found['status']}", file=sys.stderr)
-                return 2
-            report.add(section, **found)
-            say(start, f"{section.name}: {found['status']}")
+    wanted = [s for s in sections if not options.only or s.name in options.only or s.essential]
+    with contextlib.ExitStack() as stack:
+        caches = options.cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spconv-gpu-")))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spconv-gpu-")))
+        for group in side_by_side(wanted):
+            with ThreadPoolExecutor(len(group)) as pool, ending_with_this():
+                outcomes = pool.map(lambda s: attempt(s, scratch, caches, deadline, start, dry=options.dry), group)
+                for section, found in zip(group, outcomes, strict=True):
+                    if section.essential and found["status"] in ("crashed", "timed out"):
+                        reason = found["output"][-1] if found["output"] else found["status"]
+                        print(f"{section.name}: {reason}", file=sys.stderr)
+                        return 2
+                    report.add(section, **found)
+                    say(start, f"{section.name}: {found['status']}")
     return conclude(report, start)
+
+
+def side_by_side(sections: Sequence[Section]) -> list[list[Section]]:
+    """Sections in their order; neighbours that may run beside each other together, every other by itself."""
+    groups: list[list[Section]] = []
+    for section in sections:
+        if section.beside and groups and groups[-1][-1].beside:
+            groups[-1].append(section)
+        else:
+            groups.append([section])
+    return groups
+
+
+def attempt(
+    section: Section, scratch: Path, caches: Path, deadline: float, start: float, *, dry: bool
+) -> dict[str, Any]:
+    """What :func:`run` finds, unless something is missing or the time is up."""
+    remaining = deadline - time.monotonic()
+    missing = [name for name in needs(section, dry=dry) if importlib.util.find_spec(name) is None]
+    if missing or remaining < LEAST:
+        return {"status": "skipped", "reason": f"without {', '.join(missing)}" if missing else "no time left"}
+    say(start, f"{section.name}: {section.title}, at most {min(section.seconds, remaining):.0f} s")
+    return run(section, scratch, caches, min(section.seconds, remaining), start, dry=dry)
 
 
 def parse(arguments: Sequence[str], sections: Sequence[Section]) -> argparse.Namespace:
@@ -114,6 +137,7 @@ def parse(arguments: Sequence[str], sections: Sequence[Section]) -> argparse.Nam
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the report (default: $OUT, or benchmarks/results)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="to be done in (default: %(default)g)")
     names = [section.name for section in sections]
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where kernels are kept (default: a fresh folder)")
     parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help=f"of {', '.join(names)}")
     parser.add_argument("--dry", action="store_true", help="rehearse on the CPU, at tiny sizes")
     options = parser.parse_args(arguments)
@@ -139,7 +163,7 @@ def needs(section: Section, *, dry: bool) -> tuple[str, ...]:
     return (*section.needs, "numpy") if dry and section.interpreted else section.needs
 
 
-def run(section: Section, scratch: Path, seconds: float, start: float, *, dry: bool) -> dict[str, Any]:
+def run(section: Section, scratch: Path, caches: Path, seconds: float, start: float, *, dry: bool) -> dict[str, Any]:
     """One section in a process of its own: how it ended, and what it found until then."""
     file = scratch / f"{section.name}.jsonl"
     command = [sys.executable, "-m", "benchmarks.gpu.child", section.target, str(file), *(["--dry"] if dry else [])]
@@ -147,7 +171,7 @@ def run(section: Section, scratch: Path, seconds: float, start: float, *, dry: b
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(section, scratch, dry=dry),
+        env=environment(section, scratch, caches, dry=dry),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -155,8 +179,9 @@ def run(section: Section, scratch: Path, seconds: float, start: float, *, dry: b
         errors="replace",
         start_new_session=True,  # what it starts ends with it
     )
+    RUNNING.add(process)
     tail: deque[str] = deque(maxlen=TAIL)
-    reader = threading.Thread(target=follow, args=(process, tail, start), daemon=True)
+    reader = threading.Thread(target=follow, args=(process, section.name, tail, start), daemon=True)
     reader.start()
     try:
         process.wait(seconds)
@@ -165,6 +190,7 @@ def run(section: Section, scratch: Path, seconds: float, start: float, *, dry: b
         status = "timed out"
     finally:
         kill(process)
+        RUNNING.discard(process)
     reader.join()
     lines = read(file)
     checks = [line for line in lines if "check" in line]
@@ -184,11 +210,11 @@ def run(section: Section, scratch: Path, seconds: float, start: float, *, dry: b
     }
 
 
-def environment(section: Section, scratch: Path, *, dry: bool) -> dict[str, str]:
-    """Caches of its own for every run: what is compiled and tuned counts, and nothing is left behind."""
+def environment(section: Section, scratch: Path, caches: Path, *, dry: bool) -> dict[str, str]:
+    """Caches of its own for every run unless some are given: what is tuned counts, and nothing is left behind."""
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    variables["TRITON_CACHE_DIR"] = str(scratch / "triton" / ("layers" if section.tunes else "small"))
-    variables["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    variables["TRITON_CACHE_DIR"] = str(caches / ("layers" if section.tunes else "small"))
+    variables["TORCHINDUCTOR_CACHE_DIR"] = str(caches / "inductor")
     variables["PYTHONUNBUFFERED"] = "1"
     if importlib.util.find_spec("einops") is None:
         (scratch / "einops.py").write_text(EINOPS)
@@ -201,12 +227,22 @@ def environment(section: Section, scratch: Path, *, dry: bool) -> dict[str, str]
     return variables
 
 
-def follow(process: subprocess.Popen[str], tail: deque[str], start: float) -> None:
+def follow(process: subprocess.Popen[str], name: str, tail: deque[str], start: float) -> None:
     assert process.stdout is not None
     with process.stdout as output:
         for line in output:
             tail.append(line.rstrip())
-            say(start, f"  {line.rstrip()}")
+            say(start, f"  {name}: {line.rstrip()}")
+
+
+@contextlib.contextmanager
+def ending_with_this() -> Iterator[None]:
+    """Sections that run when the context is left early, by a signal say, end with it."""
+    try:
+        yield
+    finally:
+        for process in list(RUNNING):
+            kill(process)
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -20,6 +20,8 @@ REHEARSAL = (
     "**A rehearsal, not a measurement**: no GPU, tiny sizes, Triton's interpreter. No number below means anything."
 )
 
+LONGEST_NAME = 60
+
 LEGEND = """\
 *ms* are medians of interleaved rounds. *x* says how many times as fast as the first column's competitor, taken within
 each round: median (20 % to 80 %). `conv2d` is cuDNN's and `reference` the paper's equations in eager PyTorch, each in
@@ -48,6 +50,10 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", *table(("ceiling", kind), [(row["what"], number(row["value"])) for row in ceilings])]
     if times := of("times", rows):
         lines += ["", "## Times", "", LEGEND, *timings(times, of("model", rows), kind)]
+    if found := of("parts", rows):
+        lines += ["", "## The kernels of a layer", "", *kernels(found, kind)]
+    if found := of("tiles", rows):
+        lines += ["", "## Tiles", "", *tiles(found, kind)]
     lines += memory(rows, kind)
     if chosen := of("tuning", rows):
         lines += ["", "## What the tuner chose", "", *tuned(chosen, kind)]
@@ -122,6 +128,51 @@ def floor(floors: dict[tuple, float], at: tuple[str, int, str], direction: str, 
     """Milliseconds, or None where the model says nothing."""
     parts = [floors.get((*at, part, PATHS.get(name))) for part in PARTS.get(direction, (direction,))]
     return None if None in parts else sum(parts)
+
+
+def kernels(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    """A line for each call: its kernels in their order."""
+    calls: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        calls.setdefault((row["layer"], str(row["batch"]), row["direction"], row["competitor"]), []).append(row)
+    cells = [
+        (
+            *call,
+            number(sum(row["us"] for row in own)),
+            ", ".join(f"{short(r['kernel'])} {number(r['us'])}" for r in own),
+        )
+        for call, own in calls.items()
+    ]
+    about = "By the profiler, each from a cold L2 cache only where it is the first of its call."
+    return [about, "", *table(("", "N", "direction", "competitor", f"us, {kind}", "kernels, us"), cells)]
+
+
+def short(kernel: str) -> str:
+    """A kernel's name, a C++ one without arguments and cut."""
+    name = kernel.removeprefix("void ").partition("(")[0].partition("<")[0]
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+
+
+def tiles(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    """A line for each kernel: the tile that it gets, and the fastest."""
+    compared: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        compared.setdefault((row["layer"], str(row["batch"]), row["kernel"]), []).append(row)
+    cells = []
+    for kernel, own in compared.items():
+        timed = [row for row in own if row["us"] is not None]
+        chosen = next(row for row in timed if row["chosen"])
+        best = max(timed, key=lambda row: row["speed"])
+        cells.append(
+            (
+                *kernel,
+                *(f for row in (chosen, best) for f in (row["tile"], number(row["us"]))),
+                f"{best['speed']:.2f}",
+                str(len(own)),
+            )
+        )
+    head = ("", "N", "kernel", "chosen", f"us, {kind}", "fastest", f"us, {kind}", f"x, {kind}", "of")
+    return table(head, cells)
 
 
 def memory(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:

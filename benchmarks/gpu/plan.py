@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from cases import RESNET50, SMALL, Case
+
+from spconv_triton.launch import descriptor, gradients_descriptor
 
 FEW = ("conv2d", "reference", "triton")
 COMPILED = ("reference compiled", "triton compiled")
@@ -88,6 +90,75 @@ def others(*, rehearsal: bool) -> list[Entry]:
     for dtype in () if rehearsal else (torch.bfloat16, torch.float32):
         found += _sized(RESNET50, MIDDLE, dtype, FEW, rehearsal)
     return found
+
+
+def parts(*, rehearsal: bool) -> list[Entry]:
+    """Those whose kernels are timed one by one."""
+    both = ("conv2d", "triton")
+    if rehearsal:
+        return [Entry(TINY, torch.float32, both)]
+    return [e for batch in (LARGE, 1) for e in _sized(RESNET50, batch, torch.float16, both, rehearsal)]
+
+
+def tiles(*, rehearsal: bool) -> list[Entry]:
+    """Those on whose kernels other tiles are tried."""
+    if rehearsal:
+        return [Entry(Case("wide", 1, 64, 64, (1, 2)), torch.float16, ())]
+    found = [e for batch in (LARGE, MIDDLE, 1) for e in _sized(RESNET50, batch, torch.float16, (), rehearsal)]
+    return found + _sized(TRANSITIONS, LARGE, torch.float16, (), rehearsal)
+
+
+def forward_tiles(packed: descriptor.Packing, outputs: int, groups: int) -> Iterator[descriptor.Tile]:
+    """Tiles for the forward, of those that the launch code may choose and around them."""
+    wide = outputs // groups * packed.merge % 128 == 0
+    shapes = [
+        *((64, 64, k, 4, stages) for k, stages in ((32, 4), (32, 6), (64, 3), (64, 4), (64, 6))),
+        *((128, 64, k, warps, stages) for k, warps, stages in ((32, 4, 4), (64, 4, 3), (64, 4, 4), (64, 8, 4))),
+        *((256, 64, k, warps, stages) for k, warps, stages in ((32, 4, 4), (32, 8, 4), (64, 4, 3), (64, 8, 3))),
+        *((32, 64, 64, 4, stages) for stages in (4, 6)),
+        *((64, 128, 64, warps, stages) for warps, stages in ((4, 3), (4, 4), (8, 4), (8, 6)) if wide),
+        *((128, 128, 64, warps, stages) for warps, stages in ((4, 3), (8, 3), (8, 4), (8, 5)) if wide),
+        *((256, 128, 64, 8, stages) for stages in (3, 4) if wide),
+        *((32, 128, 64, warps, stages) for warps, stages in ((4, 4), (8, 4)) if wide),
+    ]
+    for pixels, block_co, block_k, warps, stages in shapes:
+        for rows, columns in (*descriptor.BOXES, (4, 8), (2, 4)):
+            if block_k <= packed.block_k and 1 <= pixels // (rows * columns) <= 4096 // pixels:
+                yield descriptor.Tile(pixels // (rows * columns), rows, columns, block_co, block_k, warps, stages)
+
+
+def input_tiles(packed: gradients_descriptor.Packing, case: Case) -> Iterator[gradients_descriptor.InputTile]:
+    """The same for the input gradient."""
+    group = case.representative // case.groups * packed.merge
+    most = gradients_descriptor.power_of_two_divisor(128, group, case.in_channels - case.representative)
+    if packed.mixed or most >= 64:
+        block_cs = [64] if packed.mixed else [c for c in (64, 128) if c <= most]
+        boxes = ((4, 64), (8, 32), (16, 16), (2, 64), (4, 32), (8, 16), (4, 16), (8, 8), (16, 8))
+        for rows, columns in boxes:
+            if rows <= 2 * case.size[0] and columns <= 2 * case.size[1]:
+                for block_c in block_cs:
+                    for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4)):
+                        yield gradients_descriptor.InputTile(True, 1, rows, columns, block_c, 64, warps, stages)
+    if packed.mixed:
+        return
+    boxes_n = ((1, 8, 16), (2, 8, 8), (16, 2, 4), (32, 2, 2), (128, 1, 1), (8, 4, 4), (64, 1, 1), (16, 2, 2), (4, 4, 4))
+    for box in boxes_n:
+        for block_c in {c for c in (64, 128, most) if c <= most}:
+            for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4)):
+                yield gradients_descriptor.InputTile(False, *box, block_c, 64, warps, stages)
+
+
+def weight_tiles(packed: gradients_descriptor.Packing, case: Case) -> Iterator[gradients_descriptor.WeightTile]:
+    """The same for the weight gradient."""
+    group, outputs = (c // case.groups * packed.merge for c in (case.representative, case.out_channels))
+    most_co = gradients_descriptor.power_of_two_divisor(128, outputs)
+    rest = case.in_channels - case.representative
+    most_c = gradients_descriptor.power_of_two_divisor(128, group, case.representative, rest)
+    for block_co in (64, 128):
+        for block_c in (32, 64, 128):
+            if block_co <= most_co and block_c <= most_c:
+                for warps, stages in ((4, 3), (4, 4), (4, 6), (8, 3), (8, 4), (8, 6)):
+                    yield gradients_descriptor.WeightTile(block_co, block_c, warps, stages)
 
 
 def network() -> list[Entry]:

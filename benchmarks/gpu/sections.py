@@ -16,6 +16,7 @@ class Section:
         seconds: it may take at most so many.
         interpreted: whether a rehearsal runs it in Triton's interpreter, because it runs kernels.
         essential: whether nothing else makes sense if it fails.
+        beside: whether it runs beside its neighbours of which that is true too: it checks, and times nothing.
         tunes: whether it times real layers. The others have a cache of Triton's to themselves, for the tuner remembers
             a choice for every size of a layer, and their layers are small.
         needs: packages besides torch and triton without which it is skipped.
@@ -27,6 +28,7 @@ class Section:
     seconds: int
     interpreted: bool = True
     essential: bool = False
+    beside: bool = False
     tunes: bool = False
     needs: tuple[str, ...] = ()
 
@@ -34,13 +36,15 @@ class Section:
 SECTIONS = (
     Section("environment", "Environment", "benchmarks.gpu.environment:environment", 60, False, essential=True),
     Section("compile", "Compiling ahead", "benchmarks.gpu.precompile:precompile", 90, False),
-    Section("correctness", "Against float64", "benchmarks.gpu.checks:correctness", 90),
+    Section("correctness", "Against float64", "benchmarks.gpu.checks:correctness", 120, beside=True),
+    Section("graphs", "CUDA graphs", "benchmarks.gpu.checks:graphs", 90, beside=True),
+    Section("operators", "Operators", "benchmarks.gpu.checks:operators", 90, beside=True),
+    Section("dynamo", "torch.compile", "benchmarks.gpu.checks:dynamo", 120, beside=True),
+    Section("kernels", "The kernels' tests", "benchmarks.gpu.suite:kernels", 150, beside=True, needs=("pytest",)),
     Section("layers", "ResNet-50's layers", "benchmarks.gpu.layers:layers", 150, tunes=True),
-    Section("graphs", "CUDA graphs", "benchmarks.gpu.checks:graphs", 60),
     Section("single", "One image", "benchmarks.gpu.layers:single", 90, tunes=True),
-    Section("kernels", "The kernels' tests", "benchmarks.gpu.suite:kernels", 150, needs=("pytest",)),
-    Section("operators", "Operators", "benchmarks.gpu.checks:operators", 60),
-    Section("dynamo", "torch.compile", "benchmarks.gpu.checks:dynamo", 90),
+    Section("parts", "The kernels of a layer", "benchmarks.gpu.parts:parts", 60, tunes=True),
+    Section("tiles", "Tiles chosen and tiles that may be", "benchmarks.gpu.tiles:tiles", 90, tunes=True),
     Section("memory", "Memory", "benchmarks.gpu.layers:memory", 60, tunes=True),
     Section("networks", "ResNet-50 whole", "benchmarks.gpu.networks:networks", 120, tunes=True),
     Section("others", "Other layers and dtypes", "benchmarks.gpu.layers:others", 120, tunes=True),

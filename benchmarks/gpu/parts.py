@@ -1,0 +1,63 @@
+"""Where a layer's time goes: what the device takes for each kernel of a call, by its profiler."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+import torch
+from torch.autograd import DeviceType
+
+from benchmarks.gpu import plan
+from benchmarks.gpu.device import Call, Device, device_of
+from benchmarks.gpu.layers import contestants, fastest, keys, label, tuning
+from benchmarks.gpu.record import Record
+
+CALLS = 15
+
+DIRECTIONS = ("forward", "backward")
+
+
+def parts(record: Record) -> None:
+    """Of the compared layers, ours and ``nn.Conv2d``'s kernels in the order of their launches."""
+    device = device_of(record)
+    with tuning(record):
+        for entry in plan.parts(rehearsal=record.rehearsal):
+            field = contestants(record, device, entry)
+            for direction in DIRECTIONS:
+                for name, call in fastest(field, direction, device.sample).items():
+                    with record.check(f"{label(entry)}, {direction}, {name}: profiled", device.synchronize):
+                        kernels = list(profiled(device, call))
+                        if not kernels:
+                            record.needs_gpu("the time of each kernel")
+                        for number, (kernel, seconds) in enumerate(kernels):
+                            record.row(
+                                "parts",
+                                **keys(entry),
+                                direction=direction,
+                                competitor=name,
+                                number=number,
+                                kernel=kernel,
+                                us=1e6 * seconds,
+                            )
+
+
+def profiled(device: Device, call: Call) -> Iterator[tuple[str, float]]:
+    """The kernels that one call launches, and the median of each one's seconds, from a cold cache."""
+    device.sample([call])
+    activities = [torch.profiler.ProfilerActivity.CUDA] if device.name == "cuda" else []
+    if not activities:
+        return
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(CALLS):
+            device.sample([call])
+    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    # Each call begins with the write that empties the L2 cache, one event of a name and length of its own.
+    flush = max(events, key=lambda event: event.time_range.elapsed_us()).name
+    starts = [i for i, event in enumerate(events) if event.name == flush and event.time_range.elapsed_us() > 300]
+    calls = [events[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True)]
+    length = statistics.mode(map(len, calls))
+    calls = [found for found in calls if len(found) == length]
+    for same in zip(*calls, strict=True):
+        yield same[0].name, statistics.median(event.time_range.elapsed_us() for event in same) / 1e6
