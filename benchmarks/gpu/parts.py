@@ -15,6 +15,9 @@ from benchmarks.gpu.record import Record
 
 CALLS = 15
 
+FLUSH_NS = 300_000
+"""The write that empties the L2 cache takes longer than that."""
+
 DIRECTIONS = ("forward", "backward")
 
 
@@ -51,13 +54,14 @@ def profiled(device: Device, call: Call) -> Iterator[tuple[str, float]]:
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(CALLS):
             device.sample([call])
-    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
-    events.sort(key=lambda event: event.time_range.start)
-    # Each call begins with the write that empties the L2 cache, one event of a name and length of its own.
-    flush = max(events, key=lambda event: event.time_range.elapsed_us()).name
-    starts = [i for i, event in enumerate(events) if event.name == flush and event.time_range.elapsed_us() > 300]
+    # Not profile.events(), which leaves out what no operator of PyTorch's launches.
+    events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == DeviceType.CUDA]
+    events.sort(key=lambda event: event.start_ns())
+    names = [event.name() for event in events]
+    # Each call begins with the write that empties the L2 cache: what lasts longest and comes once a call, or oftener.
+    flush = max((e for e in events if names.count(e.name()) >= CALLS), key=lambda e: e.duration_ns()).name()
+    starts = [i for i, name in enumerate(names) if name == flush and events[i].duration_ns() > FLUSH_NS]
     calls = [events[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True)]
     length = statistics.mode(map(len, calls))
-    calls = [found for found in calls if len(found) == length]
-    for same in zip(*calls, strict=True):
-        yield same[0].name, statistics.median(event.time_range.elapsed_us() for event in same) / 1e6
+    for same in zip(*(found for found in calls if len(found) == length), strict=True):
+        yield same[0].name(), statistics.median(event.duration_ns() for event in same) / 1e9
