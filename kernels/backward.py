@@ -29,7 +29,7 @@ redundant channels, of both side by side: g is [N, HO, WO, 2 CO], E3 in the firs
 import triton
 import triton.language as tl
 
-from .tiles import dot, inside, load_pooled, pixel_pointers, window_overlap
+from .tiles import dot, dot_computed, inside, load_pooled, pixel_pointers, window_overlap
 from .tuning import INPUT_GRAD, LAYER_KEY, WEIGHT_GRAD, autotuned, prune_input_grad, prune_weight_grad
 
 
@@ -167,7 +167,7 @@ def input_grad(
         w = tl.load(
             weights[None, :] + (co0 + co)[:, None] * weight_stride, mask=co_mask[:, None] & c_mask[None, :], other=0.0
         )
-        acc = dot(e, w, acc, PRECISION)
+        acc = dot_computed(e, w, acc, PRECISION)
     if STRIDE_H * STRIDE_W > 1:
         count = window_overlap(out_row * STRIDE_H + CENTRE_H, H, STRIDE_H)
         count *= window_overlap(out_column * STRIDE_W + CENTRE_W, W, STRIDE_W)
@@ -195,7 +195,7 @@ def input_grad(
         )
         rows = (co0 + co)[:, None] * (KH * KW * CG) + (tap_h * KW + tap_w) * CG
         w = tl.load(weights[None, :] + rows, mask=co_mask[:, None] & c_mask[None, :], other=0.0)
-        acc = dot(e, w, acc, PRECISION)
+        acc = dot_computed(e, w, acc, PRECISION)
 
     out = pixel_pointers(dx_ptr, sample, row, column, H, W, C)[:, None] + channel[None, :]
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=in_range[:, None] & c_mask[None, :])

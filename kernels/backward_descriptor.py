@@ -34,7 +34,7 @@ The weight gradient folds likewise: sum_p g x at the centre tap is both Wg's and
 import triton
 import triton.language as tl
 
-from .tiles import dot
+from .tiles import dot, dot_computed
 
 
 @triton.jit
@@ -137,10 +137,10 @@ def input_grad_descriptor(
                 gamma = gate_desc.load([1, n0, co0]).reshape(BLOCK_K)[:, None]
                 gate = tl.where((channel < CR)[None, :], gate, gamma)
             w = (w.to(tl.float32) * gate).to(w.dtype)
-            acc = dot(w.T, g.reshape(BLOCK_PIX, BLOCK_K).T, acc, "ieee")
+            acc = dot_computed(w.T, g.reshape(BLOCK_PIX, BLOCK_K).T, acc, "ieee")
         else:
             g = g.reshape(BLOCK_N, SAMPLE_PIX, BLOCK_K).to(tl.float32) * gate.reshape(BLOCK_N, 1, BLOCK_K)
-            acc = dot(g.reshape(BLOCK_PIX, BLOCK_K).to(w.dtype), w, acc, "ieee")
+            acc = dot_computed(g.reshape(BLOCK_PIX, BLOCK_K).to(w.dtype), w, acc, "ieee")
 
     # acc, the pixels' places and the constant in shapes that broadcast.
     pixel = tl.arange(0, SAMPLE_PIX)

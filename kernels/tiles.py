@@ -19,6 +19,21 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_computed(a, b, acc, PRECISION: tl.constexpr):
+    """:func:`dot` of operands that are computed, not loaded, in a loop.
+
+    A Hopper's warp group multiplies such an ``a`` out of registers while the program goes on, and Triton (3.6 to 3.8)
+    lets the next step compute into them before they have been read: results are wrong now and then. Whatever reads acc
+    has to wait for the product first, and so does this, which is no instruction.
+    """
+    acc = dot(a, b, acc, PRECISION)
+    if not INTERPRETED:
+        if tl.target_info.cuda_capability_geq(9, 0) and not tl.target_info.cuda_capability_geq(10, 0):
+            acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@triton.jit
 def decode_pixels(index, HEIGHT, WIDTH):
     """Flat pixel numbers of [N, HEIGHT, WIDTH] as (sample, row, column)."""
     column = index % WIDTH
