@@ -127,7 +127,8 @@ class Trial:
         self.layer = layer.to(device, dtype)
         self.x = torch.randn(case.batch, case.in_channels, *case.size).to(device, dtype)
         self.grad = torch.randn(case.batch, case.out_channels, *case.output_size()).to(device, dtype)
-        self.worst, self.exact = _yardsticks(self.layer, case, self.x, self.grad, direction)
+        with _unsearched():
+            self.worst, self.exact = _yardsticks(self.layer, case, self.x, self.grad, direction)
 
     def contestant(self, name: str, layout: str) -> Contestant:
         """``name`` in ``layout``, compared with float64.
@@ -254,6 +255,17 @@ def _quick(call: Callable[[], object]) -> float:
         _wait_for(call)
         seconds.append(time.perf_counter() - start)
     return min(seconds[2:])
+
+
+@contextlib.contextmanager
+def _unsearched() -> Iterator[None]:
+    """cuDNN takes the first convolution that it knows: to try all of float64's takes it seconds."""
+    searches = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = searches
 
 
 def _yardsticks(

@@ -17,6 +17,8 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.operands_in_flight import overwritten
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -35,10 +37,6 @@ MULTIPLICATIONS = ("FMUL", "v_mul_f32", "v_pk_mul_f32")
 
 LOCAL = ("LDL", "STL", "scratch_")
 """How loads and stores of a thread's own memory begin, where registers are spilled to."""
-
-EVERY_STEP = ("onepass_rows",)
-"""Kernels whose hot loop branches over what all steps but the first do; elsewhere such a branch is the gate, or the end
-of a sum."""
 
 _devices = itertools.count()
 
@@ -116,6 +114,7 @@ class MachineCode:
         instructions: mnemonics with their modifiers, in program order.
         loop: those of one step of the hot loop (see :func:`_hot_loop`), empty if nothing is multiplied in one.
         looped: those of all innermost loops that multiply.
+        overwritten: how many write what a product in flight reads; see :mod:`.operands_in_flight`.
     """
 
     registers: int
@@ -125,6 +124,7 @@ class MachineCode:
     instructions: tuple[str, ...]
     loop: tuple[str, ...]
     looped: tuple[str, ...]
+    overwritten: int = 0
 
     def count(self, opcode: str) -> int:
         """How many instructions are of this opcode, whatever their modifiers."""
@@ -156,14 +156,15 @@ def read(compiled: Any) -> MachineCode:
             for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
         }
         spilled = number["vgpr_spill_count"] + number["sgpr_spill_count"] + number["private_segment_fixed_size"]
-        registers, tensor_memory, listing = number["vgpr_count"], 0, _read_assembly(assembly)
+        registers, tensor_memory, listing, raced = number["vgpr_count"], 0, _read_assembly(assembly), 0
     else:
         usage, machine_code = _disassemble(compiled)
         number = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         registers, spilled = number["REG"], number["STACK"] + number["LOCAL"]
         tensor_memory, listing = compiled.metadata.tmem_size, _read_machine_code(machine_code)
-    loop, looped = _hot_loop(listing, leave_out=compiled.metadata.name not in EVERY_STEP)
-    return MachineCode(registers, spilled, shared, tensor_memory, tuple(listing.instructions), loop, looped)
+        raced = len(overwritten(machine_code))
+    loop, looped = _hot_loop(listing)
+    return MachineCode(registers, spilled, shared, tensor_memory, tuple(listing.instructions), loop, looped, raced)
 
 
 class _Listing(NamedTuple):
@@ -203,12 +204,12 @@ def _read_listing(text: str, label: re.Pattern, instruction: re.Pattern, branch:
     return _Listing(instructions, [(source, labels[name]) for source, name in branches])
 
 
-def _hot_loop(listing: _Listing, *, leave_out: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _hot_loop(listing: _Listing) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Instructions of one step of the hot loop, and of every innermost loop that multiplies.
 
     Products are the tensor cores', or multiply-adds where a kernel has none of those. The hot loop is the shortest with
     the most of them, as most steps run it: what a branch forward skips if it has multiplications, and no products, is
-    done once, and left out if ``leave_out``.
+    done once, and left out.
     """
     instructions, jumps = listing
     products = PRODUCTS if any(map(is_product, instructions)) else VECTOR_PRODUCTS
@@ -222,8 +223,7 @@ def _hot_loop(listing: _Listing, *, leave_out: bool) -> tuple[tuple[str, ...], t
     once = {
         position
         for source, target in jumps
-        if leave_out
-        and start <= source < target <= stop
+        if start <= source < target <= stop
         and any(i.startswith(MULTIPLICATIONS) for i in instructions[source + 1 : target])
         and not any(i.startswith(products) for i in instructions[source + 1 : target])
         for position in range(source + 1, target)

@@ -58,7 +58,8 @@ EXEMPT = (
 
 
 def complaints(rows: Iterable[Row], exempt: Sequence[Exempt] = EXEMPT) -> list[str]:
-    """What is wrong with these rows: compile errors, spills, local memory, more shared memory than there is."""
+    """What is wrong with these rows: compile errors, spills, local memory, operands that are overwritten, more shared
+    memory than there is."""
     found = []
     for row in rows:
         if row.error:
@@ -69,6 +70,8 @@ def complaints(rows: Iterable[Row], exempt: Sequence[Exempt] = EXEMPT) -> list[s
                 f"{row}: spills {row.spilled_bytes} bytes a thread at {row.registers} registers, {row.local} loads and "
                 f"stores of local memory, {row.looped_local} of them in loops that multiply"
             )
+        if row.overwritten:
+            found.append(f"{row}: {row.overwritten} instructions write registers that a product in flight reads")
         limit = PROCESSORS[row.target].program_shared_bytes
         if row.shared_bytes > limit:
             found.append(f"{row}: takes {row.shared_bytes} of {limit} bytes of shared memory")

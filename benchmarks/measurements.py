@@ -42,6 +42,7 @@ class Row(NamedTuple):
         looped_local: loads and stores of spilled registers in any innermost loop that multiplies.
         loop_products: mnemonics of the step's products and how many there are, of the tensor cores or, where a kernel
             has none of those, of float32.
+        overwritten: instructions that write registers which a product in flight reads.
         error: of the compiler, in its words; the numbers are then 0.
     """
 
@@ -67,6 +68,7 @@ class Row(NamedTuple):
     loop_pointer_loads: int = 0
     looped_local: int = 0
     loop_products: str = ""
+    overwritten: int = 0
     error: str = ""
 
     @property
@@ -124,6 +126,7 @@ def measure(one: Compilation) -> Row:
         loop_pointer_loads=sum(i.startswith(POINTER_LOADS) for i in code.loop),
         looped_local=sum(i.startswith(LOCAL) for i in code.looped),
         loop_products=", ".join(f"{mnemonic} x{number}" for mnemonic, number in sorted(multiplied.items())),
+        overwritten=code.overwritten,
     )
 
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .packing import packed_weight
-from .tiles import dot
+from .tiles import dot_float32
 from .tuning import GATE, GATE_KEY, autotuned, prune_channels
 
 MAX_EXPONENT = tl.constexpr(60.0)
@@ -84,6 +84,7 @@ def _apply(
     SPLITS: tl.constexpr,
     POOL_ROW: tl.constexpr,
     TAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """s plus a point-wise weight times the mean of what it reads, which is stored if ``stores``."""
@@ -96,7 +97,7 @@ def _apply(
         if stores:
             tl.store(mean_ptr + n[:, None] * MEAN_STRIDE + channel, mean, mask=mask)
         w = tl.load(weight_ptr + co[:, None] * K + k[None, :], mask=co_mask[:, None] & k_mask, other=0.0)
-        s = dot(mean, tl.trans(w.to(tl.float32)), s, "ieee")
+        s = dot_float32(mean, tl.trans(w.to(tl.float32)), s, PRECISION)
     return s
 
 
@@ -132,6 +133,7 @@ def gate_planes(
     PACK: tl.constexpr,
     MERGE: tl.constexpr,  # groups merged into one, if PACK
     STRIDE: tl.constexpr,  # of the layer, if PACK
+    PRECISION: tl.constexpr,  # see dot_float32
     BLOCK_N: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -163,11 +165,11 @@ def gate_planes(
         share = 1.0 / tl.cast(P, tl.float32)
         s1 = _apply(
             tl.zeros((BLOCK_N, BLOCK_CO), tl.float32), partial_ptr, redundant_ptr, pool_mean_ptr, samples, n, n_mask,
-            co, co_mask, stores, share, split_stride, CR, CRED, C, C, SPLITS, POOL_ROW, TAPS, BLOCK_C,
+            co, co_mask, stores, share, split_stride, CR, CRED, C, C, SPLITS, POOL_ROW, TAPS, PRECISION, BLOCK_C,
         )  # fmt: skip
         s3 = _apply(
             tl.zeros((BLOCK_N, BLOCK_CO), tl.float32), partial_ptr, pwc_ptr, pool_mean_ptr, samples, n, n_mask,
-            co, co_mask, stores, share, split_stride, 0, CR, C, C, SPLITS, POOL_ROW, TAPS, BLOCK_C,
+            co, co_mask, stores, share, split_stride, 0, CR, C, C, SPLITS, POOL_ROW, TAPS, PRECISION, BLOCK_C,
         )  # fmt: skip
         for k0 in range(0, TAPS * CG, BLOCK_C):
             k = k0 + tl.arange(0, BLOCK_C)
@@ -180,7 +182,7 @@ def gate_planes(
                 tl.store(tap_mean_ptr + n[:, None] * (TAPS * CR) + (tap * CR + channel)[None, :], mean, mask=mask)
             rows = gwc_ptr + co[:, None] * (TAPS * CG)
             w = tl.load(rows + k[None, :], mask=co_mask[:, None] & k_mask, other=0.0)
-            s3 = dot(mean, tl.trans(w.to(tl.float32)), s3, "ieee")
+            s3 = dot_float32(mean, tl.trans(w.to(tl.float32)), s3, PRECISION)
 
         b3 = tl.zeros((BLOCK_CO,), tl.float32)
         b1 = tl.zeros((BLOCK_CO,), tl.float32)

@@ -7,6 +7,9 @@ Both are sums over pixels with weights that do not depend on n or c, so a block 
 product: [rows, pixels] weights times [pixels, channels] of x. That holds for any kernel size, stride, padding and
 dilation. The weights of win are 0 or 1. Those of pool are 1 / (valid pixels of the window), which half precision may
 not hold, so they are split into a high and a low part, a row each.
+
+At stride 1 all taps read the inner pixels, so all sums are the total of all pixels, whose weights are 1 and need no
+computing, less what some tap does not read of the pixels along the edges.
 """
 
 import triton
@@ -33,8 +36,24 @@ def _window_share(position, SIZE, OUT, STRIDE: tl.constexpr, CENTRE: tl.constexp
     return tl.where(held, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
 
 
+@triton.jit
+def _edge_pixel(index, H, W, top, bottom, left, right):
+    """Row and column of pixel ``index`` of those outside rows [top, bottom) x columns [left, right): first the rows
+    above and below, then what is left of those between."""
+    outer_rows = top + H - bottom
+    outer_columns = tl.maximum(left + W - right, 1)  # there may be none
+    row = index // W
+    row = tl.where(row < top, row, row - top + bottom)
+    column = index % W
+    between = index - outer_rows * W
+    side = between % outer_columns
+    row = tl.where(between < 0, row, top + between // outer_columns)
+    column = tl.where(between < 0, column, tl.where(side < left, side, side - left + right))
+    return row, column
+
+
 @autotuned(STATISTICS, STATISTICS_KEY, prune_statistics)
-@triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO", "pixels_per_split"])
+@triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO"])
 def window_statistics(
     x_ptr,  # [N, H, W, C], pixels x_stride apart
     partial_ptr,  # [SPLITS, N, ROWS, C] float32
@@ -43,7 +62,6 @@ def window_statistics(
     W,
     HO,
     WO,
-    pixels_per_split,  # of the input
     x_stride,
     C: tl.constexpr,
     KH: tl.constexpr,
@@ -62,24 +80,50 @@ def window_statistics(
     """Grid: (channel blocks x N, splits of the pixels), channels fastest."""
     C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     TAPS: tl.constexpr = KH * KW
+    DENSE: tl.constexpr = STRIDE_H * STRIDE_W == 1
     c = tl.program_id(0) % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     sample = tl.program_id(0) // C_BLOCKS
     split = tl.program_id(1)
+    splits = tl.num_programs(1)
     c_mask = c < C
     t = tl.arange(0, BLOCK_ROWS)[:, None]
-    start = split * pixels_per_split
-    end = tl.minimum(start + pixels_per_split, H * W)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    for pixel0 in range(start, end, BLOCK_PIX):
-        pixel = pixel0 + tl.arange(0, BLOCK_PIX)
-        in_range = pixel < end
-        row = pixel // W
-        column = pixel % W
+    weighed = H * W  # pixels whose weights are computed
+    if DENSE:
+        # All taps read rows [top, bottom), columns [left, right).
+        top = tl.minimum(max(DILATION_H * (KH - 1) - PAD_H, 0), H)
+        left = tl.minimum(max(DILATION_W * (KW - 1) - PAD_W, 0), W)
+        bottom = tl.maximum(tl.minimum(HO - PAD_H, H), top)
+        right = tl.maximum(tl.minimum(WO - PAD_W, W), left)
+        edges = H * W - (bottom - top) * (right - left)
+        # Small maps are nearly all edge.
+        totals = 2 * edges <= H * W
+        weighed = tl.where(totals, edges, weighed)
+        ones = tl.full((BLOCK_ROWS, BLOCK_PIX), 1.0, tl.float32).to(x_ptr.dtype.element_ty)
+        per_split = tl.cdiv(tl.where(totals, H * W, 0), splits)
+        end = tl.minimum((split + 1) * per_split, H * W)
+        for pixel0 in range(split * per_split, end, BLOCK_PIX):
+            pixel = pixel0 + tl.arange(0, BLOCK_PIX)
+            pointers = x_ptr + (sample.to(tl.int64) * H * W + pixel) * x_stride
+            x = tl.load(pointers[:, None] + c[None, :], mask=(pixel < end)[:, None] & c_mask[None, :], other=0.0)
+            acc = dot(ones, x, acc, "ieee")
+    per_split = tl.cdiv(weighed, splits)
+    end = tl.minimum((split + 1) * per_split, weighed)
+    for pixel0 in range(split * per_split, end, BLOCK_PIX):
+        index = pixel0 + tl.arange(0, BLOCK_PIX)
+        in_range = index < end
+        row = index // W
+        column = index % W
+        if DENSE:
+            if totals:
+                row, column = _edge_pixel(index, H, W, top, bottom, left, right)
         pointers = pixel_pointers(x_ptr, sample, row, column, H, W, x_stride)
         x = tl.load(pointers[:, None] + c[None, :], mask=in_range[:, None] & c_mask[None, :], other=0.0)
         reads = _tap_reads(row[None, :], t // KW, HO, STRIDE_H, PAD_H, DILATION_H)
         reads &= _tap_reads(column[None, :], t % KW, WO, STRIDE_W, PAD_W, DILATION_W)
         weight = tl.where(reads & (t < TAPS), 1.0, 0.0)
+        if DENSE:
+            weight -= tl.where(totals, 1.0, 0.0)
         if ROWS > TAPS:
             share = _window_share(row, H, HO, STRIDE_H, DILATION_H * (KH - 1) // 2 - PAD_H)
             share *= _window_share(column, W, WO, STRIDE_W, DILATION_W * (KW - 1) // 2 - PAD_W)

@@ -34,6 +34,20 @@ def dot_computed(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_float32(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b of float32, as exact as float32 is; on tensor cores unless PRECISION is ``"ieee"``.
+
+    There each operand goes in as two TF32 numbers, which hold 22 of its 24 bits: where float16 or bfloat16 was cast to
+    float32, all of them.
+    """
+    if INTERPRETED:
+        return tl.dot(a, b, acc)
+    if tl.target_info.is_cuda() and PRECISION != "ieee":
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
 def decode_pixels(index, HEIGHT, WIDTH):
     """Flat pixel numbers of [N, HEIGHT, WIDTH] as (sample, row, column)."""
     column = index % WIDTH

@@ -12,6 +12,8 @@ from typing import Any
 import triton
 from triton import knobs
 
+from .arithmetic import next_power_of_2
+
 
 def config(num_warps: int, num_stages: int, **blocks: int) -> triton.Config:
     """A row of a table."""
@@ -78,7 +80,7 @@ def autotuned(table: Sequence[triton.Config], key: Sequence[str], prune: Callabl
 
 def fits(block: int, size: int, smallest: int) -> bool:
     """A block is wasted once half of it lies beyond ``size``; the smallest is always allowed."""
-    return block <= max(smallest, triton.next_power_of_2(size))
+    return block <= max(smallest, next_power_of_2(size))
 
 
 def spills(candidate: triton.Config, itemsize: int, scattered: bool, window: int) -> bool:
@@ -273,12 +275,12 @@ WEIGHT_GRAD = Table(
 
 def weight_grad_channels(channels_per_group: int) -> int:
     """BLOCK_C of the weight gradient. Not tuned: it decides the size of a buffer, which is allocated before."""
-    return min(64, max(16, triton.next_power_of_2(channels_per_group)))
+    return min(64, max(16, next_power_of_2(channels_per_group)))
 
 
 def weight_block(channels_per_group: int) -> int:
     """BLOCK_CO and BLOCK_C of the reductions over weights: small, for they are many and each waits for memory."""
-    return min(32, max(16, triton.next_power_of_2(channels_per_group)))
+    return min(32, max(16, next_power_of_2(channels_per_group)))
 
 
 STATISTICS_KEY = ("C", "KH", "KW", "STRIDE_H", "STRIDE_W")
@@ -290,11 +292,12 @@ STATISTICS = (
     config(4, 3, BLOCK_PIX=64, BLOCK_C=16),
 )
 
-GATE_KEY = ("C", "CR", "CO", "G", "TAPS")
+GATE_KEY = ("C", "CR", "CO", "G", "TAPS", "PRECISION")
 
 GATE = (
-    config(8, 2, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=64),
-    config(4, 2, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=16),
+    config(8, 3, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=128),
+    config(4, 3, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=64),
+    config(4, 3, BLOCK_N=16, BLOCK_CO=16, BLOCK_C=64),
     config(2, 2, BLOCK_N=16, BLOCK_CO=16, BLOCK_C=16),
 )
 

@@ -14,8 +14,11 @@ import torch
 from benchmarks.gpu.record import Record
 
 FLUSH_BYTES = 2 * 2**30
-"""Written before each call that is timed: more than any L2 cache holds. It takes a GPU a good half millisecond, in
-which Python launches what is timed next. So the times are the GPU's alone, and of a cold cache."""
+"""Written before each call that is timed: more than any L2 cache holds. It takes an H200 half a millisecond."""
+
+LEAD = 8
+"""How many times. Meanwhile Python launches what is timed next, which for a training step takes it two milliseconds; so
+the times are the GPU's alone, and of a cold cache."""
 
 Call = Callable[[], Any]
 
@@ -26,8 +29,8 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Wait for what has been launched; raises if any of it went wrong."""
 
-    def sample(self, calls: Sequence[Call]) -> list[float]:
-        """Seconds of one call of each, in turn."""
+    def sample(self, calls: Sequence[Call], lead: int = LEAD) -> list[float]:
+        """Seconds of one call of each, in turn; ``lead`` as :data:`LEAD`."""
 
     def capture(self, call: Call) -> tuple[Call, Any] | None:
         """A replay of ``call`` as a CUDA graph, and where it leaves its result; None where there are no such graphs."""
@@ -47,11 +50,12 @@ class Gpu:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def sample(self, calls: Sequence[Call]) -> list[float]:
+    def sample(self, calls: Sequence[Call], lead: int = LEAD) -> list[float]:
         events = []
         for call in calls:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.zero_()
+            for _ in range(lead):
+                self._flush.zero_()
             start.record()
             call()
             stop.record()
@@ -86,7 +90,7 @@ class Rehearsal:
     def synchronize(self) -> None:
         pass
 
-    def sample(self, calls: Sequence[Call]) -> list[float]:
+    def sample(self, calls: Sequence[Call], lead: int = LEAD) -> list[float]:  # noqa: ARG002
         return [self._seconds(call) for call in calls]
 
     def capture(self, call: Call) -> None:

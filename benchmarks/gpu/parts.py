@@ -15,7 +15,7 @@ from benchmarks.gpu.record import Record
 
 CALLS = 15
 
-FLUSH_NS = 300_000
+FLUSH_NS = 100_000
 """The write that empties the L2 cache takes longer than that."""
 
 DIRECTIONS = ("forward", "backward")
@@ -58,10 +58,9 @@ def profiled(device: Device, call: Call) -> Iterator[tuple[str, float]]:
     events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == DeviceType.CUDA]
     events.sort(key=lambda event: event.start_ns())
     names = [event.name() for event in events]
-    # Each call begins with the write that empties the L2 cache: what lasts longest and comes once a call, or oftener.
-    flush = max((e for e in events if names.count(e.name()) >= CALLS), key=lambda e: e.duration_ns()).name()
-    starts = [i for i, name in enumerate(names) if name == flush and events[i].duration_ns() > FLUSH_NS]
-    calls = [events[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True)]
+    # Before each call come the writes that empty the L2 cache, the first events of all.
+    starts = [i for i, name in enumerate(names) if name == names[0] and events[i].duration_ns() > FLUSH_NS]
+    calls = [events[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True) if b > a + 1]
     length = statistics.mode(map(len, calls))
     for same in zip(*(found for found in calls if len(found) == length), strict=True):
         yield same[0].name(), statistics.median(event.duration_ns() for event in same) / 1e9

@@ -156,9 +156,9 @@ def _compare(record: Record, device: Device, entry: plan.Entry, kernel: Kernel) 
     for first in range(0, max(len(rest), 1), TOGETHER):
         field = [kernel.chosen, *rest[first : first + TOGETHER]]
         seconds: dict[Tile, list[float]] = {tile: [] for tile in field}
-        device.sample([works[tile] for tile in field])
+        device.sample([works[tile] for tile in field], lead=1)
         for order in turns(field, rounds):
-            for tile, took in zip(order, device.sample([works[tile] for tile in order]), strict=True):
+            for tile, took in zip(order, device.sample([works[tile] for tile in order], lead=1), strict=True):
                 seconds[tile].append(took)
         for tile in field:
             speed = statistics.median(c / s for c, s in zip(seconds[kernel.chosen], seconds[tile], strict=True))

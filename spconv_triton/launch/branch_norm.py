@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..geometry import Geometry
+from ..kernels.arithmetic import cdiv
 from ..kernels.branch_norm import branches_forward, norm_blend, norm_gate
 from ..kernels.branch_norm_backward import norm_blend_grad, norm_coefficients, norm_sums
 from ..kernels.moments import sample_moments
@@ -90,7 +90,7 @@ def spconv2d_batch_norm(
     pixels, *sizes = pixel_arguments(x, (output_size[0], output_size[1]))
     area = output_size[0] * output_size[1]
     period = MOMENT_PIXELS // torch.sym_min(area & -area, MOMENT_PIXELS)  # by the gcd, of what may be a symbol
-    parts = triton.cdiv(pixels, MOMENT_PIXELS) + batch - 1 - (batch - 1) // period
+    parts = cdiv(pixels, MOMENT_PIXELS) + batch - 1 - (batch - 1) // period
     part_mean, part_square = (kept.gate.new_empty((parts, 2 * outputs)) for _ in range(2))
     per_group = forward_grid(pixels, weight_gwc, geometry)
     wrap_triton(branches_forward)[lambda meta: (*per_group(meta), 2)](
@@ -109,7 +109,7 @@ def spconv2d_batch_norm(
         **layer_constants(x, weight_gwc, weight_pwc, geometry),
     )
     sample_mean, sample_square = (kept.gate.new_empty((batch, 2 * outputs)) for _ in range(2))
-    wrap_triton(sample_moments)[(triton.cdiv(2 * outputs, 64) * batch,)](
+    wrap_triton(sample_moments)[(cdiv(2 * outputs, 64) * batch,)](
         part_mean,
         part_square,
         sample_mean,
@@ -122,7 +122,7 @@ def spconv2d_batch_norm(
         BLOCK_C=64,
     )
     planes = kept.gate.new_empty((3, batch, outputs))
-    wrap_triton(norm_gate)[(triton.cdiv(outputs, COEFFICIENT_BLOCKS["BLOCK_C"]),)](
+    wrap_triton(norm_gate)[(cdiv(outputs, COEFFICIENT_BLOCKS["BLOCK_C"]),)](
         sample_mean,
         sample_square,
         *norms.tensors(kept.gate),
@@ -162,14 +162,14 @@ def spconv2d_batch_norm_backward(
     grad = channels_last(grad)
     batch, outputs, height, width = grad.shape
     area = height * width
-    splits = max(1, min(triton.cdiv(TARGET_PROGRAMS, batch * triton.cdiv(outputs, 64)), triton.cdiv(area, 256), 16))
+    splits = max(1, min(cdiv(TARGET_PROGRAMS, batch * cdiv(outputs, 64)), cdiv(area, 256), 16))
     partial = kept.gate.new_empty((splits, 5, batch, outputs))
-    wrap_triton(norm_sums)[lambda meta: (batch * triton.cdiv(outputs, meta["BLOCK_C"]), splits)](
-        grad, kept.branches, kept.batch, partial, batch, area, triton.cdiv(area, splits), C=outputs
+    wrap_triton(norm_sums)[lambda meta: (batch * cdiv(outputs, meta["BLOCK_C"]), splits)](
+        grad, kept.branches, kept.batch, partial, batch, area, cdiv(area, splits), C=outputs
     )
     planes = kept.gate.new_empty((4, batch, outputs))
     slope, d_norms = kept.gate.new_empty((2, outputs)), kept.gate.new_empty((5, outputs))
-    wrap_triton(norm_coefficients)[(triton.cdiv(outputs, COEFFICIENT_BLOCKS["BLOCK_C"]),)](
+    wrap_triton(norm_coefficients)[(cdiv(outputs, COEFFICIENT_BLOCKS["BLOCK_C"]),)](
         partial,
         kept.batch,
         kept.gate,

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import triton
 from torch import Tensor
 
 from ..dispatch import INTERPRETED
 from ..geometry import Geometry
+from ..kernels.arithmetic import cdiv
 
 MAX_PIXELS = 2**31 - 1
 
@@ -109,6 +109,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+def statistics_precision(dtype: torch.dtype) -> str:
+    """How products of float32 statistics are computed: on tensor cores, in parts, unless the layer's own are not."""
+    return "ieee" if dtype == torch.float32 and dot_precision(dtype) == "ieee" else "tf32x3"
+
+
 def window_constants(geometry: Geometry) -> dict[str, int]:
     """The window, compiled into a layer's kernels."""
     return {
@@ -136,7 +141,7 @@ def layer_constants(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry:
 
 def forward_grid(pixels: int, weight_gwc: Tensor, geometry: Geometry) -> Grid:
     def grid(meta: dict[str, Any]) -> tuple[int]:
-        per_group = triton.cdiv(weight_gwc.shape[0] // geometry.groups, meta["BLOCK_CO"])
-        return (triton.cdiv(pixels, meta["BLOCK_PIX"]) * geometry.groups * per_group,)
+        per_group = cdiv(weight_gwc.shape[0] // geometry.groups, meta["BLOCK_CO"])
+        return (cdiv(pixels, meta["BLOCK_PIX"]) * geometry.groups * per_group,)
 
     return grid

@@ -6,12 +6,12 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import capability
 from ..geometry import Geometry
+from ..kernels.arithmetic import cdiv
 from ..kernels.descriptor import onepass_descriptor as kernel
 from ..kernels.rows import onepass_rows
 from .common import channels_last, dot_precision, empty_channels_last, pixel_major
@@ -28,7 +28,7 @@ PRODUCTS = 1700
 ROW_BOX = (8, 8)
 """Samples and columns of the row kernel: 56 is a multiple of 8."""
 
-BOXES = ((1, 1), (2, 2), (4, 4), (8, 8), (8, 16), (16, 16))
+BOXES = ((2, 2), (4, 4), (8, 8), (8, 16), (16, 16))
 """Rows and columns of a tile. 56, 28 and 14 are multiples of 8, 4 and 2, where 8 x 16 wastes an eighth and more; a tile
 of single pixels skips the taps outside the image, which a 7 x 7 map has most of."""
 
@@ -64,7 +64,7 @@ class Tile(NamedTuple):
     def programs(self, batch: int, height: int, width: int, outputs: int) -> int:
         """Programs that cover the output."""
         blocks = zip((batch, height, width, outputs), self[:4], strict=True)
-        return functools.reduce(lambda total, sides: total * triton.cdiv(*sides), blocks, 1)
+        return functools.reduce(lambda total, sides: total * cdiv(*sides), blocks, 1)
 
 
 def can_run(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
@@ -169,13 +169,13 @@ def streamed_rows(packed: Packing, groups: int, stride: int, output: tuple[int, 
     batch, height, width, outputs = output
     if stride != 1 or outputs != 64 or (packed.pointwise, packed.per_tap) != (32, 32):
         return None
-    blocks = triton.cdiv(batch, ROW_BOX[0]) * triton.cdiv(width, ROW_BOX[1])
-    rows = triton.cdiv(height, max(1, PROGRAMS // blocks))
+    blocks = cdiv(batch, ROW_BOX[0]) * cdiv(width, ROW_BOX[1])
+    rows = cdiv(height, max(1, PROGRAMS // blocks))
     pixels = ROW_BOX[0] * ROW_BOX[1]
     step = 2 * (3 * packed.per_tap + packed.pointwise) * pixels / L2_BYTES
     step += packed.columns * pixels * outputs / PRODUCTS
     program = (rows + 2) * step + 2 * packed.columns * outputs / L2_BYTES
-    streamed = program * max(1.0, blocks * triton.cdiv(height, rows) / PROGRAMS)
+    streamed = program * max(1.0, blocks * cdiv(height, rows) / PROGRAMS)
     tiled = cycles(best_tile(packed, groups, stride, output), packed, stride, output)
     return rows if streamed < tiled else None
 
@@ -306,7 +306,7 @@ def _stream_rows(
     batch, outputs, height, width = y.shape
     block_n, block_w = ROW_BOX
     half = x.shape[1] // 2
-    programs = triton.cdiv(batch, block_n) * triton.cdiv(height, rows) * triton.cdiv(width, block_w)
+    programs = cdiv(batch, block_n) * cdiv(height, rows) * cdiv(width, block_w)
     onepass_rows[(programs,)](
         boxes(*aligned(x), [block_n, 1, block_w, half]),
         TensorDescriptor.from_tensor(packed, [outputs, half]),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from ..kernels.arithmetic import cdiv
 from ..kernels.fusion import fusion_blend, fusion_blend_grad, fusion_statistics
 from .common import TARGET_PROGRAMS, Grid, channels_last, wrap_triton
 
@@ -54,12 +54,12 @@ def _fusion_statistics(u3: Tensor, u1: Tensor, grad: Tensor | None) -> Tensor:
     """Partial sums of U3 - U1, weighted by ``grad`` if given: [splits, N, M] float32."""
     batch, channels, height, width = u3.shape
     pixels = height * width
-    blocks = batch * triton.cdiv(channels, 64)
-    splits = max(1, min(triton.cdiv(TARGET_PROGRAMS, blocks), triton.cdiv(pixels, 256), 16))
+    blocks = batch * cdiv(channels, 64)
+    splits = max(1, min(cdiv(TARGET_PROGRAMS, blocks), cdiv(pixels, 256), 16))
     partial = u3.new_empty((splits, batch, channels), dtype=torch.float32)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        return batch * triton.cdiv(channels, meta["BLOCK_C"]), splits
+        return batch * cdiv(channels, meta["BLOCK_C"]), splits
 
     wrap_triton(fusion_statistics)[grid](
         u3,
@@ -68,7 +68,7 @@ def _fusion_statistics(u3: Tensor, u1: Tensor, grad: Tensor | None) -> Tensor:
         partial,
         batch,
         pixels,
-        triton.cdiv(pixels, splits),
+        cdiv(pixels, splits),
         C=channels,
         WEIGHTED=grad is not None,
     )
@@ -80,7 +80,7 @@ def blend_grid(u3: Tensor) -> Grid:
     batch, channels, height, width = u3.shape
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
-        pixel_blocks = triton.cdiv(height * width, meta["BLOCK_PIX"])
-        return (batch * pixel_blocks * triton.cdiv(channels, meta["BLOCK_C"]),)
+        pixel_blocks = cdiv(height * width, meta["BLOCK_PIX"])
+        return (batch * pixel_blocks * cdiv(channels, meta["BLOCK_C"]),)
 
     return grid

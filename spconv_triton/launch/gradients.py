@@ -6,10 +6,10 @@ from math import gcd
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..geometry import Geometry
+from ..kernels.arithmetic import cdiv, next_power_of_2
 from ..kernels.backward import input_grad, weight_grad
 from ..kernels.reduction import finish_weights, gate_grad
 from ..kernels.tuning import weight_block, weight_grad_channels
@@ -55,12 +55,12 @@ def layer_input_grad(
     if dx.numel() == 0:
         return dx
     grad = channels_last(grad)
-    phase_pixels = triton.cdiv(height, stride_h) * triton.cdiv(width, stride_w)
+    phase_pixels = cdiv(height, stride_h) * cdiv(width, stride_w)
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
-        blocks = geometry.groups * triton.cdiv(representative // geometry.groups, meta["BLOCK_C"])
-        blocks += triton.cdiv(channels - representative, meta["BLOCK_C"])
-        return (blocks * triton.cdiv(phase_pixels, meta["BLOCK_PIX"]) * stride_h * stride_w * batch,)
+        blocks = geometry.groups * cdiv(representative // geometry.groups, meta["BLOCK_C"])
+        blocks += cdiv(channels - representative, meta["BLOCK_C"])
+        return (blocks * cdiv(phase_pixels, meta["BLOCK_PIX"]) * stride_h * stride_w * batch,)
 
     wrap_triton(input_grad)[grid](
         grad,
@@ -99,19 +99,19 @@ def layer_weight_grad(
     pixels = grad.shape[2] * grad.shape[3]
     grad, (x, spacing) = channels_last(grad), pixel_major(x)
     block = weight_grad_channels(representative // geometry.groups)
-    redundant_blocks = triton.cdiv(channels - representative, block)
-    k_blocks = redundant_blocks + triton.cdiv(representative, block)
-    k_blocks += geometry.taps * triton.cdiv(representative // geometry.groups, block)
+    redundant_blocks = cdiv(channels - representative, block)
+    k_blocks = redundant_blocks + cdiv(representative, block)
+    k_blocks += geometry.taps * cdiv(representative // geometry.groups, block)
     # Enough programs to fill a GPU, of at least 1024 pixels each; a slice lies within one sample, for the gate's sake.
-    tiles = k_blocks * triton.cdiv(outputs, 64)
-    splits = max(1, min(triton.cdiv(TARGET_PROGRAMS, tiles), triton.cdiv(batch * pixels, 1024)))
-    slices = triton.cdiv(splits, batch)
+    tiles = k_blocks * cdiv(outputs, 64)
+    splits = max(1, min(cdiv(TARGET_PROGRAMS, tiles), cdiv(batch * pixels, 1024)))
+    slices = cdiv(splits, batch)
     units = batch * slices
     partial = x.new_empty((splits, count), dtype=torch.float32)
     inner = x.new_empty((k_blocks, batch, slices, outputs) if ratio is not None else 0, dtype=torch.float32)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        return k_blocks * geometry.groups * triton.cdiv(outputs // geometry.groups, meta["BLOCK_CO"]), splits
+        return k_blocks * geometry.groups * cdiv(outputs // geometry.groups, meta["BLOCK_CO"]), splits
 
     wrap_triton(weight_grad)[grid](
         grad,
@@ -123,8 +123,8 @@ def layer_weight_grad(
         partial,
         inner,
         units,
-        triton.cdiv(units, splits),
-        triton.cdiv(pixels, slices),
+        cdiv(units, splits),
+        cdiv(pixels, slices),
         height,
         width,
         grad.shape[2],
@@ -158,8 +158,8 @@ def gate_gradient(
     pixels = grad.shape[2] * grad.shape[3]
     shift = torch.empty_like(ratio)
     terms = None if branch_bias is None else ratio.new_empty((2, batch, outputs))
-    block = min(64, triton.next_power_of_2(outputs))
-    wrap_triton(gate_grad)[(triton.cdiv(outputs, block) * batch,)](
+    block = min(64, next_power_of_2(outputs))
+    wrap_triton(gate_grad)[(cdiv(outputs, block) * batch,)](
         parts,
         ratio,
         ratio if branch_bias is None else channels_last(grad),
@@ -206,16 +206,16 @@ def finish_weight_grads(
         d_branch_bias, terms = torch.empty_like(gate.branch_bias), gate.terms
     group_outputs, group_channels = outputs // geometry.groups, representative // geometry.groups
     block_co, block_c = weight_block(group_outputs), weight_block(group_channels)
-    k_blocks = triton.cdiv(redundant, block_c) + triton.cdiv(representative, block_c)
-    k_blocks += geometry.taps * triton.cdiv(group_channels, block_c)
-    programs = triton.cdiv(group_outputs, block_co) * geometry.groups * k_blocks
+    k_blocks = cdiv(redundant, block_c) + cdiv(representative, block_c)
+    k_blocks += geometry.taps * cdiv(group_channels, block_c)
+    programs = cdiv(group_outputs, block_co) * geometry.groups * k_blocks
     channels = representative + redundant
     kept = (weight_pwc, weight_pwc, weight_pwc)
     if prepared is not None and weight_redundant is not None:
         kept = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
-        c_blocks = geometry.groups * triton.cdiv(group_channels, block_c) + triton.cdiv(redundant, block_c)
-        programs += c_blocks * triton.cdiv(prepared.constant.shape[1], 16)
-        programs += triton.cdiv(prepared.plan.rows, 32) * triton.cdiv(channels, 64)
+        c_blocks = geometry.groups * cdiv(group_channels, block_c) + cdiv(redundant, block_c)
+        programs += c_blocks * cdiv(prepared.constant.shape[1], 16)
+        programs += cdiv(prepared.plan.rows, 32) * cdiv(channels, 64)
     wrap_triton(finish_weights)[(programs,)](
         partial,
         partial if gate is None else gate.shift,

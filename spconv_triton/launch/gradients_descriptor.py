@@ -6,11 +6,11 @@ from math import gcd
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..geometry import Geometry
+from ..kernels.arithmetic import cdiv
 from ..kernels.backward_descriptor import input_grad_descriptor, weight_grad_descriptor
 from .common import channels_last, empty_channels_last
 from .descriptor import DTYPES, PROGRAMS, aligned, boxes, capability
@@ -18,6 +18,9 @@ from .descriptor import DTYPES, PROGRAMS, aligned, boxes, capability
 WASTE = 1.2
 """How many pixels a tile of the transposed input gradient may compute for each that exists. The other form wastes none,
 but issues instructions for as many cycles as its products take, or two fifths more; this one for half as many."""
+
+SPLIT_PIXELS = 1024
+"""A part of the weight gradient's sums is over at least so many pixels: parts are written, and added up afterwards."""
 
 
 class Packing(NamedTuple):
@@ -105,7 +108,7 @@ def waste(box: tuple[int, ...], sizes: tuple[int, ...]) -> float:
     """Elements that boxes compute for each that exists."""
     computed = 1.0
     for side, size in zip(box, sizes, strict=True):
-        computed *= triton.cdiv(size, side) * side / size
+        computed *= cdiv(size, side) * side / size
     return computed
 
 
@@ -178,9 +181,9 @@ def weight_grad(
         partial,
         parts,
         units,
-        triton.cdiv(units, splits),
+        cdiv(units, splits),
         slices,
-        triton.cdiv(triton.cdiv(height, slices), block_h) * block_h,
+        cdiv(cdiv(height, slices), block_h) * block_h,
         width,
         C=channels,
         CR=representative,
@@ -231,10 +234,10 @@ def _weight_buffers(x: Tensor, weight_pwc: Tensor, groups: int) -> tuple[Tensor,
     k_tiles = (channels + 8 * (representative // groups * plan.merge)) // tile.block_c
     # Whole waves of programs that fill a large GPU; a slice lies within one sample, for the gate's sake.
     splits = PROGRAMS * 8 // tile.num_warps // (k_tiles * outputs // tile.block_co)
-    splits = max(1, min(splits, triton.cdiv(batch * height * width, 1024)))
-    slices = triton.cdiv(splits, batch)
+    splits = max(1, min(splits, cdiv(batch * height * width, SPLIT_PIXELS)))
+    slices = cdiv(splits, batch)
     units = batch * slices
-    splits = triton.cdiv(units, triton.cdiv(units, splits))
+    splits = cdiv(units, cdiv(units, splits))
     weights = outputs * (channels + 8 * (representative // groups))
     partial = x.new_empty((splits, weights), dtype=torch.float32)
     return partial, x.new_empty((k_tiles, batch, slices, outputs), dtype=torch.float32)
@@ -263,8 +266,8 @@ def input_grad(
     plan = _packing(channels, representative, outputs, groups)
     tile = input_tile(plan, (batch, channels, height, width), representative, groups)
     box = [tile.block_n, tile.block_h, tile.block_w]
-    tiles_h, tiles_w = triton.cdiv(height, tile.block_h), triton.cdiv(width, tile.block_w)
-    blocks = triton.cdiv(batch, tile.block_n) * tiles_h * tiles_w * channels // tile.block_c
+    tiles_h, tiles_w = cdiv(height, tile.block_h), cdiv(width, tile.block_w)
+    blocks = cdiv(batch, tile.block_n) * tiles_h * tiles_w * channels // tile.block_c
     input_grad_descriptor[(blocks,)](
         boxes(*aligned(grad), [*box, tile.block_k]),
         TensorDescriptor.from_tensor(packed, [tile.block_k, tile.block_c]),

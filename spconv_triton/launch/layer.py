@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..geometry import Geometry
+from ..kernels.arithmetic import cdiv, next_power_of_2
 from ..kernels.gate import gate_planes
 from ..kernels.onepass import onepass_forward
 from ..kernels.statistics import window_statistics
@@ -21,6 +21,7 @@ from .common import (
     layer_constants,
     pixel_arguments,
     pixel_major,
+    statistics_precision,
     use_descriptors,
     window_constants,
     wrap_triton,
@@ -78,8 +79,8 @@ def spconv2d(
     partial, pool_row = _window_statistics(x, spacing, output_size, geometry)
 
     def gate_grid(meta: dict[str, Any]) -> tuple[int]:
-        per_group = triton.cdiv(outputs // geometry.groups, meta["BLOCK_CO"])
-        blocks = triton.cdiv(batch, meta["BLOCK_N"]) + triton.cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
+        per_group = cdiv(outputs // geometry.groups, meta["BLOCK_CO"])
+        blocks = cdiv(batch, meta["BLOCK_N"]) + cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
         return (per_group * geometry.groups * blocks,)
 
     wrap_triton(gate_planes)[gate_grid](
@@ -112,6 +113,7 @@ def spconv2d(
         PACK=plan is not None,
         MERGE=plan.merge if plan else 1,
         STRIDE=geometry.stride[0],
+        PRECISION=statistics_precision(x.dtype),
     )
     if packed is not None:
         window = (representative, geometry.groups, geometry.stride[0])
@@ -155,12 +157,12 @@ def _window_statistics(x: Tensor, spacing: int, output_size: tuple[int, int], ge
     pooled = geometry.stride != (1, 1)
     rows = geometry.taps + (2 if pooled else 0)
     pool_row = geometry.taps if pooled else (kh // 2) * kw + kw // 2
-    blocks = batch * triton.cdiv(channels, 64)
-    splits = max(1, min(triton.cdiv(TARGET_PROGRAMS, blocks), triton.cdiv(height * width, 256), 16))
+    blocks = batch * cdiv(channels, 64)
+    splits = max(1, min(cdiv(TARGET_PROGRAMS, blocks), cdiv(height * width, 256), 8))
     partial = x.new_empty((splits, batch, rows, channels), dtype=torch.float32)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        return batch * triton.cdiv(channels, meta["BLOCK_C"]), splits
+        return batch * cdiv(channels, meta["BLOCK_C"]), splits
 
     wrap_triton(window_statistics)[grid](
         x,
@@ -169,11 +171,10 @@ def _window_statistics(x: Tensor, spacing: int, output_size: tuple[int, int], ge
         height,
         width,
         *output_size,
-        triton.cdiv(height * width, splits),
         spacing,
         C=channels,
         ROWS=rows,
-        BLOCK_ROWS=max(16, triton.next_power_of_2(rows)),
+        BLOCK_ROWS=max(16, next_power_of_2(rows)),
         **window_constants(geometry),
     )
     return partial, pool_row
