@@ -254,7 +254,11 @@ def weight_grad_descriptor(
     column = tl.where(redundant, c - CR, tl.where(pointwise, c, c % CG))
     width = tl.where(redundant, C - CR, tl.where(pointwise, CR, 9 * CG))
     weights = tl.where(redundant, redundant_ptr, tl.where(pointwise, pwc_ptr, gwc_ptr + tap * CG)) + co * width
+    # What a sample's products are multiplied by for its part of A, in registers: a 7 x 7 map is one step.
+    values = tl.load(weights[:, None] + column[None, :], mask=stored, other=0.0).to(tl.float32)
     centre = gwc_ptr + 4 * CG + co * (9 * CG)
+    both = own & pointwise & (redundant == 0)
+    values += tl.load(centre[:, None] + (c % CG)[None, :], mask=both, other=0.0).to(tl.float32)
 
     one = tl.zeros((BLOCK_CO, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_CO, BLOCK_C), tl.float32)
@@ -271,11 +275,7 @@ def weight_grad_descriptor(
         line_ends = w + BLOCK_W >= W
         unit_ends = line_ends & (h + BLOCK_H == (piece + 1) * slice_height)
         if unit_ends:
-            values = tl.load(weights[:, None] + column[None, :], mask=stored, other=0.0)
-            part = tl.sum(values.to(tl.float32) * one, 1)
-            if pointwise and not redundant:
-                values = tl.load(centre[:, None] + (c % CG)[None, :], mask=own, other=0.0)
-                part += tl.sum(values.to(tl.float32) * one, 1)
+            part = tl.sum(values * one, 1)
             inner = inner_ptr + (k_tile * units + sample * SLICES + piece).to(tl.int64) * CO + co
             tl.store(inner, part)
             ratio = tl.load(ratio_ptr + sample * CO + co)

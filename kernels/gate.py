@@ -97,7 +97,7 @@ def _apply(
         if stores:
             tl.store(mean_ptr + n[:, None] * MEAN_STRIDE + channel, mean, mask=mask)
         w = tl.load(weight_ptr + co[:, None] * K + k[None, :], mask=co_mask[:, None] & k_mask, other=0.0)
-        s = dot_float32(mean, tl.trans(w.to(tl.float32)), s, PRECISION)
+        s = dot_float32(mean, tl.trans(w), s, PRECISION)
     return s
 
 
@@ -182,7 +182,7 @@ def gate_planes(
                 tl.store(tap_mean_ptr + n[:, None] * (TAPS * CR) + (tap * CR + channel)[None, :], mean, mask=mask)
             rows = gwc_ptr + co[:, None] * (TAPS * CG)
             w = tl.load(rows + k[None, :], mask=co_mask[:, None] & k_mask, other=0.0)
-            s3 = dot_float32(mean, tl.trans(w.to(tl.float32)), s3, PRECISION)
+            s3 = dot_float32(mean, tl.trans(w), s3, PRECISION)
 
         b3 = tl.zeros((BLOCK_CO,), tl.float32)
         b1 = tl.zeros((BLOCK_CO,), tl.float32)

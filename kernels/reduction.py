@@ -18,7 +18,7 @@ by-product, so there is no cache that an optimizer step or a graph could find st
 import triton
 import triton.language as tl
 
-from .tiles import dot
+from .tiles import dot_float32
 
 
 @triton.jit(do_not_specialize=["N", "P", "SLICES"])
@@ -144,33 +144,6 @@ def _pack_weights(
 
 
 @triton.jit
-def _weighted(
-    acc,  # [BLOCK_N, BLOCK_C] float32
-    shift_ptr,  # [N, CO], at the first channel of the sum
-    weight_ptr,  # at the first input channel, of the first output channel of the sum
-    weight_stride,
-    n,
-    n_mask,
-    c,
-    c_mask,
-    COUNT: tl.constexpr,
-    CO: tl.constexpr,
-    BLOCK_CO: tl.constexpr,
-):
-    """acc + sum over COUNT output channels of shift weight."""
-    m = tl.arange(0, BLOCK_CO)
-    for m0 in range(0, COUNT, BLOCK_CO):
-        m_mask = m0 + m < COUNT
-        shift = tl.load(
-            shift_ptr + n[:, None] * CO + (m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0
-        )
-        rows = weight_ptr + (m0 + m)[:, None] * weight_stride
-        w = tl.load(rows + c[None, :], mask=m_mask[:, None] & c_mask[None, :], other=0.0)
-        acc = dot(shift, w.to(tl.float32), acc, "tf32x3")
-    return acc
-
-
-@triton.jit
 def _constant_planes(
     program,
     shift_ptr,
@@ -187,12 +160,17 @@ def _constant_planes(
     BLOCK_C: tl.constexpr,
     BLOCK_CO: tl.constexpr,
 ):
-    """The nine planes of the constant, of a block of samples and of channels of a group, or of the redundant ones."""
+    """The nine planes of the constant, of a block of samples and of channels of a group, or of the redundant ones.
+
+    All taps at once, next to each other as columns of one product: one after the other they would wait for memory nine
+    times as often.
+    """
     CG: tl.constexpr = CR // G
     COG: tl.constexpr = CO // G
     CRED: tl.constexpr = C - CR
     GROUP_BLOCKS: tl.constexpr = (CG + BLOCK_C - 1) // BLOCK_C
     C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (CRED + BLOCK_C - 1) // BLOCK_C
+    TAPS: tl.constexpr = 16  # a power of two of at least nine
     block = program % C_BLOCKS
     redundant = block >= G * GROUP_BLOCKS
     group = tl.where(redundant, 0, block // GROUP_BLOCKS)
@@ -200,42 +178,46 @@ def _constant_planes(
     c_mask = c < tl.where(redundant, CRED, CG)
     n = program // C_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < N
+    m = tl.arange(0, BLOCK_CO)
+    shifts = shift_ptr + n[:, None] * CO
 
-    zero = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     weight_ptr = tl.where(redundant, redundant_ptr, pwc_ptr + group * CG)
-    total = _weighted(
-        zero, shift_ptr, weight_ptr, tl.where(redundant, CRED, CR), n, n_mask, c, c_mask, CO, CO, BLOCK_CO
-    )
+    weight_stride = tl.where(redundant, CRED, CR)
+    for m0 in range(0, CO, BLOCK_CO):
+        m_mask = m0 + m < CO
+        shift = tl.load(shifts + (m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
+        rows = weight_ptr + (m0 + m)[:, None] * weight_stride
+        w = tl.load(rows + c[None, :], mask=m_mask[:, None] & c_mask[None, :], other=0.0)
+        total = dot_float32(shift, w.to(tl.float32), total, "tf32x3")
     total *= tl.where(redundant, -1.0, 1.0)
-    top, bottom, left, right = zero, zero, zero, zero
-    top_left, top_right, bottom_left, bottom_right = zero, zero, zero, zero
+
+    tap = tl.arange(0, TAPS)
+    column = (tap[:, None] * CG + c[None, :]).reshape(TAPS * BLOCK_C)
+    column_mask = ((tap < 9)[:, None] & c_mask[None, :]).reshape(TAPS * BLOCK_C)
+    taps = tl.zeros((BLOCK_N, TAPS * BLOCK_C), tl.float32)
+    for m0 in range(0, tl.where(redundant, 0, COG), BLOCK_CO):
+        m_mask = m0 + m < COG
+        shift = tl.load(shifts + (group * COG + m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
+        rows = gwc_ptr + (group * COG + m0 + m)[:, None] * (9 * CG)
+        w = tl.load(rows + column[None, :], mask=m_mask[:, None] & column_mask[None, :], other=0.0)
+        taps = dot_float32(shift, w.to(tl.float32), taps, "tf32x3")
+    taps = taps.reshape(BLOCK_N, TAPS, BLOCK_C)
     # The first row of pixels has no use for the taps of the last row, and so on.
-    for tap in range(0, tl.where(redundant, 0, 9)):
-        one = _weighted(
-            zero, shift_ptr + group * COG, gwc_ptr + group * (COG * 9 * CG) + tap * CG, 9 * CG,
-            n, n_mask, c, c_mask, COG, CO, BLOCK_CO,
-        )  # fmt: skip
-        total += one
-        top += tl.where(tap >= 6, one, 0.0)
-        bottom += tl.where(tap < 3, one, 0.0)
-        left += tl.where(tap % 3 == 2, one, 0.0)
-        right += tl.where(tap % 3 == 0, one, 0.0)
-        top_left += tl.where(tap == 8, one, 0.0)
-        top_right += tl.where(tap == 6, one, 0.0)
-        bottom_left += tl.where(tap == 2, one, 0.0)
-        bottom_right += tl.where(tap == 0, one, 0.0)
+    row = (tap // 3)[None, :, None]
+    column = (tap % 3)[None, :, None]
     out = constant_ptr + n[:, None] * C + (tl.where(redundant, CR, group * CG) + c)[None, :]
     mask = n_mask[:, None] & c_mask[None, :]
     plane = tl.cast(N, tl.int64) * C
-    tl.store(out, total, mask=mask)
-    tl.store(out + plane, top, mask=mask)
-    tl.store(out + 2 * plane, bottom, mask=mask)
-    tl.store(out + 3 * plane, left, mask=mask)
-    tl.store(out + 4 * plane, right, mask=mask)
-    tl.store(out + 5 * plane, top_left, mask=mask)
-    tl.store(out + 6 * plane, top_right, mask=mask)
-    tl.store(out + 7 * plane, bottom_left, mask=mask)
-    tl.store(out + 8 * plane, bottom_right, mask=mask)
+    tl.store(out, total + tl.sum(taps, 1), mask=mask)
+    tl.store(out + plane, tl.sum(tl.where(row == 2, taps, 0.0), 1), mask=mask)
+    tl.store(out + 2 * plane, tl.sum(tl.where(row == 0, taps, 0.0), 1), mask=mask)
+    tl.store(out + 3 * plane, tl.sum(tl.where(column == 2, taps, 0.0), 1), mask=mask)
+    tl.store(out + 4 * plane, tl.sum(tl.where(column == 0, taps, 0.0), 1), mask=mask)
+    tl.store(out + 5 * plane, tl.sum(tl.where((row == 2) & (column == 2), taps, 0.0), 1), mask=mask)
+    tl.store(out + 6 * plane, tl.sum(tl.where((row == 2) & (column == 0), taps, 0.0), 1), mask=mask)
+    tl.store(out + 7 * plane, tl.sum(tl.where((row == 0) & (column == 2), taps, 0.0), 1), mask=mask)
+    tl.store(out + 8 * plane, tl.sum(tl.where((row == 0) & (column == 0), taps, 0.0), 1), mask=mask)
 
 
 @triton.jit
@@ -271,6 +253,7 @@ def _finish_weights(
     KW: tl.constexpr,
     GATED: tl.constexpr,
     BRANCH_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
     CENTRE: tl.constexpr,  # the tap whose partial sums are left out, being the point-wise ones; -1 if none is
     BLOCK_N: tl.constexpr,
     BLOCK_CO: tl.constexpr,
@@ -316,7 +299,7 @@ def _finish_weights(
             mean = tl.load(
                 mean_ptr + n[:, None] * mean_stride + c[None, :], mask=(n < N)[:, None] & c_mask[None, :], other=0.0
             )
-            total = dot(tl.trans(shift), mean.to(tl.float32), total, "ieee")
+            total = dot_float32(tl.trans(shift), mean.to(tl.float32), total, PRECISION)
         total *= tl.cast(P, tl.float32) * tl.where(redundant, -1.0, 1.0)
 
     stored = tap
@@ -390,9 +373,11 @@ def finish_weights(
     ROWS: tl.constexpr,
     MERGE: tl.constexpr,
     MIXED: tl.constexpr,
+    PRECISION: tl.constexpr,  # see dot_float32
     BLOCK_N: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_PLANE: tl.constexpr,  # channels of a block of the constant's planes
     BLOCK_ROWS: tl.constexpr,  # this and the next are of the packed weights
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -406,13 +391,14 @@ def finish_weights(
     planes = 0
     packed = 0
     if PREPARE:
-        C_BLOCKS: tl.constexpr = G * ((CR // G + BLOCK_C - 1) // BLOCK_C) + (C - CR + BLOCK_C - 1) // BLOCK_C
+        GROUP_BLOCKS: tl.constexpr = (CR // G + BLOCK_PLANE - 1) // BLOCK_PLANE
+        C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (C - CR + BLOCK_PLANE - 1) // BLOCK_PLANE
         planes = C_BLOCKS * tl.cdiv(N, BLOCK_N)
         packed = tl.cdiv(ROWS, BLOCK_ROWS) * tl.cdiv(C, BLOCK_COLUMNS)
         if program < planes:
             _constant_planes(
                 program, shift_ptr, gwc_ptr, pwc_ptr, redundant_ptr, constant_ptr, N, C, CR, CO, G,
-                BLOCK_N, BLOCK_C, BLOCK_CO,
+                BLOCK_N, BLOCK_PLANE, BLOCK_CO,
             )  # fmt: skip
         elif program < planes + packed:
             _pack_weights(
@@ -425,6 +411,6 @@ def finish_weights(
             d_gwc_ptr, d_pwc_ptr, d_redundant_ptr, d_branch_bias_ptr, N, P, SPLITS,
             gwc_stride_co, gwc_stride_c, gwc_stride_kh, gwc_stride_kw, pwc_stride_co, pwc_stride_c,
             redundant_stride_co, redundant_stride_c, bias_stride_branch, bias_stride_co,
-            C, CR, CO, G, KH, KW, GATED, BRANCH_BIAS,
+            C, CR, CO, G, KH, KW, GATED, BRANCH_BIAS, PRECISION,
             4 if PREPARE else -1, BLOCK_N, BLOCK_CO, BLOCK_C,
         )  # fmt: skip

@@ -35,16 +35,22 @@ def dot_computed(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_float32(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b of float32, as exact as float32 is; on tensor cores unless PRECISION is ``"ieee"``.
+    """acc + a @ b of a float32 a, about as exact as float32 is; on tensor cores unless PRECISION is ``"ieee"``.
 
-    There each operand goes in as two TF32 numbers, which hold 22 of its 24 bits: where float16 or bfloat16 was cast to
-    float32, all of them.
+    There a float32 b goes in as two TF32 numbers, and so does a. Beside a b of half precision a goes in as two numbers
+    like it, which hold 22 of its 24 bits, or 16 in bfloat16: a good deal more than b does.
     """
     if INTERPRETED:
-        return tl.dot(a, b, acc)
-    if tl.target_info.is_cuda() and PRECISION != "ieee":
-        return tl.dot(a, b, acc, input_precision="tf32x3")
-    return tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b.to(tl.float32), acc)
+    elif b.dtype != tl.float32:
+        high = a.to(b.dtype)
+        acc = tl.dot(high, b, acc)
+        acc = tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc)
+    elif tl.target_info.is_cuda() and PRECISION != "ieee":
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit

@@ -294,9 +294,10 @@ STATISTICS = (
 
 GATE_KEY = ("C", "CR", "CO", "G", "TAPS", "PRECISION")
 
+# A step takes as long as memory takes to answer, so the fewer the better.
 GATE = (
-    config(8, 3, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=128),
-    config(4, 3, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=64),
+    config(4, 2, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=256),
+    config(4, 3, BLOCK_N=16, BLOCK_CO=32, BLOCK_C=128),
     config(4, 3, BLOCK_N=16, BLOCK_CO=16, BLOCK_C=64),
     config(2, 2, BLOCK_N=16, BLOCK_CO=16, BLOCK_C=16),
 )

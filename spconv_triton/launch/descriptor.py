@@ -152,8 +152,14 @@ def cycles(tile: Tile, packed: Packing, stride: int, output: tuple[int, int, int
 
 @functools.lru_cache(maxsize=1024)
 def best_tile(packed: Packing, groups: int, stride: int, output: tuple[int, int, int, int]) -> Tile:
-    """The tile of the fewest cycles, the larger of equals, for N, H_out, W_out, M."""
-    return min(tiles(packed, output[3], groups), key=lambda tile: cycles(tile, packed, stride, output))
+    """The tile of the fewest cycles, the larger of equals, for N, H_out, W_out, M.
+
+    A program that has its processor almost to itself has time to wait for memory, and room to load further ahead.
+    """
+    best = min(tiles(packed, output[3], groups), key=lambda tile: cycles(tile, packed, stride, output))
+    if best.pixels == best.block_co == 64 and best.programs(*output) <= PROGRAMS:
+        best = best._replace(num_stages=6)
+    return best
 
 
 @functools.lru_cache(maxsize=1024)

@@ -21,10 +21,14 @@ from .common import (
     empty_channels_last,
     layer_constants,
     pixel_major,
+    statistics_precision,
     use_descriptors,
     wrap_triton,
 )
 from .gradients_descriptor import Prepared
+
+BLOCK_PLANE = 16
+"""Channels of a program that makes the constant of :mod:`..kernels.backward_descriptor`: it has nine taps of each."""
 
 KERNELS = (weight_grad, gate_grad, finish_weights, input_grad)
 
@@ -213,7 +217,7 @@ def finish_weight_grads(
     kept = (weight_pwc, weight_pwc, weight_pwc)
     if prepared is not None and weight_redundant is not None:
         kept = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
-        c_blocks = geometry.groups * cdiv(group_channels, block_c) + cdiv(redundant, block_c)
+        c_blocks = geometry.groups * cdiv(group_channels, BLOCK_PLANE) + cdiv(redundant, BLOCK_PLANE)
         programs += c_blocks * cdiv(prepared.constant.shape[1], 16)
         programs += cdiv(prepared.plan.rows, 32) * cdiv(channels, 64)
     wrap_triton(finish_weights)[(programs,)](
@@ -248,9 +252,11 @@ def finish_weight_grads(
         ROWS=0 if prepared is None else prepared.plan.rows,
         MERGE=1 if prepared is None else prepared.plan.merge,
         MIXED=prepared is not None and prepared.plan.mixed,
+        PRECISION=statistics_precision(weight_pwc.dtype),
         BLOCK_N=16,
         BLOCK_CO=block_co,
         BLOCK_C=block_c,
+        BLOCK_PLANE=BLOCK_PLANE,
         BLOCK_ROWS=32,
         BLOCK_COLUMNS=64,
     )
