@@ -64,8 +64,9 @@ class Device:
 
 
 def _device(capability: tuple[int, int], half: float, ieee: float, bandwidth: float, l2_bytes: int) -> Device:
-    """TF32 has half the peak of half precision, and three products of it make one of ``tf32x3``."""
-    peaks = {"half": half, "tf32": half / 2, "tf32x3": half / 6, "ieee": ieee}
+    """TF32 has half the peak of half precision; ``x2`` and ``x3`` stand for as many products that make one."""
+    peaks = {"half": half, "tf32": half / 2, "ieee": ieee}
+    peaks |= {"halfx2": half / 2, "tf32x2": half / 4, "tf32x3": half / 6}
     return Device(capability, {name: peak * 1e12 for name, peak in peaks.items()}, bandwidth * 1e12, l2_bytes)
 
 

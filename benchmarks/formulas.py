@@ -174,12 +174,26 @@ def _norm_blend(a: SimpleNamespace, t: Tally) -> int:
 def _window_statistics(a: SimpleNamespace, t: Tally) -> int:
     splits = a.partial_ptr.shape[0]
     columns = a.N * cdiv(a.C, a.BLOCK_C)
-    start = np.arange(splits) * a.pixels_per_split
-    pixels = np.clip(np.minimum(start + a.pixels_per_split, a.H * a.W) - start, 0, None)
-    t.load("x_ptr", a.N * a.C * int(pixels.sum()))
+    pixels = weighed = a.H * a.W
+    if a.STRIDE_H * a.STRIDE_W == 1:
+        inner = 1
+        for size, out, k, pad, dilation in (
+            (a.H, a.HO, a.KH, a.PAD_H, a.DILATION_H),
+            (a.W, a.WO, a.KW, a.PAD_W, a.DILATION_W),
+        ):
+            first = min(max(dilation * (k - 1) - pad, 0), size)
+            inner *= max(min(out - pad, size), first) - first
+        edges = pixels - inner
+        if 2 * edges <= pixels and pixels > 2 * a.BLOCK_PIX:
+            weighed = edges
+    summed = pixels if weighed < pixels else 0
+    t.load("x_ptr", a.N * a.C * (summed + weighed), a.N * a.C * pixels)
     t.store("partial_ptr")
-    steps = columns * int(cdiv(pixels, a.BLOCK_PIX).sum())
-    t.multiply(_precision(a.x_ptr), steps, a.BLOCK_ROWS, a.BLOCK_C, a.BLOCK_PIX)
+    steps = 0
+    for number in (summed, weighed):
+        share = cdiv(number, splits)
+        steps += sum(cdiv(max(min(share, number - split * share), 0), a.BLOCK_PIX) for split in range(splits))
+    t.multiply(_precision(a.x_ptr), columns * steps, a.BLOCK_ROWS, a.BLOCK_C, a.BLOCK_PIX)
     return columns * splits
 
 
@@ -204,7 +218,9 @@ def _gate_planes(a: SimpleNamespace, t: Tally) -> int:
         t.store(name)
     t.store("packed_ptr", None if a.PACK else 0)
     steps = sum(cdiv(columns, a.BLOCK_C) for columns in weights.values())
-    t.multiply("ieee", co_blocks * sample_blocks * steps, a.BLOCK_N, a.BLOCK_CO, a.BLOCK_C)
+    halves = tensor_of(a.pwc_ptr).element_size() < 4
+    precision = "halfx2" if halves else a.PRECISION
+    t.multiply(precision, co_blocks * sample_blocks * steps, a.BLOCK_N, a.BLOCK_CO, a.BLOCK_C)
     packing = cdiv(a.packed_ptr.shape[1], a.BLOCK_C) if a.PACK else 0
     return co_blocks * (sample_blocks + packing)
 
@@ -212,27 +228,21 @@ def _gate_planes(a: SimpleNamespace, t: Tally) -> int:
 def _onepass_descriptor(a: SimpleNamespace, t: Tally) -> int:
     group = a.CR // a.G * a.MERGE
     pointwise = a.C - group
-    single = a.BLOCK_H * a.BLOCK_W == 1
-    outside = 3 - a.STRIDE  # taps of the last row or column that are outside the image, besides one of the first
     window = (1,) if a.STRIDE == 1 else (1, 2)
 
-    def along(size: int, block: int) -> tuple[int, int, int, int]:
-        """Positions inside that the window reads, and that the taps read, taps visited, and which of them ever are."""
+    def along(size: int, block: int) -> tuple[int, int]:
+        """Positions inside that the window reads, and that the taps read."""
         starts = _starts(size, block)
         inside = [_boxes(starts + (tap - 1 if a.STRIDE == 1 else -(tap == 0)), block, size) for tap in range(3)]
-        visited, ever = 3 * len(starts), 3
-        if single:
-            visited -= outside
-            ever -= outside if size == 1 else 0
-        return sum(inside[tap] for tap in window), sum(inside), visited, ever
+        return sum(inside[tap] for tap in window), sum(inside)
 
     rows, columns = along(a.HO, a.BLOCK_H), along(a.WO, a.BLOCK_W)
-    window_reads, tap_reads, visited, ever = (row * column for row, column in zip(rows, columns, strict=True))
+    window_reads, tap_reads = (row * column for row, column in zip(rows, columns, strict=True))
     places = cdiv(a.HO, a.BLOCK_H) * cdiv(a.WO, a.BLOCK_W)
     sample_blocks, co_blocks = cdiv(a.N, a.BLOCK_N), a.CO // a.BLOCK_CO
     t.load("x_desc", co_blocks * a.N * (pointwise * window_reads + group * tap_reads))
-    depth = pointwise * a.STRIDE**2 * places + group * visited
-    t.load("packed_desc", sample_blocks * a.CO * depth, a.CO * (pointwise + group * ever))
+    depth = (pointwise * a.STRIDE**2 + 9 * group) * places
+    t.load("packed_desc", sample_blocks * a.CO * depth, a.CO * (pointwise + 9 * group))
     for plane in ("ratio_ptr", "scale_ptr", "offset_ptr"):
         t.load(plane, places * a.N * a.CO)
     outputs = a.N * a.HO * a.WO * a.CO
@@ -241,24 +251,6 @@ def _onepass_descriptor(a: SimpleNamespace, t: Tally) -> int:
     pixels = a.BLOCK_N * a.BLOCK_H * a.BLOCK_W
     t.multiply(_precision(a.x_desc, a.PRECISION), sample_blocks * co_blocks * depth, a.BLOCK_CO, pixels)
     return sample_blocks * places * co_blocks
-
-
-def _onepass_rows(a: SimpleNamespace, t: Tally) -> int:
-    first = _starts(a.H, a.rows)
-    last = np.minimum(first + a.rows, a.H)
-    starts = _starts(a.W, a.BLOCK_W)
-    representative = int((np.minimum(last + 1, a.H) - np.maximum(first - 1, 0)).sum())
-    redundant = int((last - np.maximum(first - 2, 0)).sum())
-    taps = sum(_boxes(starts + shift, a.BLOCK_W, a.W) for shift in (-1, 0, 1))
-    places, sample_blocks = len(first) * len(starts), cdiv(a.N, a.BLOCK_N)
-    t.load("x_desc", a.N * a.CR * (representative * taps + redundant * a.W))
-    t.load("packed_desc", sample_blocks * places * a.CO * 10 * a.CR)
-    for plane in ("ratio_ptr", "scale_ptr", "offset_ptr"):
-        t.load(plane, places * a.N * a.CO)
-    t.store("y_desc")
-    steps = sample_blocks * len(starts) * int((last - first + 2).sum())
-    t.multiply(_precision(a.x_desc, a.PRECISION), 10 * steps, a.CO, a.BLOCK_N * a.BLOCK_W, a.CR)
-    return sample_blocks * places
 
 
 def _fusion_statistics(a: SimpleNamespace, t: Tally) -> int:
@@ -406,17 +398,17 @@ def _finish_weights(a: SimpleNamespace, t: Tally) -> int:
     t.store("d_redundant_ptr", None if redundant else 0)
     t.store("d_branch_bias_ptr", None if a.BRANCH_BIAS else 0)
     if a.GATED:
-        t.multiply("ieee", programs * cdiv(a.N, a.BLOCK_N), a.BLOCK_CO, a.BLOCK_C, a.BLOCK_N)
+        t.multiply(a.PRECISION, programs * cdiv(a.N, a.BLOCK_N), a.BLOCK_CO, a.BLOCK_C, a.BLOCK_N)
 
     weights = {"gwc_ptr": taps * group, "pwc_ptr": a.CR, "redundant_ptr": redundant}
     reads = 0
     if a.PREPARE:
         sample_blocks = cdiv(a.N, a.BLOCK_N)
-        group_blocks = a.G * c_blocks
+        group_blocks, redundant_blocks = a.G * cdiv(group, a.BLOCK_PLANE), cdiv(redundant, a.BLOCK_PLANE)
         planes = sample_blocks * (group_blocks + redundant_blocks)
-        shifts += a.N * ((group_blocks + redundant_blocks) * a.CO + group_blocks * taps * outputs)
-        steps = planes * cdiv(a.CO, a.BLOCK_CO) + sample_blocks * group_blocks * taps * cdiv(outputs, a.BLOCK_CO)
-        t.multiply("tf32x3", steps, a.BLOCK_N, a.BLOCK_C, a.BLOCK_CO)
+        shifts += a.N * ((group_blocks + redundant_blocks) * a.CO + group_blocks * outputs)
+        steps = planes * cdiv(a.CO, a.BLOCK_CO) + sample_blocks * group_blocks * 16 * cdiv(outputs, a.BLOCK_CO)
+        t.multiply("tf32x2", steps, a.BLOCK_N, a.BLOCK_PLANE, a.BLOCK_CO)
         programs += planes + cdiv(a.ROWS, a.BLOCK_ROWS) * cdiv(a.C, a.BLOCK_COLUMNS)
         reads = sample_blocks + 1  # of the weights: for the planes of every block of samples, and for packing
     t.load("shift_ptr", shifts)
@@ -479,7 +471,7 @@ def _weight_grad_descriptor(a: SimpleNamespace, t: Tally) -> int:
     t.load("grad_desc", k_tiles * batch * a.CO * centre)
     t.load("x_desc", batch * co_blocks * a.BLOCK_C * (pointwise * centre + per_tap * (int(inside.sum()) - centre)))
     for name, width in {"gwc_ptr": 9 * group, "pwc_ptr": a.CR, "redundant_ptr": a.C - a.CR}.items():
-        t.load(name, a.units * a.CO * width)
+        t.load(name, splits * a.CO * width)
     t.load("ratio_ptr", k_tiles * a.units * a.CO)
     t.store("inner_ptr")
     t.store("partial_ptr")
@@ -496,7 +488,6 @@ FORMULAS: dict[str, Callable[[SimpleNamespace, Tally], int]] = {
         _window_statistics,
         _gate_planes,
         _onepass_descriptor,
-        _onepass_rows,
         _branches_forward,
         _sample_moments,
         _norm_gate,

@@ -163,7 +163,7 @@ def dilated(case: Case) -> Case:
 
 def _descriptor_layers() -> Iterator[Layer]:
     """Layers of every tile that a descriptor kernel may take, and of every layout of its weights."""
-    kernels = ("onepass_descriptor", "onepass_rows", "input_grad_descriptor")
+    kernels = ("onepass_descriptor", "input_grad_descriptor")
 
     def on(*precisions: str) -> tuple[tuple[str, str], ...]:
         return tuple((target, precision) for target in DESCRIPTOR_TARGETS for precision in precisions)
@@ -172,8 +172,6 @@ def _descriptor_layers() -> Iterator[Layer]:
     for case in (RESNET50[0], RESNET50[3]):  # tiles of 64 channels, and of 128
         for sized in _sizes_of_tiles(case, 1, SIZES):
             yield Layer(sized, halves_and_tf32, only=kernels)
-            if _streams(_packing(sized), sized.groups, 1, (sized.batch, *sized.size, sized.out_channels)):
-                yield Layer(sized, on("float16", "bfloat16"), {"residual": True}, kernels)  # takes tiles all the same
         yield from (Layer(sized, on("float16"), only=kernels) for sized in _sizes_of_tiles(case, 2, SIZES))
     for case in (RESNET50[1], RESNET50[2], Case("16 channels a block", 8, 32, 64, (56, 56))):
         yield from (Layer(sized, on("float16"), only=kernels) for sized in _sizes_of_tiles(case, 1))
@@ -197,7 +195,6 @@ def _sizes_of_tiles(case: Case, stride: int, sizes: Sequence[tuple[int, int]] = 
         for batch in BATCHES:
             output = (batch, height, width, case.out_channels)
             tiles: list[Any] = [descriptor.best_tile(forward, case.groups, stride, output)]
-            tiles.append(_streams(forward, case.groups, stride, output))
             if stride == 1 and backward is not None:
                 shape = (batch, case.in_channels, height, width)
                 tiles.append(gradients_descriptor.input_tile(backward, shape, case.representative, case.groups))
@@ -214,10 +211,6 @@ def _packing(case: Case) -> descriptor.Packing:
     found = descriptor.packing(case.in_channels, case.representative, case.out_channels, case.groups)
     assert found is not None, case
     return found
-
-
-def _streams(packed: descriptor.Packing, groups: int, stride: int, output: tuple[int, int, int, int]) -> bool:
-    return descriptor.streamed_rows(packed, groups, stride, output) is not None
 
 
 def compilations(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Compilation]:

@@ -44,16 +44,12 @@ def times(
     PIXELS: tl.constexpr,
 ):
     """acc times its sample's column of the plane. A load for each pixel would take half as many registers again."""
-    if PIXELS == 1:
-        return acc * plane
     return (acc.reshape(BLOCK_CO, BLOCK_N, PIXELS) * plane[:, :, None]).reshape(BLOCK_CO, BLOCK_N * PIXELS)
 
 
 @triton.jit
 def plus(acc, plane, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.constexpr):
     """As :func:`times`, a sum."""
-    if PIXELS == 1:
-        return acc + plane
     return (acc.reshape(BLOCK_CO, BLOCK_N, PIXELS) + plane[:, :, None]).reshape(BLOCK_CO, BLOCK_N * PIXELS)
 
 
@@ -138,30 +134,15 @@ def onepass_descriptor(
     n0 = block // (column_blocks * row_blocks) * BLOCK_N
     co = co0 + tl.arange(0, BLOCK_CO)
 
-    # A tile of one pixel per sample skips the taps outside the image.
-    first_row = 0
-    first_column = 0
-    rows = 3
-    columns = 3
-    if PIXELS == 1:
-        first_row = (row0 == 0).to(tl.int32)
-        first_column = (column0 == 0).to(tl.int32)
-        rows -= first_row
-        columns -= first_column
-        if STRIDE == 1:
-            rows -= (row0 == HO - 1).to(tl.int32)
-            columns -= (column0 == WO - 1).to(tl.int32)
-
     acc = tl.zeros((BLOCK_CO, BLOCK_PIX), tl.float32)
-    for step in range(0, TAPS_FROM + rows * columns * TAP_STEPS):
+    for step in range(0, TAPS_FROM + 9 * TAP_STEPS):
         redundant = step < RED_STEPS * WINDOW
         of_tap = step - TAPS_FROM
         pointwise = of_tap < 0
         tap = of_tap // TAP_STEPS
         tap_k = (of_tap - tap * TAP_STEPS) * BLOCK_K
-        row = tap // columns
-        tap_row = first_row + row
-        tap_column = first_column + tap - row * columns
+        tap_row = tap // 3
+        tap_column = tap - tap_row * 3
         if STRIDE == 1:
             pw_k = step * BLOCK_K
             tap_row = tl.where(pointwise, 1, tap_row)
@@ -172,7 +153,7 @@ def onepass_descriptor(
             tap_column = tl.where(pointwise, 1 + step % STRIDE, tap_column)
         channel = tl.where(redundant, CR + pw_k, (pw_k - CRED + (group + 1) * CG) % CR)
         channel = tl.where(pointwise, channel, group * CG + tap_k)
-        if (STRIDE == 1) & (PIXELS > 1):
+        if STRIDE == 1:
             k = step * BLOCK_K
         else:
             k = tl.where(pointwise, pw_k, CRED + CR - CG + (tap_row * 3 + tap_column) * CG + tap_k)

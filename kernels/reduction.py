@@ -18,7 +18,7 @@ by-product, so there is no cache that an optimizer step or a graph could find st
 import triton
 import triton.language as tl
 
-from .tiles import dot_float32
+from .tiles import dot_float32, dot_small
 
 
 @triton.jit(do_not_specialize=["N", "P", "SLICES"])
@@ -189,19 +189,19 @@ def _constant_planes(
         shift = tl.load(shifts + (m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
         rows = weight_ptr + (m0 + m)[:, None] * weight_stride
         w = tl.load(rows + c[None, :], mask=m_mask[:, None] & c_mask[None, :], other=0.0)
-        total = dot_float32(shift, w.to(tl.float32), total, "tf32x3")
+        total = dot_small(shift, w, total)
     total *= tl.where(redundant, -1.0, 1.0)
 
     tap = tl.arange(0, TAPS)
-    column = (tap[:, None] * CG + c[None, :]).reshape(TAPS * BLOCK_C)
-    column_mask = ((tap < 9)[:, None] & c_mask[None, :]).reshape(TAPS * BLOCK_C)
+    column = (tap * CG)[None, :, None] + c[None, None, :]
+    column_mask = (tap < 9)[None, :, None] & c_mask[None, None, :]
     taps = tl.zeros((BLOCK_N, TAPS * BLOCK_C), tl.float32)
     for m0 in range(0, tl.where(redundant, 0, COG), BLOCK_CO):
         m_mask = m0 + m < COG
         shift = tl.load(shifts + (group * COG + m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
-        rows = gwc_ptr + (group * COG + m0 + m)[:, None] * (9 * CG)
-        w = tl.load(rows + column[None, :], mask=m_mask[:, None] & column_mask[None, :], other=0.0)
-        taps = dot_float32(shift, w.to(tl.float32), taps, "tf32x3")
+        rows = gwc_ptr + (group * COG + m0 + m)[:, None, None] * (9 * CG)
+        w = tl.load(rows + column, mask=m_mask[:, None, None] & column_mask, other=0.0)
+        taps = dot_small(shift, w.reshape(BLOCK_CO, TAPS * BLOCK_C), taps)
     taps = taps.reshape(BLOCK_N, TAPS, BLOCK_C)
     # The first row of pixels has no use for the taps of the last row, and so on.
     row = (tap // 3)[None, :, None]

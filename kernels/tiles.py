@@ -54,6 +54,23 @@ def dot_float32(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_small(a, b, acc):
+    """As :func:`dot_float32`, of an a that may be too small or too large for half precision, on NVIDIA's tensor cores.
+
+    TF32 has float32's range, and holds whatever a b of half precision is cast from.
+    """
+    if INTERPRETED:
+        acc = tl.dot(a, b.to(tl.float32), acc)
+    elif b.dtype != tl.float32:
+        high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the 13 bits that TF32 lacks are 0
+        acc = tl.dot(high, b.to(tl.float32), acc, input_precision="tf32")
+        acc = tl.dot(a - high, b.to(tl.float32), acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
 def decode_pixels(index, HEIGHT, WIDTH):
     """Flat pixel numbers of [N, HEIGHT, WIDTH] as (sample, row, column)."""
     column = index % WIDTH

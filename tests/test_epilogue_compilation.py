@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from benchmarks.competitors import with_batch
 from benchmarks.launches import CAPABILITIES, Launch, compile_launch, forward_launches
 from benchmarks.machine_code import read
 from spconv_triton.functional import spconv2d_inference
-from spconv_triton.launch import descriptor
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 CONVOLUTION = -1  # of the three launches
@@ -62,18 +60,8 @@ def test_flat(target: str, dtype: torch.dtype, activation: str, residual: bool) 
 @pytest.mark.parametrize("case", RESNET50, ids=str)
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_descriptor(target: str, case: Case, activation: str, residual: bool) -> None:
-    with mock.patch.object(descriptor, "streamed_rows", lambda *_: None):
-        found = launched(case, torch.float16, CAPABILITIES[target], activation, residual=residual)[CONVOLUTION]
+    found = launched(case, torch.float16, CAPABILITIES[target], activation, residual=residual)[CONVOLUTION]
     assert found.name == "onepass_descriptor"
-    assert_nothing_spills(found, target)
-
-
-@pytest.mark.parametrize("activation", ["relu6", "silu"])
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_rows(target: str, activation: str) -> None:
-    with mock.patch.object(descriptor, "streamed_rows", lambda *_: 28):
-        found = launched(RESNET50[0], torch.bfloat16, CAPABILITIES[target], activation, residual=False)[CONVOLUTION]
-    assert found.name == "onepass_rows"
     assert_nothing_spills(found, target)
 
 

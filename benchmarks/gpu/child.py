@@ -15,7 +15,10 @@ def main() -> int:
     parser.add_argument("target")
     parser.add_argument("file", type=Path)
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--untuned", action="store_true")
     options = parser.parse_args()
+    if options.untuned:
+        importlib.import_module("benchmarks.gpu.untuned").take()
     module, _, function = options.target.partition(":")
     with Record(options.file, rehearsal=options.dry) as record:
         getattr(importlib.import_module(module), function)(record)

@@ -167,11 +167,13 @@ def run(section: Section, scratch: Path, caches: Path, seconds: float, start: fl
     """One section in a process of its own: how it ended, and what it found until then."""
     file = scratch / f"{section.name}.jsonl"
     command = [sys.executable, "-m", "benchmarks.gpu.child", section.target, str(file), *(["--dry"] if dry else [])]
+    command += [] if section.tunes or not section.interpreted else ["--untuned"]
     began = time.monotonic()
+    variables = environment(section, scratch, caches, dry=dry) | {"SPCONV_GPU_SECONDS": str(seconds)}
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(section, scratch, caches, dry=dry),
+        env=variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -79,17 +79,12 @@ def kernels(case: Case, dtype: torch.dtype, device: str) -> Iterator[Kernel]:
     def forward() -> Tensor:
         return descriptor.convolve(x, packed, ratio, scale, offset, None, representative, case.groups, stride, "none")
 
-    def with_forward(tile: Tile) -> Any:
-        rows = tile if isinstance(tile, int) else None
-        found = {"streamed_rows": mock.Mock(return_value=rows), "best_tile": mock.Mock(return_value=tile)}
-        return mock.patch.multiple(descriptor, **found)
-
-    chosen = descriptor.streamed_rows(plan_, case.groups, stride, size)
-    others: list[Tile] = list(plan.forward_tiles(plan_, outputs, case.groups))
-    if chosen is not None:
-        others += [rows for rows in (4, 7, 8, 14, 28, 56) if rows != chosen]
     yield Kernel(
-        "onepass", forward, chosen or descriptor.best_tile(plan_, case.groups, stride, size), others, with_forward
+        "onepass",
+        forward,
+        descriptor.best_tile(plan_, case.groups, stride, size),
+        list(plan.forward_tiles(plan_, outputs, case.groups)),
+        lambda tile: mock.patch.object(descriptor, "best_tile", return_value=tile),
     )
     if stride != 1:
         return
@@ -120,9 +115,7 @@ def kernels(case: Case, dtype: torch.dtype, device: str) -> Iterator[Kernel]:
     yield Kernel(
         "weight gradient",
         weight_grad,
-        gradients_descriptor.weight_tile(
-            backward, case.in_channels, representative, outputs, case.groups, blackwell=False
-        ),
+        gradients_descriptor.weight_tile(backward, case.in_channels, representative, outputs, case.groups),
         list(plan.weight_tiles(backward, case)),
         lambda tile: mock.patch.object(gradients_descriptor, "weight_tile", return_value=tile),
     )
@@ -174,8 +167,8 @@ def _compare(record: Record, device: Device, entry: plan.Entry, kernel: Kernel) 
 
 
 def _text(tile: Tile) -> str:
-    """A tile's numbers in their order; of the row kernel its rows."""
-    return f"{tile} rows" if isinstance(tile, int) else " ".join(map(str, tile))
+    """A tile's numbers in their order."""
+    return " ".join(map(str, tile))
 
 
 def _on(kernel: Kernel, tile: Tile) -> Call:

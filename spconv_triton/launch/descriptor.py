@@ -13,7 +13,6 @@ from ..dispatch import capability
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.descriptor import onepass_descriptor as kernel
-from ..kernels.rows import onepass_rows
 from .common import channels_last, dot_precision, empty_channels_last, pixel_major
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -25,12 +24,8 @@ L2_BYTES = 24
 PRODUCTS = 1700
 """What an H100's processor gets of the L2 cache a cycle, and its products of half precision: 798 TFLOP/s over all."""
 
-ROW_BOX = (8, 8)
-"""Samples and columns of the row kernel: 56 is a multiple of 8."""
-
 BOXES = ((2, 2), (4, 4), (8, 8), (8, 16), (16, 16))
-"""Rows and columns of a tile. 56, 28 and 14 are multiples of 8, 4 and 2, where 8 x 16 wastes an eighth and more; a tile
-of single pixels skips the taps outside the image, which a 7 x 7 map has most of."""
+"""Rows and columns of a tile. 56, 28 and 14 are multiples of 8, 4 and 2, where 8 x 16 wastes an eighth and more."""
 
 
 class Packing(NamedTuple):
@@ -135,16 +130,12 @@ def cycles(tile: Tile, packed: Packing, stride: int, output: tuple[int, int, int
     as one of PROGRAMS places gets.
 
     So it weighs small tiles, which read more, against large ones that leave processors idle, and what a tile wastes
-    beyond the edges of the output against what many samples read of the gate and what single pixels skip of the taps.
+    beyond the edges of the output against what many samples read of the gate.
 
     Args:
         output: N, H_out, W_out, M.
     """
-    taps = 9.0
-    if tile.block_h * tile.block_w == 1:
-        edges = 2 if stride == 1 else 1
-        taps = (3 - edges / output[1]) * (3 - edges / output[2])
-    depth = packed.pointwise * stride**2 + packed.per_tap * taps
+    depth = packed.pointwise * stride**2 + packed.per_tap * 9
     read = 2 * depth * (tile.pixels + tile.block_co) + 3 * 4 * tile.block_n * tile.block_co
     program = read / L2_BYTES + depth * tile.pixels * tile.block_co / PRODUCTS
     return program * max(1.0, tile.programs(*output) / PROGRAMS)
@@ -160,30 +151,6 @@ def best_tile(packed: Packing, groups: int, stride: int, output: tuple[int, int,
     if best.pixels == best.block_co == 64 and best.programs(*output) <= PROGRAMS:
         best = best._replace(num_stages=6)
     return best
-
-
-@functools.lru_cache(maxsize=1024)
-def streamed_rows(packed: Packing, groups: int, stride: int, output: tuple[int, int, int, int]) -> int | None:
-    """How many rows a program of the row kernel takes where it is expected to beat ``best_tile``; None where not.
-
-    It reads a pixel three times instead of nine, but two rows more than it writes, and all weights: it wins where there
-    are rows enough for long walks. Its weights have to fit, so it is for 64 output channels of 32 + 32 input channels.
-
-    Args:
-        output: N, H_out, W_out, M.
-    """
-    batch, height, width, outputs = output
-    if stride != 1 or outputs != 64 or (packed.pointwise, packed.per_tap) != (32, 32):
-        return None
-    blocks = cdiv(batch, ROW_BOX[0]) * cdiv(width, ROW_BOX[1])
-    rows = cdiv(height, max(1, PROGRAMS // blocks))
-    pixels = ROW_BOX[0] * ROW_BOX[1]
-    step = 2 * (3 * packed.per_tap + packed.pointwise) * pixels / L2_BYTES
-    step += packed.columns * pixels * outputs / PRODUCTS
-    program = (rows + 2) * step + 2 * packed.columns * outputs / L2_BYTES
-    streamed = program * max(1.0, blocks * cdiv(height, rows) / PROGRAMS)
-    tiled = cycles(best_tile(packed, groups, stride, output), packed, stride, output)
-    return rows if streamed < tiled else None
 
 
 def convolve(
@@ -216,10 +183,6 @@ def convolve(
             f"no tile takes {channels} channels, {representative} of them in {groups} groups, to {outputs}"
         )
     y = empty_channels_last(x, outputs, *size[1:])
-    rows = _rows(plan, x, residual, groups, stride, (*size, outputs))
-    if rows is not None:
-        _stream_rows(x, packed, (ratio, scale, offset), y, rows, activation)
-        return y
     tile = best_tile(plan, groups, stride, (*size, outputs))
     box, pixel_box = tile[:3], [*tile[:3], tile.block_co]
     block_k = max(16, tile.block_k * 2 // x.itemsize)  # as many bytes in float32
@@ -275,7 +238,7 @@ def describe(
     _ratio: Tensor,
     _scale: Tensor,
     _offset: Tensor,
-    residual: Tensor | None,
+    _residual: Tensor | None,
     representative: int,
     groups: int,
     stride: int,
@@ -286,50 +249,11 @@ def describe(
     plan = packing(x.shape[1], representative, outputs, groups)
     assert plan is not None
     merged = f", {plan.merge} groups merged" if plan.merge > 1 else ""
-    rows = _rows(plan, x, residual, groups, stride, output)
-    if rows is not None:
-        return f"onepass_rows: {ROW_BOX[0]} samples x {rows} streamed rows x {ROW_BOX[1]} columns{merged}"
     tile = best_tile(plan, groups, stride, output)
     return (
         f"{tile.block_n} samples x {tile.block_h} x {tile.block_w} pixels x {tile.block_co} channels, "
         f"BLOCK_K={tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages, "
         f"grid ({tile.programs(*output)},){merged}"
-    )
-
-
-def _rows(
-    plan: Packing, x: Tensor, residual: Tensor | None, groups: int, stride: int, output: tuple[int, int, int, int]
-) -> int | None:
-    """:func:`streamed_rows`, where the row kernel computes the layer at all."""
-    if residual is not None or x.dtype not in DTYPES:
-        return None
-    return streamed_rows(plan, groups, stride, output)
-
-
-def _stream_rows(
-    x: Tensor, packed: Tensor, planes: tuple[Tensor, Tensor, Tensor], y: Tensor, rows: int, activation: str
-) -> None:
-    batch, outputs, height, width = y.shape
-    block_n, block_w = ROW_BOX
-    half = x.shape[1] // 2
-    programs = cdiv(batch, block_n) * cdiv(height, rows) * cdiv(width, block_w)
-    onepass_rows[(programs,)](
-        boxes(*aligned(x), [block_n, 1, block_w, half]),
-        TensorDescriptor.from_tensor(packed, [outputs, half]),
-        *planes,
-        boxes(y, outputs, [block_n, 1, block_w, outputs]),
-        batch,
-        height,
-        width,
-        rows,
-        CR=half,
-        CO=outputs,
-        PRECISION=dot_precision(x.dtype),
-        ACTIVATION=activation,
-        BLOCK_N=block_n,
-        BLOCK_W=block_w,
-        num_warps=4,
-        num_stages=2,
     )
 
 

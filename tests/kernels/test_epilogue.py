@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import functional, launch, ops
 from spconv_triton.geometry import Geometry
-from spconv_triton.launch import descriptor
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -51,25 +50,15 @@ def test_descriptor(activation: str, residual: bool, device: str) -> None:
     check(inputs, WIDE, "descriptor", following(WIDE, activation, torch.float16, residual=residual, device=device))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_rows(activation: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptor, "streamed_rows", lambda *args: 1)
-    inputs = make_inputs(WIDE, torch.bfloat16, device=device)
-    check(inputs, WIDE, "descriptor", following(WIDE, activation, torch.bfloat16, device=device))
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities in the interpreter
-@pytest.mark.parametrize("path", ["flat", "descriptor", "rows"])
+@pytest.mark.parametrize("path", ["flat", "descriptor"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_and_infinities_come_out_as_torch_s(
-    activation: str, path: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(descriptor, "streamed_rows", lambda *args: 2 if path == "rows" else None)
+def test_nan_and_infinities_come_out_as_torch_s(activation: str, path: str, device: str) -> None:
     inputs = make_inputs(WIDE, torch.float16, device=device)
     for m, value in enumerate(NAN_AND_INFINITIES):
         inputs.bias.data[m] = value
     after = {"activation": activation}
-    y = layer(inputs, WIDE, path.replace("rows", "descriptor"), after)
+    y = layer(inputs, WIDE, path, after)
     first = slice(0, len(NAN_AND_INFINITIES))
     torch.testing.assert_close(y[:, first], expected(inputs, after)[:, first], equal_nan=True)
     assert y[:, 3:].isfinite().all()

@@ -42,7 +42,6 @@ KERNELS = {
     "flat": {*STATISTICS_AND_GATE, "onepass_forward"},
     "flat backward": {"weight_grad", "gate_grad", "finish_weights", "input_grad"},
     "descriptor": {*STATISTICS_AND_GATE, "onepass_descriptor"},
-    "rows": {"onepass_rows"},
     "descriptor backward": {"weight_grad_descriptor", "gate_grad", "finish_weights", "input_grad_descriptor"},
 }
 """What the tests below run under the guard, which each of them asserts."""
@@ -73,7 +72,7 @@ TILED = Case("tiled", 3, 64, 64, (5, 6), groups=1)
 BOXES = (
     ((1, 8, 16), 9, replace(TILED, batch=1, size=(9, 17))),
     ((4, 4, 4), 9, replace(TILED, batch=5)),
-    ((64, 1, 1), 3, replace(TILED, batch=66, size=(1, 2))),
+    ((32, 1, 2), 9, replace(TILED, batch=35, size=(1, 3))),
     ((16, 2, 2), 9, replace(TILED, size=(6, 6), stride=(2, 2))),
 )
 
@@ -247,7 +246,6 @@ def test_packing_in_blocks_that_do_not_divide_the_columns(monkeypatch: pytest.Mo
 def test_boxes(box: tuple[int, int, int], taps: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Boxes hang over every edge, and only what lies inside counts."""
     monkeypatch.setattr(descriptor, "best_tile", lambda *args: descriptor.Tile(*box, 64, 32, 4, 4))
-    monkeypatch.setattr(descriptor, "streamed_rows", lambda *args: None)
     tensors, residual, _ = layer_inputs(case, torch.float16)
     x, packed, planes = sliced(tensors[0], 8, 16), torch.randn(64, 32 + 9 * 32).half(), torch.rand(3, case.batch, 64)
     with guarded() as report:
@@ -257,19 +255,6 @@ def test_boxes(box: tuple[int, int, int], taps: int, case: Case, monkeypatch: py
     assert launched.loaded_bytes["residual_desc"] == 2 * residual.numel()
     assert launched.unique_loaded_bytes["x_desc"] == 2 * x.numel()
     assert launched.unique_loaded_bytes["packed_desc"] == 2 * 64 * (32 + taps * 32)
-
-
-@pytest.mark.parametrize(("batch", "size", "rows"), [(3, (5, 9), 2), (9, (1, 3), 3)], ids=str)
-def test_rows(batch: int, size: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptor, "streamed_rows", lambda *args: rows)
-    tensors, grad, _ = layer_inputs(replace(TILED, batch=batch, size=size), torch.float16)
-    x, packed = sliced(tensors[0], 16, 8), torch.randn(64, 32 + 9 * 32).half()
-    with guarded() as report:
-        descriptor.convolve(x, packed, *torch.rand(3, batch, 64), None, 32, 1, 1, "none")
-    assert report.kernels == KERNELS["rows"]
-    (launched,) = report.launches
-    assert launched.stored_bytes == {"y_desc": 2 * grad.numel()}
-    assert launched.unique_loaded_bytes["x_desc"] == 2 * x.numel()
 
 
 @pytest.mark.parametrize(

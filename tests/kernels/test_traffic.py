@@ -49,10 +49,9 @@ DESCRIPTOR_FORWARD = (
     (Tile(1, 8, 8, 64, 32, 4, 4), WIDE),
     (Tile(4, 4, 4, 64, 16, 4, 4), Case("two-groups", 3, 64, 128, (3, 5))),
     (Tile(16, 2, 2, 64, 16, 4, 4), Case("merged", 3, 64, 64, (5, 2), alpha=1 / 4)),
-    (Tile(64, 1, 1, 64, 32, 4, 4), replace(WIDE, size=(3, 2))),
-    (Tile(4, 1, 1, 64, 32, 4, 4), replace(WIDE, batch=5, size=(1, 1))),
+    (Tile(4, 2, 2, 64, 32, 4, 4), replace(WIDE, batch=5, size=(1, 1))),
     (Tile(1, 8, 8, 64, 32, 4, 4), replace(WIDE, size=(6, 18), stride=(2, 2))),
-    (Tile(64, 1, 1, 64, 16, 4, 4), replace(WIDE, size=(2, 6), groups=2, stride=(2, 2))),
+    (Tile(16, 2, 2, 64, 16, 4, 4), replace(WIDE, size=(2, 6), groups=2, stride=(2, 2))),
 )
 DESCRIPTOR_BACKWARD = (
     (InputTile(True, 1, 4, 64, 64, 64, 4, 3), Case("mixed", 2, 64, 64, (5, 62), alpha=1 / 4)),
@@ -205,16 +204,9 @@ def test_biases_epilogue_and_float32(device: str) -> None:
 @pytest.mark.parametrize(("tile", "case"), DESCRIPTOR_FORWARD, ids=str)
 def test_descriptor_forward(tile: Tile, case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descriptor, "best_tile", lambda *args: tile)
-    monkeypatch.setattr(descriptor, "streamed_rows", lambda *args: None)
     residual = torch.randn(case.batch, case.out_channels, *case.output_size(), device=device).half()
     added = {"residual": residual} if tile.block_n == 4 else {}
     forward(case, device, "onepass_descriptor", path="descriptor", **added)
-
-
-@pytest.mark.parametrize(("batch", "size", "rows"), [(3, (5, 9), 2), (1, (2, 3), 1)], ids=str)
-def test_rows(batch: int, size: tuple[int, int], rows: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptor, "streamed_rows", lambda *args: rows)
-    forward(replace(WIDE, batch=batch, size=size, groups=2), device, "onepass_rows", path="descriptor", biases=True)
 
 
 @pytest.mark.parametrize(("tile", "case"), DESCRIPTOR_BACKWARD, ids=str)
