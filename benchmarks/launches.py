@@ -167,7 +167,12 @@ def forward_launches(
 
 
 def backward_launches(
-    case: Case, dtype: torch.dtype, capability: tuple[int, int] | None, *, branch_bias: bool = False
+    case: Case,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    *,
+    branch_bias: bool = False,
+    path: str = "auto",
 ) -> list[Launch]:
     """Of the gradients of everything, likewise."""
     t = layer_tensors(case, dtype)
@@ -181,7 +186,7 @@ def backward_launches(
             tap_mean = t.x.new_empty((batch, t.geometry.taps, representative))
             pool_mean = t.x.new_empty((batch, case.in_channels))
             biases = t.branch_bias if branch_bias else None
-            launch.spconv2d_backward(t.grad, t.x, *weights, biases, ratio, tap_mean, pool_mean, t.geometry)
+            launch.spconv2d_backward(t.grad, t.x, *weights, biases, ratio, tap_mean, pool_mean, t.geometry, path=path)
     return found
 
 

@@ -100,6 +100,7 @@ def input_grad(
     TAP_STEP_W: tl.constexpr,
     PRECISION: tl.constexpr,
     GATED: tl.constexpr,
+    HOPPER: tl.constexpr,  # see dot_computed
     BLOCK_PIX: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_CO: tl.constexpr,
@@ -167,7 +168,7 @@ def input_grad(
         w = tl.load(
             weights[None, :] + (co0 + co)[:, None] * weight_stride, mask=co_mask[:, None] & c_mask[None, :], other=0.0
         )
-        acc = dot_computed(e, w, acc, PRECISION)
+        acc = dot_computed(e, w, acc, PRECISION, HOPPER)
     if STRIDE_H * STRIDE_W > 1:
         count = window_overlap(out_row * STRIDE_H + CENTRE_H, H, STRIDE_H)
         count *= window_overlap(out_column * STRIDE_W + CENTRE_W, W, STRIDE_W)
@@ -195,7 +196,7 @@ def input_grad(
         )
         rows = (co0 + co)[:, None] * (KH * KW * CG) + (tap_h * KW + tap_w) * CG
         w = tl.load(weights[None, :] + rows, mask=co_mask[:, None] & c_mask[None, :], other=0.0)
-        acc = dot_computed(e, w, acc, PRECISION)
+        acc = dot_computed(e, w, acc, PRECISION, HOPPER)
 
     out = pixel_pointers(dx_ptr, sample, row, column, H, W, C)[:, None] + channel[None, :]
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=in_range[:, None] & c_mask[None, :])

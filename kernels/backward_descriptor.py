@@ -61,6 +61,7 @@ def input_grad_descriptor(
     MERGE: tl.constexpr,
     MIXED: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # the gate multiplies the weights; BLOCK_N is 1
+    HOPPER: tl.constexpr,  # see dot_computed
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -137,10 +138,10 @@ def input_grad_descriptor(
                 gamma = gate_desc.load([1, n0, co0]).reshape(BLOCK_K)[:, None]
                 gate = tl.where((channel < CR)[None, :], gate, gamma)
             w = (w.to(tl.float32) * gate).to(w.dtype)
-            acc = dot_computed(w.T, g.reshape(BLOCK_PIX, BLOCK_K).T, acc, "ieee")
+            acc = dot_computed(w.T, g.reshape(BLOCK_PIX, BLOCK_K).T, acc, "ieee", HOPPER)
         else:
             g = g.reshape(BLOCK_N, SAMPLE_PIX, BLOCK_K).to(tl.float32) * gate.reshape(BLOCK_N, 1, BLOCK_K)
-            acc = dot_computed(g.reshape(BLOCK_PIX, BLOCK_K).to(w.dtype), w, acc, "ieee")
+            acc = dot_computed(g.reshape(BLOCK_PIX, BLOCK_K).to(w.dtype), w, acc, "ieee", HOPPER)
 
     # acc, the pixels' places and the constant in shapes that broadcast.
     pixel = tl.arange(0, SAMPLE_PIX)

@@ -19,7 +19,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot_computed(a, b, acc, PRECISION: tl.constexpr):
+def dot_computed(a, b, acc, PRECISION: tl.constexpr, HOPPER: tl.constexpr):
     """:func:`dot` of operands that are computed, not loaded, in a loop.
 
     A Hopper's warp group multiplies such an ``a`` out of registers while the program goes on, and Triton (3.6 to 3.8)
@@ -27,46 +27,41 @@ def dot_computed(a, b, acc, PRECISION: tl.constexpr):
     has to wait for the product first, and so does this, which is no instruction.
     """
     acc = dot(a, b, acc, PRECISION)
-    if not INTERPRETED:
-        if tl.target_info.cuda_capability_geq(9, 0) and not tl.target_info.cuda_capability_geq(10, 0):
-            acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    if HOPPER:
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
     return acc
 
 
 @triton.jit
 def dot_float32(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b of a float32 a, about as exact as float32 is; on tensor cores unless PRECISION is ``"ieee"``.
+    """acc + a @ b of a float32 a, about as exact as float32 is; on tensor cores, unless PRECISION is ``"ieee"``.
 
-    There a float32 b goes in as two TF32 numbers, and so does a. Beside a b of half precision a goes in as two numbers
-    like it, which hold 22 of its 24 bits, or 16 in bfloat16: a good deal more than b does.
+    Beside a b of half precision a goes in as two numbers like it, which hold 22 of its 24 bits, or 16 in bfloat16: a
+    good deal more than b does. A float32 b goes in as PRECISION says, ``"tf32x3"`` for two TF32 numbers each.
     """
     if INTERPRETED:
         acc = tl.dot(a, b.to(tl.float32), acc)
-    elif b.dtype != tl.float32:
+    elif b.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
         high = a.to(b.dtype)
         acc = tl.dot(high, b, acc)
         acc = tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc)
-    elif tl.target_info.is_cuda() and PRECISION != "ieee":
-        acc = tl.dot(a, b, acc, input_precision="tf32x3")
-    else:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def dot_small(a, b, acc):
-    """As :func:`dot_float32`, of an a that may be too small or too large for half precision, on NVIDIA's tensor cores.
+    """As :func:`dot_float32`, of an a that may be too small or too large for a half-precision b, on NVIDIA's GPUs.
 
-    TF32 has float32's range, and holds whatever a b of half precision is cast from.
+    TF32 has float32's range, and holds whatever such a b is cast from.
     """
     if INTERPRETED:
         acc = tl.dot(a, b.to(tl.float32), acc)
-    elif b.dtype != tl.float32:
+    else:
         high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the 13 bits that TF32 lacks are 0
         acc = tl.dot(high, b.to(tl.float32), acc, input_precision="tf32")
         acc = tl.dot(a - high, b.to(tl.float32), acc, input_precision="tf32")
-    else:
-        acc = tl.dot(a, b, acc, input_precision="tf32x3")
     return acc
 
 
@@ -124,7 +119,7 @@ def load_pooled(
             for dx in tl.static_range(STRIDE_W):
                 valid = in_range & inside(row + dy, column + dx, HEIGHT, WIDTH)
                 mask = valid[:, None] & channel_mask[None, :]
-                offset = (dy * WIDTH + dx).to(tl.int64) * pixel_stride
+                offset = tl.cast(dy * WIDTH + dx, tl.int64) * pixel_stride
                 total += tl.load(tile + offset, mask=mask, other=0.0).to(tl.float32)
         count = window_overlap(row, HEIGHT, STRIDE_H) * window_overlap(column, WIDTH, STRIDE_W)
         pooled = (total * (1.0 / tl.maximum(count, 1).to(tl.float32))[:, None]).to(pointers.dtype.element_ty)

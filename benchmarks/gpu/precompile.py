@@ -27,15 +27,15 @@ class Job(NamedTuple):
     """A layer as one path launches it.
 
     Attributes:
-        capability: None for the flat kernels.
-        separate: U3 and the fusion by themselves.
+        capability: of the device.
+        path: as of :func:`spconv_triton.launch.spconv2d`, or ``"separate"`` for U3 and the fusion by themselves.
         cache: which of Triton's caches it is for; see :attr:`benchmarks.gpu.sections.Section.tunes`.
     """
 
     case: Case
     dtype: torch.dtype
-    capability: tuple[int, int] | None
-    separate: bool
+    capability: tuple[int, int]
+    path: str
     cache: str
 
 
@@ -80,11 +80,11 @@ def jobs(capability: tuple[int, int]) -> Iterator[Job]:
     entries += [("layers", entry) for entry in plan.network()]
     for cache, (case, dtype, names) in entries:
         if "triton" in names or "descriptor" in names:
-            yield Job(case, dtype, capability, False, cache)
+            yield Job(case, dtype, capability, "auto", cache)
         if "flat" in names:
-            yield Job(case, dtype, None, False, cache)
+            yield Job(case, dtype, capability, "flat", cache)
         if "separate" in names:
-            yield Job(case, dtype, None, True, cache)
+            yield Job(case, dtype, capability, "separate", cache)
 
 
 def unique(jobs: Iterator[Job]) -> Iterator[Task]:
@@ -103,11 +103,12 @@ def unique(jobs: Iterator[Job]) -> Iterator[Task]:
 @functools.lru_cache(maxsize=8)
 def launches(job: Job) -> list[Launch]:
     """Forward and backward."""
-    case, dtype, capability, separate, _ = job
-    if not separate:
-        return forward_launches(case, dtype, capability) + backward_launches(case, dtype, capability)
+    case, dtype, capability, path, _ = job
+    if path != "separate":
+        forward = forward_launches(case, dtype, capability, path=path)
+        return forward + backward_launches(case, dtype, capability, path=path)
     branch = replace(case, in_channels=case.representative, alpha=1.0)
-    found = forward_launches(branch, dtype, None) + backward_launches(branch, dtype, None)
+    found = forward_launches(branch, dtype, capability) + backward_launches(branch, dtype, capability)
     return found + fusion_launches(case, dtype)
 
 

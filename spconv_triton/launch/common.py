@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..dispatch import INTERPRETED
+from ..dispatch import INTERPRETED, capability
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 
@@ -109,9 +109,17 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def statistics_precision(dtype: torch.dtype) -> str:
-    """How products of float32 statistics are computed: on tensor cores, in parts, unless the layer's own are not."""
-    return "ieee" if dtype == torch.float32 and dot_precision(dtype) == "ieee" else "tf32x3"
+def statistics_precision(x: Tensor) -> str:
+    """How products of float32 statistics are computed: in parts on NVIDIA tensor cores, unless the layer is not."""
+    if capability(x.device) is None or (x.dtype == torch.float32 and dot_precision(x.dtype) == "ieee"):
+        return "ieee"
+    return "tf32x3"
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Whether the GPU of ``x`` multiplies by warp groups, asynchronously (compute capability 9.x)."""
+    found = capability(x.device)
+    return found is not None and found[0] == 9
 
 
 def window_constants(geometry: Geometry) -> dict[str, int]:

@@ -19,6 +19,7 @@ from .common import (
     TARGET_PROGRAMS,
     channels_last,
     empty_channels_last,
+    is_hopper,
     layer_constants,
     pixel_major,
     statistics_precision,
@@ -83,6 +84,7 @@ def layer_input_grad(
         TAP_STEP_H=stride_h // gcd(stride_h, geometry.dilation[0]),
         TAP_STEP_W=stride_w // gcd(stride_w, geometry.dilation[1]),
         GATED=ratio is not None,
+        HOPPER=is_hopper(x),
         **layer_constants(x, weight_gwc, weight_pwc, geometry),
     )
     return dx
@@ -252,7 +254,7 @@ def finish_weight_grads(
         ROWS=0 if prepared is None else prepared.plan.rows,
         MERGE=1 if prepared is None else prepared.plan.merge,
         MIXED=prepared is not None and prepared.plan.mixed,
-        PRECISION=statistics_precision(weight_pwc.dtype),
+        PRECISION=statistics_precision(weight_pwc),
         BLOCK_N=16,
         BLOCK_CO=block_co,
         BLOCK_C=block_c,

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.backward_descriptor import input_grad_descriptor, weight_grad_descriptor
-from .common import channels_last, empty_channels_last
+from .common import channels_last, empty_channels_last, is_hopper
 from .descriptor import DTYPES, PROGRAMS, aligned, boxes, capability
 
 WASTE = 1.35
@@ -289,6 +289,7 @@ def input_grad(
         MERGE=plan.merge,
         MIXED=plan.mixed,
         TRANSPOSED=tile.transposed,
+        HOPPER=is_hopper(grad),
         BLOCK_N=tile.block_n,
         BLOCK_H=tile.block_h,
         BLOCK_W=tile.block_w,

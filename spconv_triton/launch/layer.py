@@ -113,7 +113,7 @@ def spconv2d(
         PACK=plan is not None,
         MERGE=plan.merge if plan else 1,
         STRIDE=geometry.stride[0],
-        PRECISION=statistics_precision(x.dtype),
+        PRECISION=statistics_precision(x),
     )
     if packed is not None:
         window = (representative, geometry.groups, geometry.stride[0])
