@@ -30,7 +30,7 @@ import triton.language as tl
 
 from .packing import packed_weight
 from .tiles import dot_float32
-from .tuning import GATE, GATE_KEY, autotuned, prune_channels
+from .tuning import GATE, GATE_KEY, autotuned, prune_gate
 
 MAX_EXPONENT = tl.constexpr(60.0)
 
@@ -101,7 +101,7 @@ def _apply(
     return s
 
 
-@autotuned(GATE, GATE_KEY, prune_channels)
+@autotuned(GATE, GATE_KEY, prune_gate)
 @triton.jit(do_not_specialize=["N", "P"])
 def gate_planes(
     partial_ptr,  # [SPLITS, N, ROWS, C] float32

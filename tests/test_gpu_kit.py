@@ -71,6 +71,25 @@ def looks(record):
 
 def breaks(record):
     sys.exit("there is no such device")
+
+def meets(record):
+    # Passes only if another of its kind runs at the same time.
+    mine = record._file.name
+    folder = os.environ["MEET_AT"]
+    open(os.path.join(folder, os.path.basename(mine)), "w").close()
+    with record.check("not alone"):
+        for _ in range(600):
+            if len(os.listdir(folder)) == 2:
+                return
+            time.sleep(0.05)
+        raise AssertionError("alone")
+
+def caches(record):
+    from pathlib import Path
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    record.row("cache", found=sorted(path.name for path in folder.iterdir()))
+    (folder / "kernel").touch()
 """
 
 
@@ -205,6 +224,34 @@ def test_a_section_that_hangs_is_ended_with_all_it_started(fakes: Path) -> None:
     assert [check["check"] for check in hung["checks"]] == ["before"]
     stat = Path(f"/proc/{hung['notes'][0]}/stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_checks_run_side_by_side(fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "met").mkdir()
+    monkeypatch.setenv("MEET_AT", str(tmp_path / "met"))
+    both = [Section(name, name, "fakes:meets", 60, beside=True) for name in ("one", "other")]
+    status, report, _ = run(fakes, fake("works"), *both, fake("skips"))
+    assert status == 0
+    assert [section["name"] for section in report["sections"]] == ["works", "one", "other", "skips"]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_cache_that_is_given_is_kept(fakes: Path, tmp_path: Path, given: bool) -> None:
+    options = ("--cache", str(tmp_path / "cache")) if given else ()
+    found = []
+    for number in range(2):
+        _, report, _ = run(fakes / str(number), fake("caches"), options=options)
+        found.append(report["sections"][0]["rows"][0]["found"])
+    assert found == ([[], ["kernel"]] if given else [[], []])
+
+
+def test_untuned_kernels_take_configurations_by_chance() -> None:
+    code = (
+        "import triton; from triton.runtime import Autotuner; from benchmarks.gpu import untuned; untuned.take();"
+        "times = [Autotuner._bench(None, config=None) for _ in range(9)];"
+        "assert len(set(map(tuple, times))) == 9, times"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_after_the_deadline_sections_are_skipped_and_listed(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

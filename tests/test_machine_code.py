@@ -6,10 +6,10 @@ kernel, holds what came out, by a fingerprint of what decides it. The sample sho
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,6 +130,18 @@ def test_a_spill_is_noticed(target: str, rows: int, columns: int) -> None:
     assert "spills" in complaint
 
 
+@pytest.mark.parametrize("settled", [False, True])
+def test_an_operand_that_is_overwritten_is_noticed(settled: bool) -> None:
+    """The input gradient scales an operand in registers: ``dot_computed`` is still needed there, and enough."""
+    found = backward_launches(replace(RESNET50[2], batch=128), torch.float16, (9, 0))
+    (recorded,) = (one for one in found if one.name == "input_grad_descriptor")
+    assert recorded.constants["HOPPER"]
+    recorded = replace(recorded, constants=recorded.constants | {"HOPPER": settled})
+    row = measure(matrix.of_launch(recorded, recorded.configs[0], "sm_90", "float16", "planted"))
+    assert (row.overwritten == 0) == settled
+    assert bool(complaints([row], [])) != settled
+
+
 def test_a_compile_error_is_noticed() -> None:
     row = measure(planted(mismatched, "sm_90", 16, 32))
     assert row.registers == 0
@@ -172,7 +184,7 @@ def test_a_changed_kernel_is_noticed(wanted: list[Compilation], rows: dict[str, 
     """A constant that no row was compiled with stands for a changed source: both change the fingerprint."""
     one = wanted[0]
     constants = {**one.launch.constants, "C": 1023}
-    changed = dataclasses.replace(one, launch=dataclasses.replace(one.launch, constants=constants))
+    changed = replace(one, launch=replace(one.launch, constants=constants))
     with pytest.raises(AssertionError, match=r"1 of \d+ kernels have changed .*benchmarks\.static"):
         assert_complete([changed, *wanted[1:]], rows)
     with pytest.raises(AssertionError, match="no kernel's any more"):
@@ -213,6 +225,7 @@ def choosable(kernel: Any, precision: str, target: str) -> set[Any]:
         for width, groups, stride in itertools.product((1, 3, 8, 16, 24, 32, 64, 100, 128, 256, 512), (1, 2), (1, 2)):
             sizes = dict.fromkeys(("C", "CR", "CO"), width * groups) | {"G": groups, "PRECISION": setting}
             sizes |= {"STRIDE_H": stride, "STRIDE_W": stride, "BLOCK_C": weight_grad_channels(width)}
+            sizes["PACK"] = target in matrix.DESCRIPTOR_TARGETS
             named = {name: tensor if name.endswith("_ptr") else sizes.get(name, 16) for name in kernel.arg_names}
             found |= {key(config) for config in kernel.early_config_prune(kernel.configs, named)}
     return found
@@ -245,7 +258,7 @@ def test_every_kernel_is_compiled_in_every_dtype(recorded: dict[tuple[str, str, 
     """Those of descriptors only where a layer is sent to them."""
     kernels = {name for name, _, _ in recorded}
     tuned = {getattr(kernel, "base_fn", kernel).__name__ for kernel in launch.TUNED_KERNELS}
-    over_descriptors = {"onepass_descriptor", "onepass_rows", "input_grad_descriptor", "weight_grad_descriptor"}
+    over_descriptors = {"onepass_descriptor", "input_grad_descriptor", "weight_grad_descriptor"}
     assert kernels == tuned | over_descriptors
     for name, (target, precision) in itertools.product(kernels, matrix.EVERYWHERE):
         wanted = True
@@ -321,14 +334,6 @@ def test_loops_over_descriptors_load_boxes_and_multiply(rows: dict[str, Row]) ->
         assert row.loop_pointer_loads == 0, f"{row}: pointers in the loop"
         assert row.tma_loads >= 2 * loads, f"{row}: nothing is loaded ahead"
         assert row.tma_stores > 0 or row.kernel == "weight_grad_descriptor", f"{row}: the output is no box"
-
-
-def test_rows_are_streamed(rows: dict[str, Row]) -> None:
-    for row in of_kernel(rows, "onepass_rows"):
-        assert row.products == 20, f"{row}: ten products of 32 channels"
-        assert row.loop_tma_loads == 4, f"{row}: a row three times, and the redundant channels once"
-        # On Blackwell the accumulators fill the tensor memory.
-        assert row.programs == (2 if row.target == "sm_90" else 1), str(row)
 
 
 def test_flat_kernels_use_tensor_cores(rows: dict[str, Row]) -> None:
