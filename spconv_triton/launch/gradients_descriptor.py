@@ -137,10 +137,10 @@ def input_tile(plan: Packing, x_shape: tuple[int, int, int, int], representative
     best = min(
         samples, key=lambda box: waste(box[1:], (height, width)) * (SINGLE_PIXELS * taps if box[1:] == (1, 1) else 1.0)
     )
-    few = cdiv(batch, best[0]) * cdiv(height, best[1]) * cdiv(width, best[2]) * channels // block_c <= PROGRAMS
-    if block_c == 128 and few:
-        block_c = 64
-    return InputTile(False, *best, block_c, 64, 4, 4 if few else 3)
+    programs = cdiv(batch, best[0]) * cdiv(height, best[1]) * cdiv(width, best[2]) * channels // block_c
+    if best == samples[0] and programs <= PROGRAMS:
+        return InputTile(False, *best, min(block_c, 64), 64, 4, 4)
+    return InputTile(False, *best, block_c, 64, 4, 3)
 
 
 def weight_tile(plan: Packing, channels: int, representative: int, outputs: int, groups: int) -> WeightTile:
