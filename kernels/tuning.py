@@ -179,8 +179,8 @@ def prune_channels(configs: list[triton.Config], named_args: dict, **kwargs) -> 
 
 
 def prune_statistics(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
-    """As :func:`prune_channels`, less what float32 spills into the loop on sm_80: 64 x 64 beside more than 16 rows of taps,
-    and 128 channels where they are no multiple of 16."""
+    """As :func:`prune_channels`, less what float32 spills into the loop on sm_80: 64 x 64 beside more than 16 rows of
+    taps, and 128 channels that are no multiple of 16."""
     arguments = {**named_args, **kwargs}
     large, scattered = arguments["BLOCK_ROWS"] > 16, arguments["C"] % 16 > 0
 
