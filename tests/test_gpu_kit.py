@@ -22,7 +22,19 @@ ROOT = Path(__file__).parents[1]
 
 # At the same time, for there are two processors.
 HALVES = (
-    ("layers", "graphs", "single", "parts", "tiles", "memory", "others", "model", "compile"),
+    (
+        "layers",
+        "variants",
+        "graphs",
+        "single",
+        "parts",
+        "tiles",
+        "memory",
+        "others",
+        "model",
+        "compile",
+        "compile-tiles",
+    ),
     ("correctness", "kernels", "operators", "dynamo", "networks"),
 )
 

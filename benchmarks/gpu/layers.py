@@ -19,7 +19,7 @@ from benchmarks.gpu.record import Record
 from benchmarks.ratios import quantiles
 from benchmarks.turns import turns
 
-ROUNDS = 60
+ROUNDS = 40
 REHEARSED_ROUNDS = 2
 
 Sampler = Callable[[Sequence[Call]], list[float]]
@@ -29,6 +29,11 @@ Sampler = Callable[[Sequence[Call]], list[float]]
 def layers(record: Record) -> None:
     """Forward, backward and training step: what the device takes, with the host always ahead of it."""
     _time(record, plan.layers(rehearsal=record.rehearsal))
+
+
+def variants(record: Record) -> None:
+    """The same of the large batch in the other ways to run a layer."""
+    _time(record, plan.variants(rehearsal=record.rehearsal))
 
 
 def others(record: Record) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,10 @@ from typing import NamedTuple
 import torch
 from cases import Case
 
-from benchmarks.gpu import plan
+from benchmarks.gpu import plan, tiles
+from benchmarks.gpu.checks import multiplied_as
 from benchmarks.gpu.record import Record
-from benchmarks.launches import Launch, backward_launches, compile_launch, forward_launches, fusion_launches
+from benchmarks.launches import Launch, backward_launches, compile_launch, forward_launches, fusion_launches, recording
 from benchmarks.machine_code import TARGETS
 
 SECONDS = 75
@@ -28,7 +30,9 @@ class Job(NamedTuple):
 
     Attributes:
         capability: of the device.
-        path: as of :func:`spconv_triton.launch.spconv2d`, or ``"separate"`` for U3 and the fusion by themselves.
+        path: as of :func:`spconv_triton.launch.spconv2d`, ``"separate"`` for U3 and the fusion by themselves, or
+            ``"tiles"`` for the kernels over descriptors in every tile that is tried.
+        precision: of float32 convolutions.
         cache: which of Triton's caches it is for; see :attr:`benchmarks.gpu.sections.Section.tunes`.
     """
 
@@ -36,6 +40,7 @@ class Job(NamedTuple):
     dtype: torch.dtype
     capability: tuple[int, int]
     path: str
+    precision: str
     cache: str
 
 
@@ -48,12 +53,22 @@ class Task(NamedTuple):
 
 
 def precompile(record: Record) -> None:
+    """What all sections but the tiles' launch, in their order."""
+    _compile_all(record, jobs)
+
+
+def precompile_tiles(record: Record) -> None:
+    """The kernels over descriptors in every tile that is tried."""
+    _compile_all(record, tile_jobs)
+
+
+def _compile_all(record: Record, jobs_on: Callable[[tuple[int, int]], Iterator[Job]]) -> None:
     capability = (9, 0) if record.rehearsal else torch.cuda.get_device_capability()
     target = f"sm_{capability[0]}{capability[1]}"
     if target not in TARGETS:
         record.skip(f"this device is {target}, and compiling ahead knows {', '.join(TARGETS)}")
         return
-    tasks = list(unique(jobs(capability)))
+    tasks = list(unique(jobs_on(capability)))
     if record.rehearsal:
         tasks = tasks[:2]
     start = time.monotonic()
@@ -73,18 +88,22 @@ def precompile(record: Record) -> None:
 
 
 def jobs(capability: tuple[int, int]) -> Iterator[Job]:
-    """In the order of the sections."""
-    timed = (plan.layers, plan.single, plan.others)
+    timed = (plan.layers, plan.single, plan.variants, plan.others)
     entries = [("small", entry) for entry in plan.checked(rehearsal=False)]
     entries += [("layers", entry) for entries_of in timed for entry in entries_of(rehearsal=False)]
     entries += [("layers", entry) for entry in plan.network()]
     for cache, (case, dtype, names) in entries:
-        if "triton" in names or "descriptor" in names:
-            yield Job(case, dtype, capability, "auto", cache)
-        if "flat" in names:
-            yield Job(case, dtype, capability, "flat", cache)
-        if "separate" in names:
-            yield Job(case, dtype, capability, "separate", cache)
+        paths = ["auto"] if "triton" in names or "descriptor" in names else []
+        paths += [name for name in ("flat", "separate") if name in names]
+        # What is checked in float32 is checked in either precision.
+        precisions = ("tf32", "ieee") if cache == "small" and dtype == torch.float32 else ("tf32",)
+        for path, precision in itertools.product(paths, precisions):
+            yield Job(case, dtype, capability, path, precision, cache)
+
+
+def tile_jobs(capability: tuple[int, int]) -> Iterator[Job]:
+    for case, dtype, _ in plan.tiles(rehearsal=False) if capability[0] in (9, 10) else ():
+        yield Job(case, dtype, capability, "tiles", "tf32", "layers")
 
 
 def unique(jobs: Iterator[Job]) -> Iterator[Task]:
@@ -103,13 +122,25 @@ def unique(jobs: Iterator[Job]) -> Iterator[Task]:
 @functools.lru_cache(maxsize=8)
 def launches(job: Job) -> list[Launch]:
     """Forward and backward."""
-    case, dtype, capability, path, _ = job
-    if path != "separate":
-        forward = forward_launches(case, dtype, capability, path=path)
-        return forward + backward_launches(case, dtype, capability, path=path)
-    branch = replace(case, in_channels=case.representative, alpha=1.0)
-    found = forward_launches(branch, dtype, capability) + backward_launches(branch, dtype, capability)
-    return found + fusion_launches(case, dtype)
+    case, dtype, capability, path, precision, _ = job
+    with multiplied_as(precision):
+        if path == "tiles":
+            return list(tile_launches(case, dtype, capability))
+        if path != "separate":
+            forward = forward_launches(case, dtype, capability, path=path)
+            return forward + backward_launches(case, dtype, capability, path=path)
+        branch = replace(case, in_channels=case.representative, alpha=1.0)
+        found = forward_launches(branch, dtype, capability) + backward_launches(branch, dtype, capability)
+        return found + fusion_launches(case, dtype)
+
+
+def tile_launches(case: Case, dtype: torch.dtype, capability: tuple[int, int]) -> Iterator[Launch]:
+    """Of every kernel over descriptors, in every tile."""
+    for kernel in tiles.kernels(case, dtype, "meta"):
+        for tile in dict.fromkeys((kernel.chosen, *kernel.others)):
+            with recording(capability) as found, kernel.with_tile(tile):
+                kernel.call()
+            yield from found
 
 
 def _specialised(argument: object) -> object:

@@ -44,9 +44,11 @@ SECTIONS = (
     Section("layers", "ResNet-50's layers", "benchmarks.gpu.layers:layers", 150, tunes=True),
     Section("parts", "The kernels of a layer", "benchmarks.gpu.parts:parts", 60, tunes=True),
     Section("single", "One image", "benchmarks.gpu.layers:single", 90, tunes=True),
+    Section("variants", "Compiled, flat, separate", "benchmarks.gpu.layers:variants", 120, tunes=True),
     Section("memory", "Memory", "benchmarks.gpu.layers:memory", 60, tunes=True),
     Section("networks", "ResNet-50 whole", "benchmarks.gpu.networks:networks", 120, tunes=True),
     Section("others", "Other layers and dtypes", "benchmarks.gpu.layers:others", 120, tunes=True),
+    Section("compile-tiles", "Compiling tiles ahead", "benchmarks.gpu.precompile:precompile_tiles", 90, False),
     Section("tiles", "Tiles chosen and tiles that may be", "benchmarks.gpu.tiles:tiles", 90, tunes=True),
     Section("model", "The model", "benchmarks.gpu.model:model", 60, False, needs=("numpy",)),
 )
