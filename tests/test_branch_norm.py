@@ -123,17 +123,19 @@ def test_eval_folds_and_is_the_composition(options: dict[str, Any], dtype: torch
 @pytest.mark.parametrize("mean", [100.0, 1e4])
 def test_large_means_fold(mean: float, in_parts: list[str]) -> None:
     """The output loses no more than the composition's; the gate's gradient is a difference of sums with the mean."""
-    layer = make(padding=0).eval()
-    x = torch.randn(3, 8, 7, 6) + mean
-    with torch.no_grad():
-        x3, x1 = x.split((4, 4), 1)
-        layer.norm_representative.running_mean.copy_(
-            reference.representative_branch(x3, layer.weight_gwc, layer.weight_pwc).mean((0, 2, 3))
-        )
-        layer.norm_redundant.running_mean.copy_(nn.functional.conv2d(x1, layer.weight_redundant).mean((0, 2, 3)))
-    with torch.no_grad():
-        exact = composed(copy.deepcopy(layer).double(), x.double())
-        assert_within_budget("y", layer(x), composed(layer, x), exact, condition=mean / 4)
+    draws = []
+    for _ in range(8):  # of one in 25 the error is beyond the budget
+        layer = make(padding=0).eval()
+        x = torch.randn(3, 8, 7, 6) + mean
+        with torch.no_grad():
+            x3, x1 = x.split((4, 4), 1)
+            layer.norm_representative.running_mean.copy_(
+                reference.representative_branch(x3, layer.weight_gwc, layer.weight_pwc).mean((0, 2, 3))
+            )
+            layer.norm_redundant.running_mean.copy_(nn.functional.conv2d(x1, layer.weight_redundant).mean((0, 2, 3)))
+            exact = composed(copy.deepcopy(layer).double(), x.double())
+            draws.append(({"y": layer(x)}, {"y": composed(layer, x)}, {"y": exact}))
+    assert_within_budget_over_draws(draws, condition=mean / 4)
     # The norms' own gradients are differences of sums with the means of U3 and U1, which are a few times that of x.
     assert_as_composed(layer, lambda: torch.randn(3, 8, 7, 6) + mean, condition=4 * mean)
     assert not in_parts
