@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import competitors
-from benchmarks.gpu import kit, layers, plan
+from benchmarks.gpu import kit, layers, plan, precompile
 from benchmarks.gpu.device import Rehearsal
 from benchmarks.gpu.markdown import markdown
 from benchmarks.gpu.record import Record, read
@@ -264,6 +266,34 @@ def test_untuned_kernels_take_configurations_by_chance() -> None:
         "assert len(set(map(tuple, times))) == 9, times"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_kernels_are_compiled_for_a_gpu_that_is_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into the two caches in which the kit looks for them."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "anywhere")  # and what is set is undone
+    monkeypatch.setattr(precompile, "compiled", one_by_one)
+    few = itertools.islice(precompile.jobs((9, 0)), 1)
+    monkeypatch.setattr(precompile, "jobs", lambda _: few)
+    assert precompile.main([str(tmp_path)]) == 0
+    kernels = list((tmp_path / "small").rglob("*.cubin"))
+    assert f"{len(kernels)} of " in capsys.readouterr().out
+    assert any(path.stem == "window_statistics" for path in kernels)
+
+
+def one_by_one(tasks: list[precompile.Task], target: str, _: int | None) -> Iterator[str]:
+    """In this process, and no more than two: all of them take minutes."""
+    del tasks[2:]
+    return (precompile._compile(target, task) for task in tasks)
+
+
+@pytest.mark.parametrize("capability", ["9", "7.5", "nine"])
+def test_an_unknown_capability_is_refused(capability: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        precompile.main(["anywhere", "--capability", capability])
+    assert status.value.code == 2
+    assert f"--capability must be one of 8.0, 9.0, 10.0, 12.0, got {capability}" in capsys.readouterr().err
 
 
 def test_after_the_deadline_sections_are_skipped_and_listed(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

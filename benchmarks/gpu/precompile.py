@@ -1,13 +1,20 @@
-"""Compile on every core what the other sections will launch: one after the other they would wait for it for minutes."""
+"""Compile on every core what the other sections will launch: one after the other they would wait for it for minutes.
+
+``python -m benchmarks.gpu.precompile DIR --capability 9.0`` does so where there is no GPU, for one whose minutes are
+counted: with DIR at the same place on its machine, and the same PyTorch, Triton and Python there, ``python -m
+benchmarks.gpu --cache DIR`` compiles nothing again. Of what it writes, ``*.cubin`` and ``*.json`` are enough.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import multiprocessing
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +25,15 @@ from cases import Case
 from benchmarks.gpu import plan, tiles
 from benchmarks.gpu.checks import multiplied_as
 from benchmarks.gpu.record import Record
-from benchmarks.launches import Launch, backward_launches, compile_launch, forward_launches, fusion_launches, recording
+from benchmarks.launches import (
+    CAPABILITIES,
+    Launch,
+    backward_launches,
+    compile_launch,
+    forward_launches,
+    fusion_launches,
+    recording,
+)
 from benchmarks.machine_code import TARGETS
 
 SECONDS = 75
@@ -64,7 +79,7 @@ def precompile_tiles(record: Record) -> None:
 
 def _compile_all(record: Record, jobs_on: Callable[[tuple[int, int]], Iterator[Job]]) -> None:
     capability = (9, 0) if record.rehearsal else torch.cuda.get_device_capability()
-    target = f"sm_{capability[0]}{capability[1]}"
+    target = target_of(capability)
     if target not in TARGETS:
         record.skip(f"this device is {target}, and compiling ahead knows {', '.join(TARGETS)}")
         return
@@ -73,18 +88,27 @@ def _compile_all(record: Record, jobs_on: Callable[[tuple[int, int]], Iterator[J
         tasks = tasks[:2]
     start = time.monotonic()
     done = failed = 0
-    # Not forked: this process has threads, and the workers need nothing of it.
-    with multiprocessing.get_context("spawn").Pool(1 if record.rehearsal else os.cpu_count()) as pool:
-        for error in pool.imap_unordered(functools.partial(_compile, target), tasks):
-            done += 1
-            if error:
-                failed += 1
-                record.note(f"did not compile: {error}")
-            if time.monotonic() - start > SECONDS:
-                break
+    for error in compiled(tasks, target, 1 if record.rehearsal else os.cpu_count()):
+        done += 1
+        if error:
+            failed += 1
+            record.note(f"did not compile: {error}")
+        if time.monotonic() - start > SECONDS:
+            break
     record.note(
         f"{done} of {len(tasks)} kernels compiled for {target} in {time.monotonic() - start:.0f} s, {failed} failed"
     )
+
+
+def target_of(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+def compiled(tasks: Sequence[Task], target: str, processes: int | None) -> Iterator[str]:
+    """For each task in turn an empty string, or what went wrong, as soon as it is done."""
+    # Not forked: this process has threads, and the workers need nothing of it.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap_unordered(functools.partial(_compile, target), tasks)
 
 
 def jobs(capability: tuple[int, int]) -> Iterator[Job]:
@@ -106,7 +130,7 @@ def tile_jobs(capability: tuple[int, int]) -> Iterator[Job]:
         yield Job(case, dtype, capability, "tiles", "tf32", "layers")
 
 
-def unique(jobs: Iterator[Job]) -> Iterator[Task]:
+def unique(jobs: Iterable[Job]) -> Iterator[Task]:
     """Every configuration of every launch, those that come to the same once."""
     seen = set()
     for job in jobs:
@@ -163,3 +187,30 @@ def _compile(target: str, task: Task) -> str:
     except Exception as error:
         return f"{launch.name} with {config} for {job.case.name}: {error!r}"
     return ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 1 if a kernel did not compile."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.precompile", description="Compile the kit's kernels."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="to keep them in")
+    parser.add_argument("--capability", default="9.0", help="compute capability of the GPU (default: %(default)s)")
+    parser.add_argument(
+        "--tiles", action="store_true", help="also those of the tiles that are tried, three times as many"
+    )
+    options = parser.parse_args(arguments)
+    major, _, minor = options.capability.partition(".")
+    if not (major.isdecimal() and minor.isdecimal()) or target_of((int(major), int(minor))) not in TARGETS:
+        known = ", ".join(".".join(map(str, found)) for found in CAPABILITIES.values() if found)
+        parser.error(f"--capability must be one of {known}, got {options.capability}")
+    capability = int(major), int(minor)
+    os.environ["TRITON_CACHE_DIR"] = str(options.folder.resolve() / "layers")
+    tasks = list(unique(itertools.chain(jobs(capability), tile_jobs(capability) if options.tiles else ())))
+    failures = [error for error in compiled(tasks, target_of(capability), os.cpu_count()) if error]
+    print(*failures, f"{len(tasks) - len(failures)} of {len(tasks)} kernels in {options.folder}", sep="\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
