@@ -209,36 +209,6 @@ def _assert_comparable(name: str, got: Tensor, same_dtype: Tensor, exact: Tensor
     assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite"
 
 
-Results = dict[str, Tensor]
-
-LUCK = 1.5
-"""By how much of a budget a single draw may exceed it before more are looked at."""
-
-
-def _share_of_budget(got: Tensor, same_dtype: Tensor, exact: Tensor, condition: float) -> float:
-    """Error over allowed error, as of :func:`assert_within_budget`; 0 where nothing is to be compared."""
-    if exact.numel() == 0 or got.shape != exact.shape or not got.isfinite().all():
-        return 0.0
-    roundings = 16 if got.dtype == torch.float64 else 1
-    rounding = condition * roundings * torch.finfo(got.dtype).eps * exact.abs().max().item()
-    return _largest_error(got, exact) / (2 * (_largest_error(same_dtype, exact) + rounding) + GATE_CLAMP)
-
-
-def _moved(inputs: Inputs) -> Inputs:
-    """The same but for the last digits, so that every sum rounds otherwise."""
-    moved = {
-        name: (tensor.detach() * (1 + 1e-2 * torch.randn_like(tensor))).requires_grad_()
-        for name, tensor in inputs.tensors().items()
-    }
-    return replace(inputs, **moved)
-
-
-def _only(name: str, draws: Iterable[tuple[Results, Results, Results]]) -> Iterable[tuple[Results, Results, Results]]:
-    """Of the results of each draw that one."""
-    for got, same_dtype, exact in draws:
-        yield {name: got[name]}, {name: same_dtype[name]}, {name: exact[name]}
-
-
 def assert_agrees(
     function: Callable[..., Tensor],
     inputs: Inputs,
@@ -249,9 +219,6 @@ def assert_agrees(
     **options: Any,
 ) -> None:
     """Forward and every gradient of ``function`` are within budget of the reference in float64.
-
-    What is beyond its budget by no more than :data:`LUCK` is judged over more draws of much the same inputs, as in
-    :func:`assert_agrees_over_draws`: of some thousand results one is, because the reference was right by luck.
 
     Args:
         condition: how much a rounding of the statistics grows: |S3 - S1| where the gate is saturated, about |S3| / 4
@@ -266,12 +233,9 @@ def assert_agrees(
     got, yardsticks, exact = _judge(function, inputs, grad, **options)
     moves = _sensitivity(inputs, grad, exact, perturbations)
     for name in names or exact:
-        compared = got[name], yardsticks[name], exact[name]
-        if perturbations == 0 and 1 < _share_of_budget(*compared, condition) <= LUCK:
-            others = (_judge(function, _moved(inputs), output_grad(inputs), **options) for _ in range(8))
-            assert_within_budget_over_draws(_only(name, others), condition=condition)
-        else:
-            assert_within_budget(name, *compared, condition=condition, sensitivity=moves[name])
+        assert_within_budget(
+            name, got[name], yardsticks[name], exact[name], condition=condition, sensitivity=moves[name]
+        )
     for name, tensor in inputs.tensors().items():
         assert torch.equal(tensor.detach(), before[name]), f"{name} was written to"
         assert tensor._version == versions[name], f"{name} was written to, and put back"
@@ -291,6 +255,9 @@ def assert_agrees_over_draws(
     )
 
 
+Results = dict[str, Tensor]
+
+
 def assert_within_budget_over_draws(
     draws: Iterable[tuple[Results, Results, Results]], *, condition: float = 1.0
 ) -> None:
@@ -303,7 +270,10 @@ def assert_within_budget_over_draws(
     for got, same_dtype, exact in draws:
         for name, judge in exact.items():
             _assert_comparable(name, got[name], same_dtype[name], judge)
-            ratio = _share_of_budget(got[name], same_dtype[name], judge, condition)
+            roundings = 16 if got[name].dtype == torch.float64 else 1  # as of single draws
+            rounding = condition * roundings * torch.finfo(got[name].dtype).eps * judge.abs().max().item()
+            budget = 2 * (_largest_error(same_dtype[name], judge) + rounding) + GATE_CLAMP
+            ratio = _largest_error(got[name], judge) / budget
             logarithms.setdefault(name, []).append(math.log(max(ratio, 1e-3)))
     for name, values in logarithms.items():
         ratio = math.exp(sum(values) / len(values))

@@ -43,6 +43,7 @@ __version__ = "not installed; PyTorch's functorch.einops in its place"
 """The library needs no more of einops, and a machine with PyTorch may be without it."""
 
 RUNNING: set[subprocess.Popen[str]] = set()
+"""Sections that have not ended; more than one where they run side by side."""
 
 BAD = ("failed", "crashed", "timed out")
 

@@ -110,7 +110,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def statistics_precision(x: Tensor) -> str:
-    """How products of float32 statistics are computed: in parts on NVIDIA tensor cores, unless the layer is not."""
+    """How products of float32 statistics are computed: in parts, on NVIDIA's tensor cores, if the layer is."""
     if capability(x.device) is None or (x.dtype == torch.float32 and dot_precision(x.dtype) == "ieee"):
         return "ieee"
     return "tf32x3"
