@@ -54,8 +54,7 @@ ONE_BY_ONE = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 
-# With inputs around 100 so are S3 and S1, and one rounding of theirs is a hundred of beta.
-MEAN_100 = 100.0
+EXTREME = ({"mean": 100.0}, *({"gate": gate} for gate in (-80.0, -30.0, -8.0, 8.0, 30.0, 80.0)))
 
 
 def native(*arguments: Tensor | None, **options: object) -> Tensor:
@@ -65,22 +64,21 @@ def native(*arguments: Tensor | None, **options: object) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*SMALL, *ONE_BY_ONE], ids=str)
 def test_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> None:
-    for memory_format in LAYOUTS:
-        assert_agrees(native, make_inputs(case, dtype, memory_format=memory_format, bias=False))
-    assert_agrees(native, make_inputs(case, dtype, branch_bias=True))
+    for options in (*({"memory_format": layout, "bias": False} for layout in LAYOUTS), {"branch_bias": True}):
+        assert_agrees_over_draws(native, functools.partial(make_inputs, case, dtype, **options), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", RESNET50, ids=str)
 def test_agrees_on_the_layers_of_resnet50(case: Case, dtype: torch.dtype) -> None:
-    assert_agrees(native, make_inputs(replace(case, batch=2), dtype))
+    assert_agrees_over_draws(native, lambda: make_inputs(replace(case, batch=2), dtype), 2)
 
 
 @pytest.mark.parametrize("case", [BY_NAME["plain"], BY_NAME["stride-2-odd"], BY_NAME["alpha-1"]], ids=str)
 def test_agrees_where_maps_of_bfloat16_are_of_float32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """On processors that do not multiply bfloat16."""
     monkeypatch.setattr(native_convolution, "MULTIPLIES_BFLOAT16", False)
-    assert_agrees(native, make_inputs(case, torch.bfloat16, branch_bias=True))
+    assert_agrees_over_draws(native, lambda: make_inputs(case, torch.bfloat16, branch_bias=True), 4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (300, 401)], ids=str)
@@ -96,10 +94,9 @@ def test_sums_of_maps(dtype: torch.dtype, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", GATED, ids=str)
 def test_agrees_under_large_means_and_saturated_gates(case: Case, dtype: torch.dtype) -> None:
-    assert_agrees(native, make_inputs(case, dtype, mean=100.0), condition=MEAN_100)
-    assert_agrees(native, make_inputs(case, dtype, mean=100.0), names=["y"], condition=MEAN_100 / 4)
-    for gate in (-30.0, -8.0, 8.0, 30.0):
-        assert_agrees(native, make_inputs(case, dtype, gate=gate), condition=abs(gate))
+    for options in ({"mean": 100.0}, *({"gate": gate} for gate in (-30.0, -8.0, 8.0, 30.0))):
+        draw = functools.partial(make_inputs, case, dtype, **options)
+        assert_agrees_over_draws(native, draw, 4, perturbations=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -136,9 +133,8 @@ def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypa
         if backward != "all products":
             draw = functools.partial(make_inputs, case, torch.bfloat16, **options)
             assert_agrees_over_draws(native, draw, 4)
-    assert_agrees(native, make_inputs(case, mean=100.0), condition=MEAN_100, perturbations=4)
-    for gate in (-80.0, -30.0, -8.0, 8.0, 30.0, 80.0):
-        assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate), perturbations=4)
+    for options in EXTREME:
+        assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 2, perturbations=4)
 
 
 @pytest.mark.parametrize("case", GATED, ids=str)
@@ -148,9 +144,8 @@ def test_agrees_with_merged_weights(case: Case, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
     for options in ({"bias": False}, {"branch_bias": True}, {"mean": 3.0, "memory_format": torch.contiguous_format}):
         assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
-    assert_agrees(native, make_inputs(case, mean=100.0), condition=MEAN_100, perturbations=4)
-    for gate in (-80.0, -30.0, -8.0, 8.0, 30.0, 80.0):
-        assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate), perturbations=4)
+    for options in EXTREME:
+        assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 2, perturbations=4)
 
 
 @pytest.mark.parametrize("frozen", ["weight_gwc", "weight_pwc", "weight_redundant", "weights", "x"])
@@ -197,7 +192,7 @@ def test_agrees_where_onednn_is_wider(case: Case, linear: bool, monkeypatch: pyt
     monkeypatch.setattr(native_products, "LARGE_WEIGHT", 0 if linear else float("inf"))
     assert_agrees_over_draws(native, lambda: make_inputs(case, branch_bias=True), 3)
     for gate in (-30.0, 8.0):
-        assert_agrees(native, make_inputs(case, gate=gate), condition=abs(gate), perturbations=4)
+        assert_agrees_over_draws(native, lambda gate=gate: make_inputs(case, gate=gate), 2, perturbations=4)
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -281,9 +276,12 @@ def transposed(inputs: Inputs) -> Tensor:
 @pytest.mark.parametrize("view", [strided, expanded, sliced, transposed])
 def test_takes_any_strides(view: Callable[[Inputs], Tensor]) -> None:
     for memory_format in LAYOUTS:
-        inputs = make_inputs(BY_NAME["odd-pixels"], memory_format=memory_format)
-        inputs.x = view(inputs).requires_grad_()
-        assert_agrees(native, inputs)
+
+        def draw(memory_format: torch.memory_format = memory_format) -> Inputs:
+            inputs = make_inputs(BY_NAME["odd-pixels"], memory_format=memory_format)
+            return replace(inputs, x=view(inputs).requires_grad_())
+
+        assert_agrees_over_draws(native, draw, 4)
 
 
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
