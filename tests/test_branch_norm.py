@@ -72,7 +72,7 @@ def results(function: Callable[[Tensor], Tensor], layer: SPConv2d, x: Tensor, gr
     return {"y": y.detach(), **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), grad), strict=True))}
 
 
-def assert_as_composed(layer: SPConv2d, draw: Callable[[], Tensor], *, draws: int = 4, condition: float = 1.0) -> None:
+def assert_as_composed(layer: SPConv2d, draw: Callable[[], Tensor], *, draws: int = 8, condition: float = 1.0) -> None:
     """Output, gradients and statistics, on copies, so that the layer stays as it is."""
     assert_within_budget_over_draws((judged(layer, draw()) for _ in range(draws)), condition=condition)
 
