@@ -18,7 +18,7 @@ by-product, so there is no cache that an optimizer step or a graph could find st
 import triton
 import triton.language as tl
 
-from .tiles import dot_float32, dot_small
+from .tiles import dot_any_range, dot_float32
 
 
 @triton.jit(do_not_specialize=["N", "P", "SLICES"])
@@ -189,7 +189,7 @@ def _constant_planes(
         shift = tl.load(shifts + (m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
         rows = weight_ptr + (m0 + m)[:, None] * weight_stride
         w = tl.load(rows + c[None, :], mask=m_mask[:, None] & c_mask[None, :], other=0.0)
-        total = dot_small(shift, w, total)
+        total = dot_any_range(shift, w, total)
     total *= tl.where(redundant, -1.0, 1.0)
 
     tap = tl.arange(0, TAPS)
@@ -201,7 +201,7 @@ def _constant_planes(
         shift = tl.load(shifts + (group * COG + m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
         rows = gwc_ptr + (group * COG + m0 + m)[:, None, None] * (9 * CG)
         w = tl.load(rows + column, mask=m_mask[:, None, None] & column_mask, other=0.0)
-        taps = dot_small(shift, w.reshape(BLOCK_CO, TAPS * BLOCK_C), taps)
+        taps = dot_any_range(shift, w.reshape(BLOCK_CO, TAPS * BLOCK_C), taps)
     taps = taps.reshape(BLOCK_N, TAPS, BLOCK_C)
     # The first row of pixels has no use for the taps of the last row, and so on.
     row = (tap // 3)[None, :, None]

@@ -11,11 +11,19 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b, accumulated in float32.
 
+    Without tensor cores a sum is one addition after another, and its error grows with their number: what a step adds
+    is summed by itself first. Triton merges a product and a sum; the two casts, no instructions, keep them apart.
+
     Triton's interpreter (3.6 to 3.9) multiplies the bit patterns of bfloat16 operands as integers, hence the detour.
     """
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    elif PRECISION == "ieee" and a.dtype == tl.float32:
+        part = tl.dot(a, b, input_precision=PRECISION)
+        acc += part.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -42,7 +50,7 @@ def dot_float32(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRETED:
         acc = tl.dot(a, b.to(tl.float32), acc)
     elif b.dtype == tl.float32:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = dot(a, b, acc, PRECISION)
     else:
         high = a.to(b.dtype)
         acc = tl.dot(high, b, acc)
@@ -51,7 +59,7 @@ def dot_float32(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot_small(a, b, acc):
+def dot_any_range(a, b, acc):
     """As :func:`dot_float32`, of an a that may be too small or too large for a half-precision b, on NVIDIA's GPUs.
 
     TF32 has float32's range, and holds whatever such a b is cast from.

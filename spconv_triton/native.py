@@ -159,11 +159,12 @@ def batch_norm(tensors: Sequence[Any], eps: tuple[float, float], geometry: Geome
         """ATen takes float32 parameters beside a map in half precision, but not beside float64, nor two dtypes."""
         return None if parameter is None else parameter.to(precise)
 
-    normed = [
-        F.batch_norm(u, None, None, widened(weight), widened(shift), training=True, eps=e)
-        for u, (weight, shift), e in zip(branches, norms, eps, strict=True)
-    ]
-    y = gap_softmax_fusion(*normed)
+    def normed(u: Tensor, weight: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
+        if weight is None and shift is not None:  # on a GPU ATen fails to differentiate that
+            weight = torch.ones_like(shift)
+        return F.batch_norm(u, None, None, widened(weight), widened(shift), training=True, eps=eps)
+
+    y = gap_softmax_fusion(*(normed(u, w, b, e) for u, (w, b), e in zip(branches, norms, eps, strict=True)))
     return y if bias is None else y + bias[:, None, None], mean, variance
 
 

@@ -81,6 +81,25 @@ def test_without_some_parameters(missing: tuple[str, ...]) -> None:
     check(lambda: {**make_leaves(case), **dict.fromkeys(missing)}, case, 4)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_bias_without_a_weight_never_reaches_aten(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose norm in channels_last on a GPU is not differentiable then: "tensor does not have a device"."""
+    calls: list[tuple[bool, bool]] = []
+    batch_norm = nn.functional.batch_norm
+
+    def counted(u: Tensor, mean: None, var: None, weight: Tensor | None, bias: Tensor | None, **options: Any) -> Tensor:
+        calls.append((weight is None, bias is None))
+        return batch_norm(u, mean, var, weight, bias, **options)
+
+    monkeypatch.setattr(nn.functional, "batch_norm", counted)
+    case = BY_NAME["odd-pixels"]
+    leaves = {**make_leaves(case, dtype=torch.bfloat16), "weight3": None, "weight1": None, "bias1": None}
+    y = layer(leaves, case, backend)[0]
+    assert calls == [(False, False), (True, True)]
+    with_ones = {**leaves, "weight3": torch.ones(case.out_channels)}
+    assert torch.equal(y, layer(with_ones, case, backend)[0])
+
+
 @pytest.mark.parametrize("gate", [-60.0, -8.0, 8.0, 60.0])
 def test_saturated_gate(gate: float) -> None:
     case = BY_NAME["odd-pixels"]
