@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from .accumulate import add_pointwise, add_taps, output_block
-from .tuning import BRANCH_KEY, FORWARD, autotuned, prune_layer
+from .tuning import BRANCH_KEY, FORWARD, autotuned, prune_forward
 
 
-@autotuned(FORWARD, BRANCH_KEY, prune_layer)
+@autotuned(FORWARD, BRANCH_KEY, prune_forward)
 @triton.jit(do_not_specialize=["pixels", "H", "W", "HO", "WO"])
 def branch_forward(
     x_ptr,  # x3 [N, H, W, CR], pixels x_stride apart

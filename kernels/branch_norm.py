@@ -18,10 +18,10 @@ import triton.language as tl
 from .accumulate import add_pointwise, add_taps, output_block
 from .fusion import decode_blend, sigmoid
 from .moments import batch_moments, store_moments
-from .tuning import BRANCHES, FUSION, FUSION_KEY, LAYER_KEY, autotuned, prune_channels, prune_layer
+from .tuning import BRANCHES, FUSION, FUSION_KEY, LAYER_KEY, autotuned, prune_branches, prune_channels
 
 
-@autotuned(BRANCHES, LAYER_KEY, prune_layer)
+@autotuned(BRANCHES, LAYER_KEY, prune_branches)
 @triton.jit(do_not_specialize=["pixels", "H", "W", "HO", "WO", "PERIOD"])
 def branches_forward(
     x_ptr,  # [N, H, W, C], pixels x_stride apart

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .accumulate import add_pointwise, add_taps, output_block
 from .epilogue import activate
-from .tuning import FORWARD, LAYER_KEY, autotuned, prune_layer
+from .tuning import FORWARD, LAYER_KEY, autotuned, prune_forward
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def scale_by_sample(acc, factor_ptr, sample, first, last, co, co_mask, CO: tl.co
     return acc
 
 
-@autotuned(FORWARD, LAYER_KEY, prune_layer)
+@autotuned(FORWARD, LAYER_KEY, prune_forward)
 @triton.jit(do_not_specialize=["pixels", "H", "W", "HO", "WO"])
 def onepass_forward(
     x_ptr,  # [N, H, W, C], pixels x_stride apart

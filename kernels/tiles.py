@@ -50,7 +50,7 @@ def dot_float32(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRETED:
         acc = tl.dot(a, b.to(tl.float32), acc)
     elif b.dtype == tl.float32:
-        acc = dot(a, b, acc, PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
         high = a.to(b.dtype)
         acc = tl.dot(high, b, acc)

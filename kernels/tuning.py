@@ -136,6 +136,24 @@ def are_scattered(arguments: dict[str, Any]) -> bool:
     return any(size % 16 for size in group_sizes(arguments).values())
 
 
+def prune_forward(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
+    """As :func:`prune_layer`, less what spills on sm_90: 64 scattered outputs of float32 without tensor cores."""
+    return prune_layer(narrow_if_scattered(configs, {**named_args, **kwargs}, 32), named_args, **kwargs)
+
+
+def prune_branches(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
+    """As :func:`prune_forward`, of 32 outputs already: their moments take registers too."""
+    return prune_layer(narrow_if_scattered(configs, {**named_args, **kwargs}, 16), named_args, **kwargs)
+
+
+def narrow_if_scattered(configs: list[triton.Config], arguments: dict[str, Any], outputs: int) -> list[triton.Config]:
+    """Those of up to so many outputs, of float32 that is multiplied without tensor cores where channels are
+    scattered; else all."""
+    if itemsize(arguments) < 4 or arguments["PRECISION"] != "ieee" or not are_scattered(arguments):
+        return configs
+    return [c for c in configs if c.kwargs["BLOCK_CO"] <= outputs]
+
+
 def prune_input_grad(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
     """As :func:`prune_layer`, less what spills: at a stride the wider blocks on sm_90 and sm_100, and of channels that
     are scattered 32 beside 128 pixels on sm_100."""
@@ -153,9 +171,10 @@ def prune_input_grad(configs: list[triton.Config], named_args: dict, **kwargs) -
 def prune_weight_grad(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
     """As :func:`prune_layer`, less what spills.
 
-    In half precision, of channels that are scattered, steps of 16 and 64 pixels do on sm_100; at a stride, 64 outputs
-    of float32 without tensor cores on sm_80; and beside 64 input channels, 32 outputs of 32 pixels on sm_90. Beside as
-    many the narrowest block, which is for narrow layers, does on each of them in one layer or another.
+    In half precision, of channels that are scattered, steps of 16 and 64 pixels do on sm_100. Of float32 without tensor
+    cores steps of 16 pixels do at a stride, on sm_80 and sm_100, and those of 32 else, on sm_90. Beside 64 input
+    channels 32 outputs of 32 pixels in four warps do on sm_90, and the narrowest block, which is for narrow layers, on
+    each of them in one layer or another.
     """
     arguments = {**named_args, **kwargs}
     strided = arguments["STRIDE_H"] * arguments["STRIDE_W"] > 1
@@ -163,13 +182,15 @@ def prune_weight_grad(configs: list[triton.Config], named_args: dict, **kwargs) 
     wide = arguments["BLOCK_C"] >= 64
     narrow_outputs = arguments["CO"] // arguments["G"] <= 16
 
-    def is_clean(block: dict[str, int]) -> bool:
-        pixels, outputs = block["BLOCK_PIX"], block["BLOCK_CO"]
-        if (scattered_halves and pixels != 32) or (strided and (pixels, outputs) == (16, 64)):
+    def is_clean(candidate: triton.Config) -> bool:
+        pixels, outputs = candidate.kwargs["BLOCK_PIX"], candidate.kwargs["BLOCK_CO"]
+        if scattered_halves and pixels != 32:
             return False
+        if (pixels, outputs) == (16, 64) or (candidate.num_warps == 8 and outputs == 32):
+            return strided == (pixels == 32)
         return not wide or ((pixels, outputs) != (32, 32) and (outputs > 16 or narrow_outputs))
 
-    return prune_layer([c for c in configs if is_clean(c.kwargs)] or configs, named_args, **kwargs)
+    return prune_layer([c for c in configs if is_clean(c)] or configs, named_args, **kwargs)
 
 
 def prune_channels(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
@@ -237,7 +258,7 @@ BRANCHES = Table(
         NARROWEST_MOMENTS,
     ),
     tf32=(config(8, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=32, BLOCK_C=32), NARROWEST_MOMENTS),
-    float32=(config(8, 3, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=32, BLOCK_C=32), NARROWEST_MOMENTS),
+    float32=(config(8, 2, BLOCK_PIX=MOMENT_PIXELS, BLOCK_CO=32, BLOCK_C=32), NARROWEST_MOMENTS),
 )
 
 NARROWEST_INPUTS = config(4, 3, BLOCK_PIX=64, BLOCK_C=16, BLOCK_CO=16)
@@ -280,6 +301,7 @@ WEIGHT_GRAD = Table(
     float32=(
         config(8, 3, BLOCK_PIX=16, BLOCK_CO=64),
         config(8, 3, BLOCK_PIX=16, BLOCK_CO=32),
+        config(8, 2, BLOCK_PIX=32, BLOCK_CO=32),
         NARROWEST_WEIGHTS,
     ),
 )
