@@ -265,8 +265,8 @@ def _perfect(
         counts = {key: (elements or {}).get(key, t.numel()) * t.element_size() for key, t in tensors.items()}
         return {key: Access(count, count) for key, count in counts.items()}
 
-    dtype = next(iter(loads.values())).dtype
-    precision = dot_precision(dtype) if dtype == torch.float32 else "half"
+    read = next(iter(loads.values()))
+    precision = dot_precision(read) if read.dtype == torch.float32 else "half"
     both = {**loads, **stores}
     return Step(
         name,

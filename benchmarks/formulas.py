@@ -173,7 +173,8 @@ def _norm_blend(a: SimpleNamespace, t: Tally) -> int:
 
 def _window_statistics(a: SimpleNamespace, t: Tally) -> int:
     splits = a.partial_ptr.shape[0]
-    columns = a.N * cdiv(a.C, a.BLOCK_C)
+    row_blocks = cdiv(a.ROWS, a.BLOCK_ROWS)
+    columns = a.N * cdiv(a.C, a.BLOCK_C) * row_blocks
     pixels = weighed = a.H * a.W
     if a.STRIDE_H * a.STRIDE_W == 1:
         inner = 1
@@ -187,7 +188,7 @@ def _window_statistics(a: SimpleNamespace, t: Tally) -> int:
         if 2 * edges <= pixels and pixels > 2 * a.BLOCK_PIX:
             weighed = edges
     summed = pixels if weighed < pixels else 0
-    t.load("x_ptr", a.N * a.C * (summed + weighed), a.N * a.C * pixels)
+    t.load("x_ptr", row_blocks * a.N * a.C * (summed + weighed), a.N * a.C * pixels)
     t.store("partial_ptr")
     steps = 0
     for number in (summed, weighed):

@@ -132,6 +132,12 @@ def layers() -> tuple[Layer, ...]:
         Layer(replace(wide, name="residual, relu6"), SOMEWHERE, followed_by("relu6", wide)),
         Layer(replace(strided(wide), name="stride 2, bare"), SOMEWHERE),
         Layer(replace(wide, name="k5", kernel_size=(5, 5), padding=(2, 2)), SOMEWHERE),
+        Layer(replace(wide, name="k7", kernel_size=(7, 7), padding=(3, 3)), EVERYWHERE, only=("window_statistics",)),
+        Layer(
+            replace(strided(wide), name="k7 stride 2", kernel_size=(7, 7), padding=(3, 3)),
+            EVERYWHERE,
+            only=("window_statistics",),
+        ),
         Layer(replace(dilated(wide), name="dilated"), (*flat_only, SOMEWHERE[0], SOMEWHERE[2])),
         Layer(replace(strided(wide), name="stride 3 x 2", stride=(3, 2), size=(14, 15)), SOMEWHERE),
         Layer(replace(wide, name="one group", groups=1, in_channels=128, out_channels=128), SOMEWHERE),

@@ -73,11 +73,11 @@ def window_statistics(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     ROWS: tl.constexpr,  # KH KW taps; at a stride two more, the high and the low part of pool
-    BLOCK_ROWS: tl.constexpr,  # a power of two of at least ROWS and 16
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_PIX: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (channel blocks x N, splits of the pixels), channels fastest."""
+    """Grid: (channel blocks x N, splits of the pixels, row blocks), channels fastest."""
     C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     TAPS: tl.constexpr = KH * KW
     DENSE: tl.constexpr = STRIDE_H * STRIDE_W == 1
@@ -87,6 +87,8 @@ def window_statistics(
     splits = tl.num_programs(1)
     c_mask = c < C
     t = tl.arange(0, BLOCK_ROWS)[:, None]
+    if ROWS > BLOCK_ROWS:
+        t += tl.program_id(2) * BLOCK_ROWS
     acc = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     weighed = H * W  # pixels whose weights are computed
     if DENSE:

@@ -200,16 +200,17 @@ def prune_channels(configs: list[triton.Config], named_args: dict, **kwargs) -> 
 
 
 def prune_statistics(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
-    """As :func:`prune_channels`, less what float32 spills into the loop on sm_80: 64 x 64 beside more than 16 rows of
-    taps, and 128 channels that are no multiple of 16."""
+    """As :func:`prune_channels`, less what float32 spills: on sm_80 128 channels that are no multiple of 16, and of
+    windows whose taps are several blocks, on sm_100, 16 channels."""
     arguments = {**named_args, **kwargs}
-    large, scattered = arguments["BLOCK_ROWS"] > 16, arguments["C"] % 16 > 0
+    channels, single = arguments["C"], arguments["x_ptr"].dtype.itemsize == 4
+    smallest = 32 if single and arguments["ROWS"] > arguments["BLOCK_ROWS"] else 16
+    largest = 64 if single and channels % 16 else 128
 
-    def is_clean(block: dict[str, int]) -> bool:
-        return not (large and min(block.values()) >= 64) and not (scattered and block["BLOCK_C"] >= 128)
+    def suits(block: int) -> bool:
+        return smallest <= block <= largest and fits(block, channels, smallest)
 
-    candidates = [c for c in configs if arguments["x_ptr"].dtype.itemsize < 4 or is_clean(c.kwargs)]
-    return prune_channels(candidates or configs, named_args, **kwargs)
+    return [c for c in configs if suits(c.kwargs["BLOCK_C"])] or configs
 
 
 def prune_gate(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:

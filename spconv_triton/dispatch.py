@@ -121,6 +121,13 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Whether Triton multiplies float32 in TF32 there: on NVIDIA's GPUs, of AMD's on gfx942."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return True
+    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0] == "gfx942"
+
+
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

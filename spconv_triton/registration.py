@@ -109,7 +109,8 @@ class OpaqueOp:
             descriptions[self.operator._qualname] = Late(description)
 
     def _run(self, *args: Any) -> Any:
-        return self.body(*args)
+        with torch.cuda.device_of(args[0]):  # as above: not every compiler's code sees to it
+            return self.body(*args)
 
     def __call__(self, *args: Any) -> Any:
         return (self.operator if torch_triton.is_wrap_triton_enabled() else self.body)(*args)

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spconv_triton import SPConv2d, convert, explain, functional, fuse, load_reference_checkpoint, load_tuning
 from spconv_triton import models, summary
 from spconv_triton.fused import FusedSPConv2d
-from spconv_triton.launch.common import pixel_arguments  # what the kernels' launches ask first
+from spconv_triton.launch.common import check_samples, pixel_arguments  # what the kernels' launches ask first
 
 x = ones(2, 8, 6, 5)  # N = 2, L = 8
 x3, x1 = x[:, :4], x[:, 4:]  # alpha L = 4

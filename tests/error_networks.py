@@ -52,7 +52,12 @@ DEVICES: Rows = [
     (
         "pixel_arguments(ones(70_000, 8, 181, 181, device='meta'), (181, 181))",
         ValueError,
-        ("x must have at most 2147483647 pixels in a batch", "got [70000, 8, 181, 181]"),
+        ("x must have at most 2147479552 pixels in a batch", "got [70000, 8, 181, 181]"),
+    ),
+    (
+        "check_samples(700_000, 49 * 64, 'x', ones(700_000, 66, 1, 1, device='meta').shape)",
+        ValueError,
+        ("x must have at most 684783 samples in a batch", "of 3136 numbers each", "got [700000, 66, 1, 1]"),
     ),
     (
         "Path('tuned.json').write_text('{}'); load_tuning('tuned.json')",

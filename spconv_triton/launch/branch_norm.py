@@ -17,6 +17,7 @@ from . import gradients
 from .common import (
     TARGET_PROGRAMS,
     channels_last,
+    check_samples,
     empty_channels_last,
     empty_output,
     forward_grid,
@@ -88,6 +89,7 @@ def spconv2d_batch_norm(
     batch, outputs, *output_size = y.shape
     kept = empty_kept(x, weight_gwc, geometry)
     pixels, *sizes = pixel_arguments(x, (output_size[0], output_size[1]))
+    check_samples(batch, 3 * outputs, "x", x.shape)
     area = output_size[0] * output_size[1]
     period = MOMENT_PIXELS // torch.sym_min(area & -area, MOMENT_PIXELS)  # by the gcd, of what may be a symbol
     parts = cdiv(pixels, MOMENT_PIXELS) + batch - 1 - (batch - 1) // period

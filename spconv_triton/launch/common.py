@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..dispatch import INTERPRETED, capability
+from ..dispatch import INTERPRETED, capability, has_tf32
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 
-MAX_PIXELS = 2**31 - 1
+LARGEST = 2**31 - 2**12
+"""Kernels number pixels, and what they keep of samples, in 32 bits, and step a block beyond the last."""
 
 TARGET_PROGRAMS = 512
 """How many programs a reduction is split into at least: a few for each of a large GPU's 80 to 150 processors. Fixed, so
@@ -83,9 +84,24 @@ def pixel_arguments(x: Tensor, output_size: tuple[int, int]) -> tuple[int, int, 
     """
     batch, _, height, width = x.shape
     pixels = batch * output_size[0] * output_size[1]
-    if max(pixels, batch * height * width) > MAX_PIXELS:
-        raise ValueError(f"x must have at most {MAX_PIXELS} pixels in a batch, got {list(map(int, x.shape))}")
+    if max(pixels, batch * height * width) > LARGEST:
+        raise ValueError(f"x must have at most {LARGEST} pixels in a batch, got {list(map(int, x.shape))}")
     return pixels, height, width, *output_size
+
+
+def check_samples(batch: int, kept: int, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse more samples than 32 bits can number what kernels keep of all of them.
+
+    Args:
+        kept: numbers of each sample.
+        name, shape: of the tensor that has the samples.
+
+    Raises:
+        ValueError: too many.
+    """
+    if batch * kept > LARGEST:
+        most = f"at most {LARGEST // kept} samples in a batch, of {kept} numbers each"
+        raise ValueError(f"{name} must have {most}, got {list(map(int, shape))}")
 
 
 def empty_channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -102,16 +118,16 @@ def empty_output(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> Tensor:
     return empty_channels_last(x, weight_gwc.shape[0], *geometry.output_size(x.shape[2], x.shape[3]))
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed: as PyTorch's setting for convolutions says."""
-    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
-        return "tf32"
-    return "ieee"
+def dot_precision(x: Tensor) -> str:
+    """How float32 products are computed: as PyTorch's setting for convolutions says, where the GPU of ``x`` can."""
+    if x.dtype != torch.float32 or not has_tf32(x.device):
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def statistics_precision(x: Tensor) -> str:
     """How products of float32 statistics are computed: in parts, on NVIDIA's tensor cores, if the layer is."""
-    if capability(x.device) is None or (x.dtype == torch.float32 and dot_precision(x.dtype) == "ieee"):
+    if capability(x.device) is None or (x.dtype == torch.float32 and dot_precision(x) == "ieee"):
         return "ieee"
     return "tf32x3"
 
@@ -142,7 +158,7 @@ def layer_constants(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry:
         "CR": weight_pwc.shape[1],
         "CO": weight_gwc.shape[0],
         "G": geometry.groups,
-        "PRECISION": dot_precision(x.dtype),
+        "PRECISION": dot_precision(x),
         **window_constants(geometry),
     }
 

@@ -78,7 +78,7 @@ def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geomet
     Float32 only where it is multiplied as TF32. Alignment is no matter: with the channels that :func:`packing` takes a
     fresh tensor is aligned, and an unaligned one is copied.
     """
-    if x.dtype not in DTYPES and dot_precision(x.dtype) != "tf32":
+    if x.dtype not in DTYPES and dot_precision(x) != "tf32":
         return False
     if geometry.kernel_size != (3, 3) or geometry.padding != (1, 1) or geometry.dilation != (1, 1):
         return False
@@ -202,7 +202,7 @@ def convolve(
         G=groups,
         MERGE=plan.merge,
         STRIDE=stride,
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(x),
         RESIDUAL=residual is not None,
         ACTIVATION=activation,
         BLOCK_N=tile.block_n,
@@ -258,9 +258,9 @@ def describe(
 
 
 def aligned(x: Tensor) -> tuple[Tensor, int]:
-    """``x`` and the distance of its pixels; a copy unless both lie on 16 bytes, as descriptors want."""
+    """``x`` and the distance of its pixels; a copy unless both lie on 16 bytes, as descriptors want, and apart."""
     x, spacing = pixel_major(x)
-    if x.data_ptr() % 16 or spacing * x.itemsize % 16:
+    if x.data_ptr() % 16 or spacing * x.itemsize % 16 or spacing < x.shape[1]:
         x, spacing = x.clone(memory_format=torch.channels_last), x.shape[1]
     return x, spacing
 

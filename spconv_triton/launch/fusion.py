@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.arithmetic import cdiv
 from ..kernels.fusion import fusion_blend, fusion_blend_grad, fusion_statistics
-from .common import TARGET_PROGRAMS, Grid, channels_last, wrap_triton
+from .common import TARGET_PROGRAMS, Grid, channels_last, check_samples, wrap_triton
 
 FORWARD_KERNELS = (fusion_statistics, fusion_blend)
 BACKWARD_KERNELS = (fusion_statistics, fusion_blend_grad)
@@ -17,6 +17,7 @@ BACKWARD_KERNELS = (fusion_statistics, fusion_blend_grad)
 
 def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
     """Y [N, M, H, W], channels_last, and the gate's argument S3 - S1, [N, M] float32."""
+    check_samples(u3.shape[0], u3.shape[1], "u3", u3.shape)
     u3, u1 = channels_last(u3), channels_last(u1)
     y = torch.empty_like(u3)
     gate = u3.new_empty(u3.shape[:2], dtype=torch.float32)

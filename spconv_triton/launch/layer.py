@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry
-from ..kernels.arithmetic import cdiv, next_power_of_2
+from ..kernels.arithmetic import cdiv
 from ..kernels.gate import gate_planes
 from ..kernels.onepass import onepass_forward
 from ..kernels.statistics import window_statistics
@@ -16,6 +16,7 @@ from . import descriptor, opaque
 from .common import (
     TARGET_PROGRAMS,
     channels_last,
+    check_samples,
     empty_output,
     forward_grid,
     layer_constants,
@@ -26,6 +27,9 @@ from .common import (
     window_constants,
     wrap_triton,
 )
+
+BLOCK_ROWS = 16
+"""Taps whose sums a program of the statistics makes: all of 3 x 3. With 32, each with its weights, some spill."""
 
 FORWARD_KERNELS = (window_statistics, gate_planes, onepass_forward)
 
@@ -68,6 +72,7 @@ def spconv2d(
     output_size = geometry.output_size(height, width)
     pixels, *sizes = pixel_arguments(x, output_size)
     outputs, representative = weight_pwc.shape[:2]
+    check_samples(batch, max(channels, 2 * outputs, geometry.taps * representative), "x", x.shape)
     ratio, scale, offset = (x.new_empty((batch, outputs), dtype=torch.float32) for _ in range(3))
     tap_mean = x.new_empty((batch, geometry.taps, representative))
     pool_mean = x.new_empty((batch, channels))
@@ -161,8 +166,8 @@ def _window_statistics(x: Tensor, spacing: int, output_size: tuple[int, int], ge
     splits = max(1, min(cdiv(TARGET_PROGRAMS, blocks), cdiv(height * width, 256), 8))
     partial = x.new_empty((splits, batch, rows, channels), dtype=torch.float32)
 
-    def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        return batch * cdiv(channels, meta["BLOCK_C"]), splits
+    def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
+        return batch * cdiv(channels, meta["BLOCK_C"]), splits, cdiv(rows, BLOCK_ROWS)
 
     wrap_triton(window_statistics)[grid](
         x,
@@ -174,7 +179,7 @@ def _window_statistics(x: Tensor, spacing: int, output_size: tuple[int, int], ge
         spacing,
         C=channels,
         ROWS=rows,
-        BLOCK_ROWS=max(16, next_power_of_2(rows)),
+        BLOCK_ROWS=BLOCK_ROWS,
         **window_constants(geometry),
     )
     return partial, pool_row

@@ -202,10 +202,10 @@ def test_other_layers_are_declined(case: Case, device: str) -> None:
 
 
 def test_float32_is_declined_unless_tf32_is_allowed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptor, "dot_precision", lambda dtype: "ieee")
+    monkeypatch.setattr(descriptor, "dot_precision", lambda x: "ieee")
     inputs = make_inputs(PLAIN, device=device)
     assert not descriptor.supports(inputs.x, inputs.weight_gwc, inputs.weight_pwc, geometry(PLAIN))
-    monkeypatch.setattr(descriptor, "dot_precision", lambda dtype: "tf32")
+    monkeypatch.setattr(descriptor, "dot_precision", lambda x: "tf32")
     # TF32 has 13 bits fewer; the interpreter multiplies as float32.
     check(inputs, PLAIN, condition=1.0 if INTERPRETED else 2.0**13)
 
@@ -232,3 +232,16 @@ def test_operator_passes_opcheck(device: str) -> None:
         torch.library.opcheck(
             torch.ops.spconv_triton.onepass_descriptor, (x, packed, *planes, None, 32, 1, stride, "none")
         )
+
+
+def test_what_is_expanded_is_copied_for_descriptors() -> None:
+    """Nobody says whether a descriptor may have pixels that are all the same place."""
+    for x in (torch.ones(2, 16, 1, 1).expand(2, 16, 4, 4), torch.ones(1, 16, 1, 1).expand(1, 16, 4, 4)):
+        y, spacing = descriptor.aligned(x)
+        assert spacing == 16
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(x, y)
+    x = torch.ones(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)[:, :16]
+    y, spacing = descriptor.aligned(x)
+    assert y is x, "a slice of channels is read in place"
+    assert spacing == 32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from cases import SMALL, Case, make_inputs, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import SPConv2d, functional
+from spconv_triton.launch import opaque
 from spconv_triton.registration import NAMESPACE
 
 BY_NAME = {case.name: case for case in SMALL}
@@ -102,3 +105,21 @@ def test_every_operator_is_registered() -> None:
     registered = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "spconv_triton" in n}
     assert registered == names
     assert NAMESPACE == "spconv_triton"
+
+
+def test_an_opaque_operator_launches_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current one, and not every compiler's code makes that theirs."""
+    current: list[torch.Tensor | None] = [None]
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    operator = opaque.convolve
+    monkeypatch.setattr(operator, "body", lambda *args: current[-1])
+    x, other = torch.ones(1), torch.ones(2)
+    assert operator._run(x, other) is x
+    assert current == [None]

@@ -23,6 +23,8 @@ CASES = (
     Case("dilated", 2, 8, 8, (21, 16), dilation=(3, 2), padding=(3, 1)),
     Case("k5", 1, 8, 8, (18, 17), kernel_size=(5, 5), padding=(2, 2)),
     Case("k1", 1, 8, 8, (18, 17), kernel_size=(1, 1), padding=(0, 0)),
+    Case("k9", 1, 8, 8, (16, 15), kernel_size=(9, 9), padding=(4, 4)),
+    Case("k11-stride-2", 1, 8, 8, (16, 15), kernel_size=(11, 11), padding=(5, 5), stride=(2, 2)),
     Case("stride-2", 2, 8, 8, (18, 14), stride=(2, 2)),
     Case("stride-3-odd", 1, 8, 8, (19, 16), stride=(3, 2)),
 )
