@@ -65,9 +65,9 @@ class SPConv2d(nn.Module):
 
     Not finite:
         NaN and infinities come out as of the softmax over the means: an infinite S3 or S1 makes its plane NaN. One of
-        -inf makes NaN of the pixels that are infinite; on the kernels of the whole plane. Those also make NaN of a sample
-        with a value that is not finite where no output reads it (at an edge without padding, at a stride), and infinities
-        of a U1 beyond 3e12 where the gate is closed to U3 (S1 - S3 > 60).
+        -inf makes NaN of the pixels that are infinite; on the kernels of the whole plane. Those also make NaN of a
+        sample with a value that is not finite where no output reads it (at an edge without padding, at a stride), and
+        infinities of a U1 beyond 3e12 where the gate is closed to U3 (S1 - S3 > 60).
 
     Attributes:
         weight_gwc: [M, alpha L / G, k, k].

@@ -13,8 +13,9 @@ and the sums over the batch follows from them:
     dW1 = sum_n gamma_n G_n1 - delta_n sum z1_n
 
 That is one grouped and one point-wise convolution less than through maps, for passes over Gg_n that cost as much as
-that convolution does on about a hundred pixels. Where they pay so do point-wise weights scaled by the gate of every
-sample, as in the forward:
+that convolution does on about a hundred pixels. Where oneDNN is wider than ATen so it is of a batch of one sample,
+whose weight gradients are a call each; of more, calls for every sample take longer. Where they pay so do point-wise
+weights scaled by the gate of every sample, as in the forward:
 
     dx = GWC^T(E3) + pool^T([beta_n Wp | gamma_n W1]^T g_n + [Wp | -W1]^T delta_n)
 
@@ -28,11 +29,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, native_products
 from .native_backward_operands import Operands
 from .native_convolution import channels_last, convolution_backward, convolve
 from .native_gate import gate_comes_first, sums_of_maps
-from .native_products import is_matrix_product, pixels
+from .native_products import can_be_matrix_product, is_matrix_product, pixels
 
 
 class Products(NamedTuple):
@@ -50,21 +51,33 @@ class Products(NamedTuple):
 PASSES = 150
 """The passes over Gg_n take as long as convolving so many pixels, and those over G_n likewise."""
 
+SINGLE_PRODUCT = 8e6
+"""Multiply-accumulates of the point-wise convolutions from which this way takes less time of one sample by oneDNN."""
+
 CALLS = 10e6
 """What is called for every sample takes as long as so many multiply-accumulates of the group-wise convolution."""
 
 
 def pay(given: Operands) -> bool:
     """Whether this way takes less time than that through maps."""
-    batch, _, height, width = given.g.shape
-    if not is_matrix_product(given.x, given.x.shape[1] * given.g.shape[1]):
+    batch, outputs, height, width = given.g.shape
+    if _is_single(given):
+        products = given.z.numel() * outputs
+        return height * width > PASSES and products > SINGLE_PRODUCT and can_be_matrix_product(given.x)
+    if not is_matrix_product(given.x, given.x.shape[1] * outputs):
         return False
     return gate_comes_first(given.x, given.geometry) or (height * width > PASSES and batch > 1 and _is_precise(given))
 
 
 def gwc_pays(given: Operands) -> bool:
     """Whether Gg_n do; else the group-wise convolution is done again, and G_n serve the point-wise ones alone."""
-    return _is_precise(given) and (given.g.shape[2] * given.g.shape[3] - PASSES) * given.weight_gwc.numel() > CALLS
+    more = given.g.shape[2] * given.g.shape[3] - PASSES
+    return _is_precise(given) and more * given.weight_gwc.numel() > (0 if _is_single(given) else CALLS)
+
+
+def _is_single(given: Operands) -> bool:
+    """Whether it is one sample, all of whose convolutions are oneDNN's."""
+    return given.g.shape[0] == 1 and native_products.ONEDNN_IS_WIDER and given.g.dtype == torch.float32
 
 
 def _is_precise(given: Operands) -> bool:
@@ -75,8 +88,12 @@ def _is_precise(given: Operands) -> bool:
 def gate_gradient(given: Operands, *, of_gwc: bool) -> tuple[Tensor, Products]:
     """A, [N, M, 1, 1], and the products that it came from; Gg_n among them only if ``of_gwc``."""
     x3, z, g, weight_gwc, window = given.x3, given.z, given.g, given.weight_gwc, given.geometry[1:]
-    pointwise = torch.bmm(pixels(g).transpose(1, 2), pixels(z)).to(given.beta.dtype)
-    a = (pointwise * torch.cat((given.weight_pwc, -given.weight_redundant), 1).flatten(1)).sum(2)
+    weight_pointwise = torch.cat((given.weight_pwc, -given.weight_redundant), 1)
+    if _is_single(given):
+        pointwise = convolution_backward(g, z, weight_pointwise, (False, True))[1].flatten(1)[None]
+    else:
+        pointwise = torch.bmm(pixels(g).transpose(1, 2), pixels(z)).to(given.beta.dtype)
+    a = (pointwise * weight_pointwise.flatten(1)).sum(2)
     if not (of_gwc and gwc_pays(given)):
         gwc = convolve(x3, weight_gwc, None, *window)
         return sums_of_maps(gwc.mul_(g)).add_(a[:, :, None, None]), Products(None, pointwise)
@@ -180,15 +197,22 @@ def _input_gradient(given: Operands, dx3: Any, delta: Tensor) -> Tensor:
     weights = g.new_empty((g.shape[0], g.shape[1], representative + redundant))
     torch.mul(of3, beta[:, :, 0], out=weights.narrow(2, 0, representative))
     torch.mul(of1, gamma[:, :, 0], out=weights.narrow(2, representative, redundant))
-    dz = torch.empty_like(z)
-    dz3, dz1 = pixels(dz).split((representative, redundant), 2)
-    constant3, constant1 = (delta.squeeze(3).mT @ of.to(delta.dtype) for of in (of3, -of1))
-    if z is x:
-        torch.add(pixels(channels_last(dx3)), constant3.to(dz.dtype), out=dz3)
+    constants = torch.cat([delta.squeeze(3).mT @ of.to(delta.dtype) for of in (of3, -of1)], 2).to(g.dtype)
+    if _is_single(given):
+        dz = channels_last(convolution_backward(g, z, weights[0, :, :, None, None], (True, False))[0])
+        dz += constants.mT[..., None]
+        if z is x:
+            dz[:, :representative] += dx3
     else:
-        dz3.copy_(constant3.expand_as(dz3))
-    dz1.copy_(constant1.expand_as(dz1))
-    pixels(dz).baddbmm_(pixels(g), weights)
+        dz = torch.empty_like(z)
+        dz3, dz1 = pixels(dz).split((representative, redundant), 2)
+        constant3, constant1 = constants.split((representative, redundant), 2)
+        if z is x:
+            torch.add(pixels(channels_last(dx3)), constant3, out=dz3)
+        else:
+            dz3.copy_(constant3.expand_as(dz3))
+        dz1.copy_(constant1.expand_as(dz1))
+        pixels(dz).baddbmm_(pixels(g), weights)
     if z is x:
         return dz
     dx = native.pointwise_input_adjoint(dz, (x.shape[2], x.shape[3]), geometry)

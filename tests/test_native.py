@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -193,6 +194,29 @@ def test_agrees_where_onednn_is_wider(case: Case, linear: bool, monkeypatch: pyt
     assert_agrees_over_draws(native, lambda: make_inputs(case, branch_bias=True), 3)
     for gate in (-30.0, 8.0):
         assert_agrees_over_draws(native, lambda gate=gate: make_inputs(case, gate=gate), 2, perturbations=4)
+
+
+@pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
+def test_agrees_of_a_single_sample(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose weight gradients oneDNN makes in a call each, where it is wider; with some gradients only, too."""
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
+    monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", True)
+    monkeypatch.setattr(native_backward_products, "PASSES", 0)
+    monkeypatch.setattr(native_backward_products, "SINGLE_PRODUCT", 0)
+    gate_gradient = mock.Mock(side_effect=native_backward_products.gate_gradient)
+    monkeypatch.setattr(native_backward_products, "gate_gradient", gate_gradient)
+    single = replace(case, batch=1)
+    assert_agrees_over_draws(native, lambda: make_inputs(single, branch_bias=True), 4)
+    assert gate_gradient.call_count == 4
+    for options in EXTREME:
+        assert_agrees_over_draws(native, lambda options=options: make_inputs(single, **options), 2, perturbations=4)
+    inputs = make_inputs(single)
+    grad = output_grad(inputs)
+    expected = run(native, inputs, grad)
+    for name in ("x", "weight_gwc", "weight_redundant"):
+        y = native(*inputs.positional(), **inputs.window)
+        (found,) = torch.autograd.grad(y, [getattr(inputs, name)], grad)
+        torch.testing.assert_close(found, expected[name])
 
 
 @pytest.mark.parametrize("linear", [False, True])
