@@ -313,6 +313,12 @@ def _fold(chain: Chain, user: fx.Node, region: Region, layer: SPConv2d) -> str:
     return f"is followed by {name}"
 
 
+def attribute(node: fx.Node, region: Region) -> object:
+    """What ``node`` reads off the region's root; None for a tensor that the traced forward made itself."""
+    parent, _, name = str(node.target).rpartition(".")
+    return getattr(region.root.get_submodule(parent), name, None)
+
+
 def norm_misfit(norm: nn.BatchNorm2d | nn.SyncBatchNorm, weight: Tensor, channels: int) -> str:
     """Why a norm does not fold into a convolution with such a weight and so many outputs; empty if it does."""
     if norm.training:
@@ -359,7 +365,11 @@ def _writes_elsewhere(user: fx.Node, current: fx.Node, region: Region) -> bool:
     if not in_place or target is current or not isinstance(target, fx.Node):
         return False
     order = {node: i for i, node in enumerate(user.graph.nodes)}
-    return not _is_fresh(target, region) or any(order[other] > order[user] for other in target.users)
+    others = [other for other in target.users if other is not user]
+    # One that is not fresh may be a view, and read later.
+    return not _is_fresh(target, region) or any(
+        order[other] > order[user] or not _is_fresh(other, region) for other in others
+    )
 
 
 def _is_fresh(node: fx.Node, region: Region) -> bool:

@@ -106,9 +106,11 @@ class FusedSPConv2d(nn.Module):
             return y
         return native.activate(y + residual, self.activation)
 
-    def _fits(self, x: Tensor, residual: Tensor) -> bool:
-        """Whether the residual is a map of the output's shape and dtype."""
-        if x.dim() != 4 or residual.dtype != computed_dtype(x) or residual.device != x.device:
+    def _fits(self, x: Tensor, residual: Tensor | float) -> bool:
+        """Whether the residual, which may be a number, is a map of the output's shape and dtype."""
+        if not isinstance(residual, Tensor) or residual.device != x.device:
+            return False
+        if x.dim() != 4 or residual.dtype != computed_dtype(x):
             return False
         return residual.shape == (x.shape[0], self.weight_gwc.shape[0], *self.geometry.output_size(*x.shape[2:]))
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .branch_norm import folds
-from .chains import Chain, Region, Tracer, find_regions, follow, has_hooks, trace, unchanged
+from .chains import Chain, Region, Tracer, attribute, find_regions, follow, has_hooks, trace, unchanged
 from .conversion import is_compiled
 from .fused import FusedSPConv2d
 from .modules import SPConv2d
@@ -156,7 +156,7 @@ class _Plan:
             if isinstance(module, SPConv2d):
                 decision = self.decisions.setdefault(module, _Decision((), reason=_obstacle(module)))
                 decision.names = (*decision.names, name)
-        regions = find_regions(model)
+        self.regions = regions = find_regions(model)
         sites = self._follow_calls(regions)
         owners = _owners(regions)
         self.norms = find_folded_norms(regions, owners) if plain_norms else []
@@ -204,6 +204,8 @@ class _Plan:
             decision.reason = f"is called {len(sites)} times, and different things follow"
         elif len(chain.nodes) == 1:
             return
+        elif _are_read([c for c, _ in sites], region, self.regions):
+            decision.reason = "has parameters, or is followed by what has, that a forward reads itself"
         elif any(frame.is_open for c, _ in sites for frame in c.inner_frames):
             frame = next(frame for c, _ in sites for frame in c.inner_frames if frame.is_open)
             decision.reason = (
@@ -231,6 +233,7 @@ class _Plan:
         try:
             with unchanged(scope):
                 graph = trace(scope, tracer)
+            _refuse_constants(graph, scope)
         except Exception as error:  # a forward may raise anything at a symbol
             for decision in planned.values():
                 decision.chain, decision.reason = (
@@ -321,6 +324,17 @@ def _owners(regions: list[Region]) -> dict[nn.Module, int]:
     return count
 
 
+def _are_read(chains: list[Chain], region: Region, regions: list[Region]) -> bool:
+    """Whether any forward reads parameters or buffers of what is folded, which will be gone."""
+    modules = {region.module_of(node) for chain in chains for node in chain.nodes if node.op == "call_module"}
+    folded = {id(t) for m in modules for t in (*m.parameters(), *m.buffers())}
+    return any(
+        node.op == "get_attr" and id(attribute(node, other)) in folded
+        for other in regions
+        for node in other.graph.nodes
+    )
+
+
 def _is_made_of_modules(chains: list[Chain], region: Region, owners: dict[nn.Module, int]) -> bool:
     """Whether all that is folded are modules that nothing else calls: then nothing but modules need change."""
     folded = {node for chain in chains for node in chain.nodes[1:]}
@@ -329,6 +343,14 @@ def _is_made_of_modules(chains: list[Chain], region: Region, owners: dict[nn.Mod
     modules = {region.module_of(node) for node in folded}
     calls = {node for node in region.graph.nodes if node.op == "call_module" and region.module_of(node) in modules}
     return calls == folded and all(owners[module] == 1 for module in modules)
+
+
+def _refuse_constants(graph: fx.Graph, scope: nn.Module) -> None:
+    """Raise for tensors that a forward makes itself: traced they are constants, even if they are random."""
+    for node in graph.nodes:
+        parent, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and not hasattr(scope.get_submodule(parent), name):
+            raise ValueError("it makes a tensor")
 
 
 def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -343,14 +365,17 @@ def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Modul
 def _rewritten(scope: nn.Module, rewriting: _Rewriting) -> fx.GraphModule:
     """``scope`` as a graph in which fused layers, which are in their places already, compute what followed them."""
     graph = rewriting.graph
+    became: dict[fx.Node, fx.Node] = {}
     for chain in rewriting.chains:
         call, last = chain.nodes[0], chain.nodes[-1]
-        position = (
-            call if chain.residual is None else next(n for n in chain.nodes if chain.residual in n.all_input_nodes)
-        )
+        position, arguments = call, call.args
+        if chain.residual is not None:
+            residual = became.get(chain.residual, chain.residual)  # may be what another layer computes now
+            position = next(node for node in chain.nodes if residual in node.all_input_nodes)
+            arguments = (*call.args, residual)
         with graph.inserting_before(position):
-            arguments = call.args if chain.residual is None else (*call.args, chain.residual)
             fused = graph.call_module(str(call.target), arguments)
+        became[last] = fused
         last.replace_all_uses_with(fused)
         for node in reversed(chain.nodes):
             graph.erase_node(node)

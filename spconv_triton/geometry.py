@@ -91,4 +91,6 @@ def resolve(
         paddings = dilations[0] * (kernel[0] - 1) // 2, dilations[1] * (kernel[1] - 1) // 2
     else:
         raise ValueError(f"padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
+    # A single tap has no distance to another, and oneDNN gets some gradients wrong if it is told one.
+    dilations = (1 if kernel[0] == 1 else dilations[0], 1 if kernel[1] == 1 else dilations[1])
     return Geometry(kernel, strides, paddings, dilations, groups)

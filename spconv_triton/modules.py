@@ -14,7 +14,7 @@ from .branch_norm import fold_branch_norms, folds, normalises_batch, track
 from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS, choose
 from .folded_norms import FoldedNorms
-from .geometry import Geometry, IntPair, resolve
+from .geometry import Geometry, IntPair, pair, resolve
 from .layout import memory_format
 from .native_inference import Inference
 
@@ -68,6 +68,10 @@ class SPConv2d(nn.Module):
         -inf makes NaN of the pixels that are infinite; on the kernels of the whole plane. Those also make NaN of a
         sample with a value that is not finite where no output reads it (at an edge without padding, at a stride), and
         infinities of a U1 beyond 3e12 where the gate is closed to U3 (S1 - S3 > 60).
+
+    Memory format of the weights:
+        ``weight_gwc`` is channels_last from the start. What makes one vector of parameters (``torch.optim.LBFGS``,
+        ``parameters_to_vector``, unstructured pruning) and FSDP2 want ``.to(memory_format=torch.contiguous_format)``.
 
     Attributes:
         weight_gwc: [M, alpha L / G, k, k].
@@ -129,14 +133,13 @@ class SPConv2d(nn.Module):
         self.kernel_size = geometry.kernel_size
         self.stride = geometry.stride
         self.padding = padding if isinstance(padding, str) else geometry.padding
-        self.dilation = geometry.dilation
+        self.dilation = pair("dilation", dilation, 1)
         self.groups = groups
         self.padding_mode = padding_mode
         self.alpha = alpha
         self.backend = backend
         self.representative_channels = representative
         self.redundant_channels = in_channels - representative
-        self._window_padding = geometry.padding
         self._inference = Inference()
         self._folded_norms = FoldedNorms()
 
@@ -192,7 +195,13 @@ class SPConv2d(nn.Module):
     @property
     def geometry(self) -> Geometry:
         """Where the taps fall, padding words resolved."""
-        return Geometry(self.kernel_size, self.stride, self._window_padding, self.dilation, self.groups)
+        return resolve(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def _window_padding(self) -> tuple[int, int]:
+        """In pixels; attributes may have been assigned, as those of ``nn.Conv2d`` may."""
+        padding = self.padding
+        return padding if type(padding) is tuple else self.geometry.padding
 
     @property
     def taps(self) -> int:
@@ -254,12 +263,16 @@ class SPConv2d(nn.Module):
         layer.to(memory_format=memory_format(conv.weight))
         return layer.train(conv.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Y = beta U3 + gamma U1 + bias: [N, L, H, W] -> [N, M, H_out, W_out].
 
+        The argument is called what ``nn.Conv2d`` calls it.
+
         Raises:
-            TypeError, ValueError: an ``x`` that does not fit, as of :func:`spconv_triton.functional.spconv2d`.
+            TypeError, ValueError: an input that does not fit, as of :func:`spconv_triton.functional.spconv2d`, whose
+                ``x`` it is.
         """
+        x = input
         padding = self._window_padding
         if self.padding_mode != "zeros":
             check_input("x", x)

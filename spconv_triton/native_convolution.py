@@ -125,10 +125,19 @@ def convolution_backward(
     groups: int = 1,
 ) -> tuple[Any, Any]:
     """Gradients of ``F.conv2d(x, weight, None, stride, ...)`` by ``x`` and ``weight``, where ``needed``."""
-    x, weight = readable(x, weight, stride, padding, dilation)
+    if needed[1] and misses_weight_gradient(x, weight, dilation):
+        x, weight = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (x, weight))
+    else:
+        x, weight = readable(x, weight, stride, padding, dilation)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*needed, False)
     )[:2]
+
+
+def misses_weight_gradient(x: Tensor, weight: Tensor, dilation: tuple[int, int]) -> bool:
+    """Whether the weight's gradient in channels_last is NaN, or some number: of bfloat16, with a vertical dilation and
+    channels of a group that are no multiple of 16 (PyTorch 2.14.1's, and ``nn.Conv2d``'s too)."""
+    return x.is_cpu and x.dtype == torch.bfloat16 and dilation[0] > 1 and weight.shape[1] % 16 != 0
 
 
 def readable(

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .dispatch import is_exporting
+from .native_convolution import misses_weight_gradient
 from .registration import traceable_op
 
 
@@ -28,9 +30,12 @@ def convolution(
     """``F.conv2d``, with nothing in it that oneDNN gets wrong in channels_last.
 
     That is what :func:`spconv_triton.native_convolution.readable` lists: here padding becomes pixels, and of a
-    convolution without a stride some outputs are taken.
+    convolution without a stride some outputs are taken; and what :func:`misses_weight_gradient` is of float32.
     """
     if x.is_cpu:
+        if torch.is_grad_enabled() and not is_exporting() and misses_weight_gradient(x, weight, dilation):
+            with without_autocast(x):
+                return convolution(x.float(), weight.float(), stride, padding, dilation, groups).to(x.dtype)
         halves = (spread * (size // 2) for spread, size in zip(dilation, weight.shape[2:], strict=True))
         if any(pad > half for pad, half in zip(padding, halves, strict=True)):
             (top, left), padding = padding, (0, 0)

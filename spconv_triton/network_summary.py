@@ -153,7 +153,7 @@ def _count(
     def stop(module: Convolution, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         nonlocal inside
         inside += flops.get_total_flops() - started[module]
-        dense, now = _macs(module, args[0] if args else kwargs["input"], output)
+        dense, now = _macs(module, args[0] if args else next(iter(kwargs.values())), output)
         macs[module] = macs[module][0] + dense, macs[module][1] + now
 
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from operator import attrgetter
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .chains import Chain, Region, has_hooks, norm_misfit
+from .chains import Chain, Region, attribute, has_hooks, norm_misfit
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +43,7 @@ def find_folded_norms(regions: list[Region], owners: dict[nn.Module, int]) -> li
         owners: in how many of them a module stands.
     """
     found = []
-    read = {id(_attribute(node, region)) for region in regions for node in region.graph.nodes if node.op == "get_attr"}
+    read = {id(attribute(node, region)) for region in regions for node in region.graph.nodes if node.op == "get_attr"}
     for region in regions:
         calls = Counter(region.module_of(node) for node in region.graph.nodes if node.op == "call_module")
         for node in region.graph.nodes:
@@ -72,8 +71,3 @@ def _norm_behind(node: fx.Node, region: Region) -> nn.BatchNorm2d | nn.SyncBatch
     if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) or user.args != (node,) or user.kwargs:
         return None
     return None if norm_misfit(norm, convolution.weight, convolution.out_channels) else norm
-
-
-def _attribute(node: fx.Node, region: Region) -> object:
-    """What ``node`` reads off the region's root."""
-    return attrgetter(str(node.target))(region.root)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spconv_triton import reference
-from spconv_triton.native_convolution import readable
+from spconv_triton.native_convolution import misses_weight_gradient, readable
 
 GATE_CLAMP = 1e-24
 """An absolute error that is always allowed: gamma / beta is clamped at e^60, so a beta below 1e-26 looks like 1e-26."""
@@ -340,7 +340,8 @@ def references(inputs: Inputs, grad: Tensor) -> list[dict[str, Tensor]]:
     """Output and gradients of the reference in the dtype of ``inputs``, in NCHW and, where sound, in channels_last."""
     layouts = [torch.contiguous_format]
     window = [inputs.window[name] for name in ("stride", "padding", "dilation")]
-    if readable(inputs.x, inputs.weight_gwc, *window)[0] is inputs.x:
+    sound = not misses_weight_gradient(inputs.x, inputs.weight_gwc, inputs.window["dilation"])
+    if sound and readable(inputs.x, inputs.weight_gwc, *window)[0] is inputs.x:
         layouts.append(torch.channels_last)
     return [_reference_in(layout, inputs, grad) for layout in layouts]
 

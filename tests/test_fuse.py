@@ -645,3 +645,89 @@ def test_reports_read_well(capsys: pytest.CaptureFixture[str]) -> None:
         "FusedSPConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=2, alpha=0.5, norm=True, "
         "activation='relu')"
     )
+
+
+# What a forward does beside its layers.
+
+
+def two_sums(p: Any, x: Tensor) -> Tensor:
+    x = F.relu(p.one(x) + x)
+    return F.relu(p.two(x) + x)
+
+
+def side_by_side(p: Any, x: Tensor) -> Tensor:
+    return F.relu(p.two(x) + F.relu(p.one(x)))
+
+
+def shared_in_a_loop(p: Any, x: Tensor) -> Tensor:
+    for _ in range(3):
+        x = F.relu(p.one(x) + x)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("forward", "folded"),
+    [
+        (two_sums, [("residual", "relu"), ("residual", "relu")]),
+        (side_by_side, [("relu",), ("residual", "relu")]),
+        (shared_in_a_loop, [("residual", "relu")]),
+    ],
+)
+def test_a_residual_may_be_what_another_layer_computes(
+    forward: Callable[[Any, Tensor], Tensor], folded: list[tuple[str, ...]]
+) -> None:
+    parts = {"one": layer()} if forward is shared_in_a_loop else {"one": layer(), "two": layer()}
+    check(Net(forward, **parts), *folded)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.tensor([0.5]), lambda: torch.rand(())])
+def test_a_forward_that_makes_a_tensor_is_not_rewritten(make: Callable[[], Tensor]) -> None:
+    """Traced it would be a constant, even a random one."""
+
+    def forward(p: Any, x: Tensor) -> Tensor:
+        x = x - make()
+        return F.relu(p.conv(x) + x)
+
+    model = Net(forward, conv=layer()).eval()
+    found = fusion(model)
+    assert "it makes a tensor" in found.kept[0].reason
+    fuse(model, plain_norms=True)(images())
+
+
+def seen_before(p: Any, x: Tensor) -> Any:
+    target = p.plain(x)
+    view = target[:, :4]
+    target += p.conv(x)
+    return F.relu(target), view * 2
+
+
+def detached_before(p: Any, x: Tensor) -> Any:
+    target = p.plain(x)
+    alias = target.detach()
+    y = p.conv(alias)
+    target += y
+    return F.relu(target) + alias
+
+
+@pytest.mark.parametrize("forward", [seen_before, detached_before])
+def test_a_sum_in_place_may_be_seen_through_a_view(forward: Callable[[Any, Tensor], Any]) -> None:
+    kept(Net(forward, conv=layer(), plain=nn.Conv2d(CHANNELS, CHANNELS, 1)), "is added in place to")
+
+
+def test_what_is_added_may_be_a_number() -> None:
+    def forward(p: Any, x: Tensor) -> Tensor:
+        return F.relu(p.conv(x) + x.size(1) / 10)
+
+    check(Net(forward, conv=layer()), ("residual", "relu"))
+
+
+def test_parameters_that_a_forward_reads_stay() -> None:
+    def reads_norm(p: Any, x: Tensor) -> Any:
+        return F.relu(p.norm(p.conv(x))) + p.norm.weight.abs().sum()
+
+    def reads_layer(p: Any, x: Tensor) -> Any:
+        return F.relu(p.norm(p.conv(x))) + p.conv.weight_pwc.abs().sum()
+
+    for forward in (reads_norm, reads_layer):
+        for alpha in (0.5, 1.0):
+            kept(Net(forward, conv=layer(alpha=alpha), norm=norm()), "a forward reads itself")

@@ -656,3 +656,31 @@ def test_only_so_many_kinds_of_arguments_are_remembered(monkeypatch: pytest.Monk
     for size in range(1, 9):
         layer(torch.randn(1, 4, size, size))
         assert 0 < len(functional._found) <= 3
+
+
+def test_window_may_be_assigned_as_that_of_conv2d() -> None:
+    """As those do who exchange strides for dilation."""
+    ours, theirs = SPConv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    x = torch.randn(2, 8, 9, 10)
+    for layer in (ours, theirs):
+        layer.padding, layer.dilation = (2, 3), (2, 2)
+    assert ours(x).shape == theirs(x).shape
+    assert ours.geometry.padding == (2, 3)
+    for layer in (ours, theirs):
+        layer.stride = (2, 1)
+    assert ours.eval()(x).shape == theirs(x).shape
+    same = SPConv2d(8, 8, 3, padding="same")
+    same.dilation = (3, 2)
+    assert same(x).shape == x.shape
+
+
+def test_is_called_by_the_names_of_conv2d() -> None:
+    layer, x = SPConv2d(8, 8, 3, padding=1), torch.randn(2, 8, 5, 5)
+    assert torch.equal(layer(input=x), layer(x))
+
+
+def test_a_single_tap_has_no_dilation() -> None:
+    layer = SPConv2d(8, 8, (1, 3), padding="same", dilation=2)
+    assert layer.dilation == (2, 2), "as it was given"
+    assert layer.geometry.dilation == (1, 2)
+    assert layer(torch.randn(1, 8, 5, 6)).shape == (1, 8, 5, 6)
