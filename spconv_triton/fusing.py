@@ -233,13 +233,14 @@ class _Plan:
         try:
             with unchanged(scope):
                 graph = trace(scope, tracer)
-            _refuse_constants(graph, scope)
         except Exception as error:  # a forward may raise anything at a symbol
+            obstacle = str(error) or type(error).__name__
+        else:
+            obstacle = "it makes a tensor" if _makes_tensors(graph, scope) else ""
+        if obstacle:
             for decision in planned.values():
-                decision.chain, decision.reason = (
-                    None,
-                    f"{type(scope).__name__}.forward cannot be traced alone: {error}",
-                )
+                decision.chain = None
+                decision.reason = f"{type(scope).__name__}.forward cannot be traced alone: {obstacle}"
             return
         rewriting = _Rewriting(graph)
         found: dict[SPConv2d, list[Chain]] = {}
@@ -345,12 +346,10 @@ def _is_made_of_modules(chains: list[Chain], region: Region, owners: dict[nn.Mod
     return calls == folded and all(owners[module] == 1 for module in modules)
 
 
-def _refuse_constants(graph: fx.Graph, scope: nn.Module) -> None:
-    """Raise for tensors that a forward makes itself: traced they are constants, even if they are random."""
-    for node in graph.nodes:
-        parent, _, name = str(node.target).rpartition(".")
-        if node.op == "get_attr" and not hasattr(scope.get_submodule(parent), name):
-            raise ValueError("it makes a tensor")
+def _makes_tensors(graph: fx.Graph, scope: nn.Module) -> bool:
+    """Whether a forward makes tensors itself: traced they are constants, even if they are random."""
+    read = (str(node.target).rpartition(".") for node in graph.nodes if node.op == "get_attr")
+    return any(not hasattr(scope.get_submodule(parent), name) for parent, _, name in read)
 
 
 def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:

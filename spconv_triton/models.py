@@ -27,7 +27,7 @@ __all__ = ["MODELS", "VGG", "ResNet", "legal_alpha", "resnet20", "resnet50", "vg
 
 
 def legal_alpha(in_channels: int, alpha: float, groups: int = 2) -> float:
-    """The alpha closest below ``alpha`` that leaves a multiple of ``groups`` representative channels, at least one.
+    """The alpha closest below ``alpha`` that leaves a multiple of ``groups`` representative channels, else the least.
 
     The paper's ratios reach below what narrow layers can have: 1/16 of 16 channels is 1, and G = 2 needs 2. Such a
     layer gets the fewest channels it can have. The paper's own networks at its own ratios are never changed.

@@ -16,7 +16,7 @@ import torch
 from benchmarks import competitors
 from benchmarks.gpu import kit, layers, plan, precompile
 from benchmarks.gpu.device import Rehearsal
-from benchmarks.gpu.markdown import markdown
+from benchmarks.gpu.markdown import markdown, tiles
 from benchmarks.gpu.record import Record, read
 from benchmarks.gpu.sections import SECTIONS, Section
 
@@ -212,7 +212,7 @@ def test_what_goes_wrong_is_reported_and_the_rest_goes_on(fakes: Path, capfd: py
         "passed",
         "passed",
         "failed",
-        "failed",
+        "crashed",
         "crashed",
         "skipped",
         "passed",
@@ -226,9 +226,20 @@ def test_what_goes_wrong_is_reported_and_the_rest_goes_on(fakes: Path, capfd: py
     assert found["looks"]["rows"][0]["files"] == [f"{name}.json", f"{name}.md"], "saved after every section, and whole"
     assert sorted(path.name for path in fakes.iterdir()) == [f"{name}.json", f"{name}.md"]
     assert "**fails: wrong**" in text
+    assert "illegal memory access" in text, "what a section says that did not come to its end"
     assert "    off by one" in text
     printed = capfd.readouterr().out
     assert "FAILED fails: wrong: off by one" in printed
+
+
+def test_tiles_of_a_section_that_ended_before_the_chosen_one() -> None:
+    """Each is compared with the chosen one, in parts, so that one stands in several."""
+    row = {"layer": "64@56", "batch": 8, "kernel": "forward", "tile": "a", "us": 2.0, "speed": 1.0, "chosen": True}
+    rows = [row, {**row, "tile": "b", "us": 1.0, "speed": 2.0, "chosen": False}, row]
+    (line,) = (line for line in tiles(rows, "measured") if "64@56" in line)
+    assert line.split("|")[-2].strip() == "2"
+    unfinished = [{**row, "us": None, "speed": None, "chosen": False}]
+    assert not any("64@56" in line for line in tiles(unfinished, "measured"))
 
 
 def test_a_section_that_hangs_is_ended_with_all_it_started(fakes: Path) -> None:

@@ -391,6 +391,36 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(os.listdir(broken)) == ["best.pt", "last.pt", "metrics.jsonl"]
 
 
+def test_the_log_has_a_line_for_each_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run that ended between a line and its checkpoint; and nobody else's."""
+    arguments = [*QUICK, "--epochs", "3", "--alpha", "none"]
+    save = checkpoint.save
+
+    def interrupted(path: Path, **content: Any) -> None:
+        if content["epoch"] == 2:
+            raise KeyboardInterrupt
+        save(path, **content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", interrupted)
+        assert cli.main([*arguments, "--out", str(tmp_path / "one")]) == cli.INTERRUPTED
+    assert [record["epoch"] for record in log(tmp_path / "one")] == [1, 2]
+    assert cli.main([*arguments, "--out", str(tmp_path / "one"), "--resume"]) == 0
+    assert [record["epoch"] for record in log(tmp_path / "one")] == [1, 2, 3]
+
+
+def test_a_run_is_not_continued_into_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*QUICK, "--epochs", "1", "--alpha", "none"]
+    for name in ("one", "other"):
+        assert cli.main([*arguments, "--out", str(tmp_path / name)]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    assert cli.main([*arguments, "--out", str(tmp_path / "other"), "--resume", str(tmp_path / "one" / "last.pt")])
+    assert "holds a run already" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
+    (tmp_path / "other" / "last.pt").unlink()
+    assert cli.main([*arguments, "--out", str(tmp_path / "other")]), "its best checkpoint and its log would be lost"
+
+
 RANK = """
 import os, sys
 import torch

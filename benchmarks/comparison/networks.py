@@ -117,6 +117,8 @@ class Networks:
             rows[name]["layout"] = fastest(choice, turns=3)
             calls[name] = choice[rows[name]["layout"]]
         for name in load.compiled:
+            if "error" in rows[name]:
+                continue
             key, layout = f"{name}{COMPILED}", rows[name]["layout"]
             rows[key] = {**rows[name], "name": key}
             model = copy.deepcopy(models[name]).to(memory_format=LAYOUTS[layout])
@@ -130,7 +132,9 @@ class Networks:
             calls[key] = _call(compiled, images, layout, load.step, self.classes)
             calls[key]()
         for name, timing in compare(calls, effort).items():
-            rows[name] |= {"seconds": timing.seconds, "speed": timing.speeds, "rounds": timing.rounds}
+            rows[name] |= {"seconds": timing.seconds, "rounds": timing.rounds}
+            if "conv2d" in calls:  # else there is nothing to compare with
+                rows[name]["speed"] = timing.speeds
             rows[name]["peak_bytes"] = peak_bytes(calls[name], DEVICE)
         return list(rows.values())
 

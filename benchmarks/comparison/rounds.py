@@ -15,6 +15,10 @@ SAMPLE_SECONDS = 0.02
 """A sample repeats its call until it takes about this long: the clock and the loop then cost nothing."""
 
 
+CHOICE_SECONDS = 0.005
+"""Likewise where memory formats are chosen."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long to time.
@@ -76,13 +80,17 @@ def compare(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[s
 
 
 def fastest(calls: Mapping[str, Callable[[], object]], turns: int = 4) -> str:
-    """By the fastest of a few calls, taken in turns: enough to choose a memory format by, not to report."""
+    """By the fastest of a few short samples, taken in turns: enough to choose a memory format by, not to report.
+
+    Single calls of some 50 us are not: one disturbed moment took the slower format of two layers.
+    """
     if len(calls) == 1:
         return next(iter(calls))
-    best = dict.fromkeys(calls, float("inf"))
+    best = {name: _seconds(call, 1) for name, call in calls.items()}
+    repeats = {name: max(1, round(CHOICE_SECONDS / max(once, 1e-9))) for name, once in best.items()}
     for _ in range(turns):
         for name, call in calls.items():
-            best[name] = min(best[name], _seconds(call, 1))
+            best[name] = min(best[name], _seconds(call, repeats[name]))
     return min(best, key=lambda name: best[name])
 
 

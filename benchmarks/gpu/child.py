@@ -9,6 +9,9 @@ from pathlib import Path
 
 from benchmarks.gpu.record import Record
 
+FAILED = 3
+"""How a section ends whose checks failed, and which came to its end: Python itself says 1, and 2 of wrong arguments."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.child")
@@ -22,7 +25,7 @@ def main() -> int:
     module, _, function = options.target.partition(":")
     with Record(options.file, rehearsal=options.dry) as record:
         getattr(importlib.import_module(module), function)(record)
-    return 1 if record.failures else 0
+    return FAILED if record.failures else 0
 
 
 if __name__ == "__main__":

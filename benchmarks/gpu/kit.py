@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.gpu.child import FAILED
 from benchmarks.gpu.markdown import markdown
 from benchmarks.gpu.record import read
 from benchmarks.gpu.sections import SECTIONS, Section
@@ -199,7 +200,7 @@ def run(section: Section, scratch: Path, caches: Path, seconds: float, start: fl
     checks = [line for line in lines if "check" in line]
     skipped = next((line["skipped"] for line in lines if "skipped" in line), None)
     if status == "passed" and process.returncode != 0:
-        status = "failed" if process.returncode == 1 and any(not c["passed"] for c in checks) else "crashed"
+        status = "failed" if process.returncode == FAILED else "crashed"
     elif status == "passed" and skipped is not None:
         status = "skipped"
     return {

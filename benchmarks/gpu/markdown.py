@@ -161,14 +161,16 @@ def tiles(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
     cells = []
     for kernel, own in compared.items():
         timed = [row for row in own if row["us"] is not None]
-        chosen = next(row for row in timed if row["chosen"])
+        chosen = next((row for row in timed if row["chosen"]), None)
+        if chosen is None:  # the section ended before
+            continue
         best = max(timed, key=lambda row: row["speed"])
         cells.append(
             (
                 *kernel,
                 *(f for row in (chosen, best) for f in (row["tile"], number(row["us"]))),
                 f"{best['speed']:.2f}",
-                str(len(own)),
+                str(len({row["tile"] for row in own})),
             )
         )
     head = ("", "N", "kernel", "chosen", f"us, {kind}", "fastest", f"us, {kind}", f"x, {kind}", "of")

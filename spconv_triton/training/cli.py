@@ -188,7 +188,7 @@ def _not_negative(text: str) -> float:
 def _ratio(text: str) -> float:
     try:
         value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         value = 0.0
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be in (0, 1], as 0.5 or 1/2, got {text!r}")

@@ -18,7 +18,7 @@ from . import checkpoint
 from .data import WEIGHTS, Data, evaluation_batches, seed_epoch, steps_per_epoch, training_batches
 from .datasets import load
 from .errors import UserError
-from .files import append_line, make_folder
+from .files import append_line, make_folder, write_whole
 from .learner import Learner, Recipe
 from .processes import Processes, cpu_threads, processes
 
@@ -99,7 +99,9 @@ def run(settings: Settings, surroundings: Surroundings, report: Report) -> None:
     Raises:
         UserError: settings, data, files or a machine that will not do.
     """
-    if surroundings.resume is None and (surroundings.out / LAST).exists():
+    out, resume = surroundings.out, surroundings.resume
+    goes_on = resume is not None and resume.parent.resolve() == out.resolve()
+    if not goes_on and any((out / name).is_file() for name in (LAST, BEST, LOG)):
         raise UserError(
             f"--out {surroundings.out} holds a run already; go on with it (--resume) or choose another folder"
         )
@@ -135,14 +137,16 @@ def _run(settings: Settings, surroundings: Surroundings, data: Data, report: Rep
                 f"{settings.model}, alpha {settings.alpha}: {parameters:,} parameters, on {here.device}, "
                 f"{here.world} process{'es' if here.world > 1 else ''}"
             )
+            _drop_lines(surroundings.out / LOG, start)
             if start:
                 report(f"going on after epoch {start} of {surroundings.resume}")
         for epoch in range(start, settings.epochs):
             record = _epoch(learner, data, settings, surroundings, epoch, here)
             improved, best = record["test_accuracy"] > best, max(best, record["test_accuracy"])
+            if here.is_main:  # before the checkpoint: a line too many is dropped when the run goes on, none is missing
+                append_line(surroundings.out / LOG, json.dumps(record))
             _keep(learner, settings, surroundings, epoch + 1, best, improved)
             if here.is_main:
-                append_line(surroundings.out / LOG, json.dumps(record))
                 report(
                     f"epoch {epoch + 1}/{settings.epochs}: training loss {record['train_loss']:.4f}, test loss "
                     f"{record['test_loss']:.4f}, test accuracy {100 * record['test_accuracy']:.2f} %, "
@@ -151,6 +155,17 @@ def _run(settings: Settings, surroundings: Surroundings, data: Data, report: Rep
         here.wait()
         if here.is_main:
             report(f"best test accuracy {100 * best:.2f} %; checkpoints and {LOG} in {surroundings.out}")
+
+
+def _drop_lines(log: Path, epochs: int) -> None:
+    """Leave the log's lines of the first ``epochs`` epochs, from which a run goes on; all of them, if it is damaged."""
+    try:
+        lines = log.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["epoch"] <= epochs]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not ours to mend
+        return
+    if len(kept) < len(lines):
+        write_whole(log, b"".join(kept))
 
 
 def build(settings: Settings, data: Data) -> nn.Module:
@@ -186,11 +201,11 @@ def _epoch(
     for images, labels in training_batches(data, settings.batch_size, settings.seed, epoch, here, surroundings.workers):
         learner.step(images, labels)
     train = learner.finish_epoch()
-    if not math.isfinite(train.loss):
-        raise UserError(f"training diverged in epoch {epoch + 1}: the loss is {train.loss}; try a lower --lr")
+    _refuse_divergence(epoch, "loss", train.loss)
     test = learner.evaluate(
         evaluation_batches(data, max(settings.batch_size // here.world, 1), here, surroundings.workers)
     )
+    _refuse_divergence(epoch, "test loss", test.loss)
     return {
         "epoch": epoch + 1,
         "lr": lr,
@@ -200,6 +215,11 @@ def _epoch(
         "test_accuracy": test.accuracy,
         "seconds": round(time.perf_counter() - begin, 3),
     }
+
+
+def _refuse_divergence(epoch: int, name: str, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"training diverged in epoch {epoch + 1}: the {name} is {loss}; try a lower --lr")
 
 
 def _keep(
