@@ -282,7 +282,7 @@ def test_modes_of_calls_may_mix() -> None:
 
 
 CHANGES: dict[str, Callable[[SPConv2d], Any]] = {
-    "padding": lambda layer: setattr(layer, "_window_padding", (0, 0)),
+    "padding": lambda layer: setattr(layer, "padding", (0, 0)),
     "stride": lambda layer: setattr(layer, "stride", (2, 2)),
     "backend": lambda layer: setattr(layer, "backend", "reference"),
     "no bias": lambda layer: setattr(layer, "bias", None),

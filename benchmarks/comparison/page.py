@@ -24,7 +24,8 @@ METHOD = """\
 - **Each at its best**: contiguous or channels_last, whichever is faster for it. Inference is in eval mode and without
   gradients.
 - **Nothing is timed whose result is wrong**: outputs and all gradients of the very call that is timed are compared with
-  float64 before, for the first two images. A network's logits are compared with those of its eager copy in float64.
+  float64 before, for the first two images. Of networks the logits of two images in inference are compared with those
+  of an eager copy in float64, not a training step. Latencies beside accuracies are in channels_last, and not checked.
 - **In turns**: each round times every competitor, each round starts with another one, and a speed is nn.Conv2d's time
   over the competitor's *in the same round*. A cell is the median of the rounds, with their 20 % and 80 % quantiles.
 - **Free memory stays with the process** (`benchmarks/allocator.py`), as in any that has held a batch of images; else
