@@ -236,7 +236,8 @@ class _Plan:
         except Exception as error:  # a forward may raise anything at a symbol
             obstacle = str(error) or type(error).__name__
         else:
-            obstacle = "it makes a tensor" if _makes_tensors(graph, scope) else ""
+            region = Region(scope, graph, tracer.found_leaves, self._name_of(scope))
+            obstacle = "it makes a tensor" if _makes_tensors(region) else ""
         if obstacle:
             for decision in planned.values():
                 decision.chain = None
@@ -244,7 +245,7 @@ class _Plan:
             return
         rewriting = _Rewriting(graph)
         found: dict[SPConv2d, list[Chain]] = {}
-        for layer, chain in self._chains(Region(scope, graph, tracer.found_leaves, self._name_of(scope))):
+        for layer, chain in self._chains(region):
             found.setdefault(layer, []).append(chain)
         for layer, decision in planned.items():
             chains = found.get(layer, [])
@@ -346,10 +347,9 @@ def _is_made_of_modules(chains: list[Chain], region: Region, owners: dict[nn.Mod
     return calls == folded and all(owners[module] == 1 for module in modules)
 
 
-def _makes_tensors(graph: fx.Graph, scope: nn.Module) -> bool:
+def _makes_tensors(region: Region) -> bool:
     """Whether a forward makes tensors itself: traced they are constants, even if they are random."""
-    read = (str(node.target).rpartition(".") for node in graph.nodes if node.op == "get_attr")
-    return any(not hasattr(scope.get_submodule(parent), name) for parent, _, name in read)
+    return any(node.op == "get_attr" and attribute(node, region) is None for node in region.graph.nodes)
 
 
 def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:

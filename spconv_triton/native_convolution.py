@@ -126,7 +126,7 @@ def convolution_backward(
 ) -> tuple[Any, Any]:
     """Gradients of ``F.conv2d(x, weight, None, stride, ...)`` by ``x`` and ``weight``, where ``needed``."""
     if needed[1] and misses_weight_gradient(x, weight, dilation):
-        x, weight = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (x, weight))
+        x, weight = in_nchw(x, weight)
     else:
         x, weight = readable(x, weight, stride, padding, dilation)
     return torch.ops.aten.convolution_backward(
@@ -156,6 +156,11 @@ def readable(
     """
     if are_readable(x, weight, stride, padding, dilation):
         return x, weight
+    return in_nchw(x, weight)
+
+
+def in_nchw(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of both, which oneDNN reads as NCHW."""
     # Not contiguous(), which leaves what is NCHW and channels_last at once as it is, to be read as the latter.
     return x.clone(memory_format=torch.contiguous_format), weight.clone(memory_format=torch.contiguous_format)
 
