@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -118,6 +119,11 @@ def capability(device: torch.device) -> tuple[int, int] | None:
         return assumed
     if device.type != "cuda" or torch.version.hip is not None:
         return None
+    return _capability(device)
+
+
+@functools.cache  # PyTorch takes microseconds to tell
+def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 

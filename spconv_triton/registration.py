@@ -120,10 +120,14 @@ class Late:
     """The function ``"module:function"``, whose module is imported when it is first called."""
 
     def __init__(self, name: str) -> None:
-        self.module, _, self.function = name.partition(":")
+        self.module, _, self.name = name.partition(":")
+
+    @functools.cached_property
+    def _function(self) -> Callable[..., Any]:
+        return getattr(importlib.import_module(self.module), self.name)
 
     def __call__(self, *args: Any) -> Any:
-        return getattr(importlib.import_module(self.module), self.function)(*args)
+        return self._function(*args)
 
 
 class LateKernels(Sequence[object]):

@@ -14,9 +14,9 @@ from .common import (
     layer_constants,
     pixel_arguments,
     pixel_major,
-    wrap_triton,
 )
 from .gradients import finish_weight_grads, layer_input_grad, layer_weight_grad
+from .launching import launch
 
 FORWARD_KERNELS = (branch_forward,)
 
@@ -34,7 +34,9 @@ def representative_branch(x3: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, ge
     if u3.numel() == 0:
         return u3
     pixels, *sizes = pixel_arguments(x3, (u3.shape[2], u3.shape[3]))
-    wrap_triton(branch_forward)[forward_grid(pixels, weight_gwc, geometry)](
+    launch(
+        branch_forward,
+        forward_grid(pixels, weight_gwc, geometry),
         x3,
         channels_last(weight_gwc),
         weight_pwc.contiguous(),

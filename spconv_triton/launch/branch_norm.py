@@ -24,10 +24,10 @@ from .common import (
     layer_constants,
     pixel_arguments,
     pixel_major,
-    wrap_triton,
 )
 from .fusion import blend_grid
 from .gradients import finish_weight_grads, layer_input_grad, layer_weight_grad
+from .launching import launch
 
 FORWARD_KERNELS = (branches_forward, sample_moments, norm_gate, norm_blend)
 BACKWARD_KERNELS = (norm_sums, norm_coefficients, norm_blend_grad, *gradients.KERNELS)
@@ -95,7 +95,9 @@ def spconv2d_batch_norm(
     parts = cdiv(pixels, MOMENT_PIXELS) + batch - 1 - (batch - 1) // period
     part_mean, part_square = (kept.gate.new_empty((parts, 2 * outputs)) for _ in range(2))
     per_group = forward_grid(pixels, weight_gwc, geometry)
-    wrap_triton(branches_forward)[lambda meta: (*per_group(meta), 2)](
+    launch(
+        branches_forward,
+        lambda meta: (*per_group(meta), 2),
         x,
         channels_last(weight_gwc),
         weight_pwc.contiguous(),
@@ -111,7 +113,9 @@ def spconv2d_batch_norm(
         **layer_constants(x, weight_gwc, weight_pwc, geometry),
     )
     sample_mean, sample_square = (kept.gate.new_empty((batch, 2 * outputs)) for _ in range(2))
-    wrap_triton(sample_moments)[(cdiv(2 * outputs, 64) * batch,)](
+    launch(
+        sample_moments,
+        (cdiv(2 * outputs, 64) * batch,),
         part_mean,
         part_square,
         sample_mean,
@@ -124,7 +128,9 @@ def spconv2d_batch_norm(
         BLOCK_C=64,
     )
     planes = kept.gate.new_empty((3, batch, outputs))
-    wrap_triton(norm_gate)[(cdiv(outputs, COEFFICIENT_BLOCKS["BLOCK_C"]),)](
+    launch(
+        norm_gate,
+        (cdiv(outputs, COEFFICIENT_BLOCKS["BLOCK_C"]),),
         sample_mean,
         sample_square,
         *norms.tensors(kept.gate),
@@ -139,7 +145,7 @@ def spconv2d_batch_norm(
         BIAS=bias is not None,
         **COEFFICIENT_BLOCKS,
     )
-    wrap_triton(norm_blend)[blend_grid(y)](kept.branches, kept.batch, planes, y, batch, area, C=outputs)
+    launch(norm_blend, blend_grid(y), kept.branches, kept.batch, planes, y, batch, area, C=outputs)
     return y, kept
 
 
@@ -166,12 +172,23 @@ def spconv2d_batch_norm_backward(
     area = height * width
     splits = max(1, min(cdiv(TARGET_PROGRAMS, batch * cdiv(outputs, 64)), cdiv(area, 256), 16))
     partial = kept.gate.new_empty((splits, 5, batch, outputs))
-    wrap_triton(norm_sums)[lambda meta: (batch * cdiv(outputs, meta["BLOCK_C"]), splits)](
-        grad, kept.branches, kept.batch, partial, batch, area, cdiv(area, splits), C=outputs
+    launch(
+        norm_sums,
+        lambda meta: (batch * cdiv(outputs, meta["BLOCK_C"]), splits),
+        grad,
+        kept.branches,
+        kept.batch,
+        partial,
+        batch,
+        area,
+        cdiv(area, splits),
+        C=outputs,
     )
     planes = kept.gate.new_empty((4, batch, outputs))
     slope, d_norms = kept.gate.new_empty((2, outputs)), kept.gate.new_empty((5, outputs))
-    wrap_triton(norm_coefficients)[(cdiv(outputs, COEFFICIENT_BLOCKS["BLOCK_C"]),)](
+    launch(
+        norm_coefficients,
+        (cdiv(outputs, COEFFICIENT_BLOCKS["BLOCK_C"]),),
         partial,
         kept.batch,
         kept.gate,
@@ -186,8 +203,18 @@ def spconv2d_batch_norm_backward(
         **COEFFICIENT_BLOCKS,
     )
     d_branches = torch.empty_like(kept.branches)
-    wrap_triton(norm_blend_grad)[blend_grid(grad)](
-        grad, kept.branches, kept.batch, planes, slope, d_branches, batch, area, C=outputs
+    launch(
+        norm_blend_grad,
+        blend_grid(grad),
+        grad,
+        kept.branches,
+        kept.batch,
+        planes,
+        slope,
+        d_branches,
+        batch,
+        area,
+        C=outputs,
     )
     weights = (weight_gwc, weight_pwc, weight_redundant)
     partial = layer_weight_grad(d_branches, x, weights, None, geometry)[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..dispatch import INTERPRETED, capability, has_tf32
+from ..dispatch import capability, has_tf32
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 
@@ -20,6 +21,25 @@ TARGET_PROGRAMS = 512
 that the order of summation, and with it every bit of the result, does not depend on the device."""
 
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
+
+Plan = TypeVar("Plan")
+
+
+def remembered(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Decorator of what depends on sizes alone, and takes longer than to look it up.
+
+    While a graph is traced sizes may be symbols, which have no hash.
+    """
+    found = functools.lru_cache(maxsize=1024)(plan)
+
+    @functools.wraps(plan)
+    def look_up(*sizes: Any) -> Plan:
+        try:
+            return found(*sizes)
+        except TypeError:
+            return plan(*sizes)
+
+    return look_up
 
 
 class Kernels(Protocol):
@@ -49,11 +69,6 @@ def use_descriptors(
     return path == "descriptor"
 
 
-def wrap_triton(kernel: Any) -> Any:
-    """As of ``torch.library``. That of PyTorch 2.11 refuses interpreted kernels, which nobody traces anyway."""
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
-
-
 def channels_last(x: Tensor) -> Tensor:
     """``x`` with its channels next to each other and no gaps; a copy unless it is already."""
     return x.contiguous(memory_format=torch.channels_last)
@@ -65,6 +80,8 @@ def pixel_major(x: Tensor) -> tuple[Tensor, int]:
     A slice of the channels of a channels_last tensor is read in place. Axes of one element may have any stride.
     """
     _, channels, height, width = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x, channels
     spacing = channels
     for axis, pixels in ((0, height * width), (2, width), (3, 1)):
         if x.shape[axis] > 1:

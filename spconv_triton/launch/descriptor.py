@@ -13,7 +13,8 @@ from ..dispatch import capability
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.descriptor import onepass_descriptor as kernel
-from .common import channels_last, dot_precision, empty_channels_last, pixel_major
+from .common import channels_last, dot_precision, empty_channels_last, pixel_major, remembered
+from .launching import launch_untraced
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -89,6 +90,7 @@ def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geomet
     return packing(x.shape[1], weight_pwc.shape[1], weight_gwc.shape[0], geometry.groups) is not None
 
 
+@remembered
 def packing(channels: int, representative: int, outputs: int, groups: int) -> Packing | None:
     """The fewest groups merged that fill a tile of 64 output channels and blocks of at least 16 input channels.
 
@@ -141,7 +143,7 @@ def cycles(tile: Tile, packed: Packing, stride: int, output: tuple[int, int, int
     return program * max(1.0, tile.programs(*output) / PROGRAMS)
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
 def best_tile(packed: Packing, groups: int, stride: int, output: tuple[int, int, int, int]) -> Tile:
     """The tile of the fewest cycles, the larger of equals, for N, H_out, W_out, M.
 
@@ -187,7 +189,9 @@ def convolve(
     box, pixel_box = tile[:3], [*tile[:3], tile.block_co]
     block_k = max(16, tile.block_k * 2 // x.itemsize)  # as many bytes in float32
     y_boxes = boxes(y, outputs, pixel_box)
-    kernel[(tile.programs(*size, outputs),)](
+    launch_untraced(
+        kernel,
+        (tile.programs(*size, outputs),),
         _strided_boxes(x, [*box, block_k]) if stride == 2 else boxes(*aligned(x), [*box, block_k]),
         TensorDescriptor.from_tensor(packed, [tile.block_co, block_k]),
         ratio,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..kernels.arithmetic import cdiv
 from ..kernels.fusion import fusion_blend, fusion_blend_grad, fusion_statistics
-from .common import TARGET_PROGRAMS, Grid, channels_last, check_samples, wrap_triton
+from .common import TARGET_PROGRAMS, Grid, channels_last, check_samples
+from .launching import launch
 
 FORWARD_KERNELS = (fusion_statistics, fusion_blend)
 BACKWARD_KERNELS = (fusion_statistics, fusion_blend_grad)
@@ -25,8 +26,18 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
         return y, gate
     partial = _fusion_statistics(u3, u1, None)
     batch, channels, height, width = u3.shape
-    wrap_triton(fusion_blend)[blend_grid(u3)](
-        u3, u1, partial, y, gate, batch, height * width, C=channels, SPLITS=partial.shape[0]
+    launch(
+        fusion_blend,
+        blend_grid(u3),
+        u3,
+        u1,
+        partial,
+        y,
+        gate,
+        batch,
+        height * width,
+        C=channels,
+        SPLITS=partial.shape[0],
     )
     return y, gate
 
@@ -45,8 +56,18 @@ def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tens
         return du3, du1
     partial = _fusion_statistics(u3, u1, grad)
     batch, channels, height, width = u3.shape
-    wrap_triton(fusion_blend_grad)[blend_grid(u3)](
-        grad, partial, gate, du3, du1, batch, height * width, C=channels, SPLITS=partial.shape[0]
+    launch(
+        fusion_blend_grad,
+        blend_grid(u3),
+        grad,
+        partial,
+        gate,
+        du3,
+        du1,
+        batch,
+        height * width,
+        C=channels,
+        SPLITS=partial.shape[0],
     )
     return du3, du1
 
@@ -62,7 +83,9 @@ def _fusion_statistics(u3: Tensor, u1: Tensor, grad: Tensor | None) -> Tensor:
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
         return batch * cdiv(channels, meta["BLOCK_C"]), splits
 
-    wrap_triton(fusion_statistics)[grid](
+    launch(
+        fusion_statistics,
+        grid,
         u3,
         u1,
         u3 if grad is None else grad,

@@ -24,9 +24,9 @@ from .common import (
     pixel_major,
     statistics_precision,
     use_descriptors,
-    wrap_triton,
 )
 from .gradients_descriptor import Prepared
+from .launching import launch
 
 BLOCK_PLANE = 16
 """Channels of a program that makes the constant of :mod:`..kernels.backward_descriptor`: it has nine taps of each."""
@@ -67,7 +67,9 @@ def layer_input_grad(
         blocks += cdiv(channels - representative, meta["BLOCK_C"])
         return (blocks * cdiv(phase_pixels, meta["BLOCK_PIX"]) * stride_h * stride_w * batch,)
 
-    wrap_triton(input_grad)[grid](
+    launch(
+        input_grad,
+        grid,
         grad,
         channels_last(weight_gwc),
         weight_pwc.contiguous(),
@@ -119,7 +121,9 @@ def layer_weight_grad(
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
         return k_blocks * geometry.groups * cdiv(outputs // geometry.groups, meta["BLOCK_CO"]), splits
 
-    wrap_triton(weight_grad)[grid](
+    launch(
+        weight_grad,
+        grid,
         grad,
         x,
         channels_last(weight_gwc),
@@ -165,7 +169,9 @@ def gate_gradient(
     shift = torch.empty_like(ratio)
     terms = None if branch_bias is None else ratio.new_empty((2, batch, outputs))
     block = min(64, next_power_of_2(outputs))
-    wrap_triton(gate_grad)[(cdiv(outputs, block) * batch,)](
+    launch(
+        gate_grad,
+        (cdiv(outputs, block) * batch,),
         parts,
         ratio,
         ratio if branch_bias is None else channels_last(grad),
@@ -222,7 +228,9 @@ def finish_weight_grads(
         c_blocks = geometry.groups * cdiv(group_channels, BLOCK_PLANE) + cdiv(redundant, BLOCK_PLANE)
         programs += c_blocks * cdiv(prepared.constant.shape[1], 16)
         programs += cdiv(prepared.plan.rows, 32) * cdiv(channels, 64)
-    wrap_triton(finish_weights)[(programs,)](
+    launch(
+        finish_weights,
+        (programs,),
         partial,
         partial if gate is None else gate.shift,
         weight_pwc if gate is None else gate.tap_mean,

@@ -12,8 +12,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.backward_descriptor import input_grad_descriptor, weight_grad_descriptor
-from .common import channels_last, empty_channels_last, is_hopper
+from .common import channels_last, empty_channels_last, is_hopper, remembered
 from .descriptor import DTYPES, PROGRAMS, aligned, boxes, capability
+from .launching import launch_untraced
 
 WASTE = 1.35
 """How many pixels a tile of the transposed input gradient may compute for each that exists: 16 x 16 of 14 x 14 are
@@ -81,6 +82,7 @@ def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geomet
     return packing(x.shape[1], weight_pwc.shape[1], weight_gwc.shape[0], geometry.groups) is not None
 
 
+@remembered
 def packing(channels: int, representative: int, outputs: int, groups: int) -> Packing | None:
     """The fewest groups merged that fill a tensor core's 64 rows, None where tiles of 16 channels do not fit.
 
@@ -115,6 +117,7 @@ def waste(box: tuple[int, ...], sizes: tuple[int, ...]) -> float:
     return computed
 
 
+@remembered
 def input_tile(plan: Packing, x_shape: tuple[int, int, int, int], representative: int, groups: int) -> InputTile:
     """The tile of the input gradient; the numbers behind the choice were measured on an H200.
 
@@ -143,6 +146,7 @@ def input_tile(plan: Packing, x_shape: tuple[int, int, int, int], representative
     return InputTile(False, *best, block_c, 64, 4, 3)
 
 
+@remembered
 def weight_tile(plan: Packing, channels: int, representative: int, outputs: int, groups: int) -> WeightTile:
     """The tile of the weight gradient: what an H200 finds the fastest nearly everywhere, four programs a processor; not
     by size, for it decides the shapes of buffers."""
@@ -152,6 +156,7 @@ def weight_tile(plan: Packing, channels: int, representative: int, outputs: int,
     return WeightTile(block_co, block_c, 4, 3 if block_c == 64 else 4)
 
 
+@remembered
 def weight_box(height: int, width: int) -> tuple[int, int]:
     """64 pixels of one sample to sum over in a step, in the shape that leaves the least over."""
     return min([(8, 8), (4, 16), (16, 4), (2, 32), (1, 64)], key=lambda box: waste(box, (height, width)))
@@ -176,7 +181,9 @@ def weight_grad(
     k_tiles, batch, slices, _ = parts.shape
     units, splits = batch * slices, partial.shape[0]
     block_h, block_w = weight_box(height, width)
-    weight_grad_descriptor[(k_tiles * outputs // tile.block_co, splits)](
+    launch_untraced(
+        weight_grad_descriptor,
+        (k_tiles * outputs // tile.block_co, splits),
         boxes(*aligned(grad), [1, block_h, block_w, tile.block_co]),
         boxes(*aligned(x), [1, block_h, block_w, tile.block_c]),
         channels_last(weight_gwc),
@@ -271,7 +278,9 @@ def input_grad(
     box = [tile.block_n, tile.block_h, tile.block_w]
     tiles_h, tiles_w = cdiv(height, tile.block_h), cdiv(width, tile.block_w)
     blocks = cdiv(batch, tile.block_n) * tiles_h * tiles_w * channels // tile.block_c
-    input_grad_descriptor[(blocks,)](
+    launch_untraced(
+        input_grad_descriptor,
+        (blocks,),
         boxes(*aligned(grad), [*box, tile.block_k]),
         TensorDescriptor.from_tensor(packed, [tile.block_k, tile.block_c]),
         TensorDescriptor.from_tensor(gate, [1, tile.block_n, tile.block_k]),

@@ -25,8 +25,8 @@ from .common import (
     statistics_precision,
     use_descriptors,
     window_constants,
-    wrap_triton,
 )
+from .launching import launch
 
 BLOCK_ROWS = 16
 """Taps whose sums a program of the statistics makes: all of 3 x 3. With 32, each with its weights, some spill."""
@@ -88,7 +88,9 @@ def spconv2d(
         blocks = cdiv(batch, meta["BLOCK_N"]) + cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
         return (per_group * geometry.groups * blocks,)
 
-    wrap_triton(gate_planes)[gate_grid](
+    launch(
+        gate_planes,
+        gate_grid,
         partial,
         gwc,
         pwc,
@@ -125,7 +127,9 @@ def spconv2d(
         y = opaque.convolve(x, packed, ratio, scale, offset, residual, *window, activation)
         return y, ratio, tap_mean, pool_mean
     y = empty_output(x, weight_gwc, geometry)
-    wrap_triton(onepass_forward)[forward_grid(pixels, weight_gwc, geometry)](
+    launch(
+        onepass_forward,
+        forward_grid(pixels, weight_gwc, geometry),
         x,
         gwc,
         pwc,
@@ -169,7 +173,9 @@ def _window_statistics(x: Tensor, spacing: int, output_size: tuple[int, int], ge
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
         return batch * cdiv(channels, meta["BLOCK_C"]), splits, cdiv(rows, BLOCK_ROWS)
 
-    wrap_triton(window_statistics)[grid](
+    launch(
+        window_statistics,
+        grid,
         x,
         partial,
         batch,
