@@ -200,28 +200,33 @@ def _window_statistics(a: SimpleNamespace, t: Tally) -> int:
 
 def _gate_planes(a: SimpleNamespace, t: Tally) -> int:
     group, redundant = a.CR // a.G, a.C - a.CR
-    co_blocks, sample_blocks = a.G * cdiv(a.CO // a.G, a.BLOCK_CO), cdiv(a.N, a.BLOCK_N)
+    co_blocks, few = a.G * cdiv(a.CO // a.G, a.BLOCK_CO), a.N <= a.FEW
+    sample_blocks = a.N * (a.BLOCK_CO // a.FEW_CO) if few else cdiv(a.N, a.BLOCK_N)
+    reads = a.N if few else sample_blocks  # of the weights
     pooled = a.POOL_ROW == a.TAPS
     pool_rows = 2 if pooled else 1
+    means = pool_rows * a.C + a.TAPS * group
+    stored = a.N * a.SPLITS * (pool_rows * a.C + a.TAPS * a.CR)  # those of few samples are made again to be stored
     t.load(
         "partial_ptr",
-        co_blocks * a.N * a.SPLITS * (pool_rows * a.C + a.TAPS * group),
+        co_blocks * sample_blocks * a.SPLITS * means + stored if few else co_blocks * a.N * a.SPLITS * means,
         a.N * a.SPLITS * (pool_rows * a.C + (a.TAPS - (not pooled)) * a.CR),
     )
     weights = {"gwc_ptr": a.TAPS * group, "pwc_ptr": a.CR, "redundant_ptr": redundant}
     packed = {"gwc_ptr": 9 * group, "pwc_ptr": a.CR + (a.STRIDE**2 - 1) * a.MERGE * group, "redundant_ptr": redundant}
     for name, columns in weights.items():
-        t.load(name, a.CO * (sample_blocks * columns + (packed[name] if a.PACK else 0)))
-    t.load("bias_ptr", sample_blocks * a.CO if a.BIAS else 0)
-    t.load("branch_bias_ptr", 2 * sample_blocks * a.CO if a.BRANCH_BIAS else 0)
-    t.load("norm_scale_ptr", sample_blocks * a.CO if a.NORM_SCALE else 0)
+        t.load(name, a.CO * (reads * columns + (packed[name] if a.PACK else 0)))
+    t.load("bias_ptr", reads * a.CO if a.BIAS else 0)
+    t.load("branch_bias_ptr", 2 * reads * a.CO if a.BRANCH_BIAS else 0)
+    t.load("norm_scale_ptr", reads * a.CO if a.NORM_SCALE else 0)
     for name in ("ratio_ptr", "scale_ptr", "offset_ptr", "tap_mean_ptr", "pool_mean_ptr"):
         t.store(name)
     t.store("packed_ptr", None if a.PACK else 0)
-    steps = sum(cdiv(columns, a.BLOCK_C) for columns in weights.values())
-    halves = tensor_of(a.pwc_ptr).element_size() < 4
-    precision = "halfx2" if halves else a.PRECISION
-    t.multiply(precision, co_blocks * sample_blocks * steps, a.BLOCK_N, a.BLOCK_CO, a.BLOCK_C)
+    if not few:
+        steps = sum(cdiv(columns, a.BLOCK_C) for columns in weights.values())
+        halves = tensor_of(a.pwc_ptr).element_size() < 4
+        precision = "halfx2" if halves else a.PRECISION
+        t.multiply(precision, co_blocks * sample_blocks * steps, a.BLOCK_N, a.BLOCK_CO, a.BLOCK_C)
     packing = cdiv(a.packed_ptr.shape[1], a.BLOCK_C) if a.PACK else 0
     return co_blocks * (sample_blocks + packing)
 

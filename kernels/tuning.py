@@ -214,7 +214,11 @@ def prune_statistics(configs: list[triton.Config], named_args: dict, **kwargs) -
 
 
 def prune_gate(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
-    """As :func:`prune_channels`; 128 channels a step spill but in half precision, of layers that descriptors suit."""
+    """As :func:`prune_channels`; 128 channels a step for half precision alone, of layers that descriptors suit.
+
+    Float32 without tensor cores spills them, and where the pixels of large maps are split they do not fit an A100's
+    shared memory.
+    """
     arguments = {**named_args, **kwargs}
     long = arguments["PACK"] and arguments["pwc_ptr"].dtype.itemsize < 4
     return prune_channels([c for c in configs if long or c.kwargs["BLOCK_C"] <= 64], named_args, **kwargs)

@@ -123,11 +123,11 @@ class Late:
         self.module, _, self.name = name.partition(":")
 
     @functools.cached_property
-    def _function(self) -> Callable[..., Any]:
-        return getattr(importlib.import_module(self.module), self.name)
+    def _imported(self) -> Any:
+        return importlib.import_module(self.module)
 
     def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
+        return getattr(self._imported, self.name)(*args)
 
 
 class LateKernels(Sequence[object]):

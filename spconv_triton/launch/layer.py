@@ -31,6 +31,12 @@ from .launching import launch
 BLOCK_ROWS = 16
 """Taps whose sums a program of the statistics makes: all of 3 x 3. With 32, each with its weights, some spill."""
 
+FEW = 8
+"""Samples, up to which each has programs of its own for its gate, of"""
+
+FEW_CO = 4
+"""output channels: one image waits for memory once, not for every step of a loop."""
+
 FORWARD_KERNELS = (window_statistics, gate_planes, onepass_forward)
 
 
@@ -85,7 +91,7 @@ def spconv2d(
 
     def gate_grid(meta: dict[str, Any]) -> tuple[int]:
         per_group = cdiv(outputs // geometry.groups, meta["BLOCK_CO"])
-        blocks = cdiv(batch, meta["BLOCK_N"]) + cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
+        blocks = _gate_blocks(batch, meta) + cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
         return (per_group * geometry.groups * blocks,)
 
     launch(
@@ -121,6 +127,8 @@ def spconv2d(
         MERGE=plan.merge if plan else 1,
         STRIDE=geometry.stride[0],
         PRECISION=statistics_precision(x),
+        FEW=FEW,
+        FEW_CO=FEW_CO,
     )
     if packed is not None:
         window = (representative, geometry.groups, geometry.stride[0])
@@ -148,6 +156,16 @@ def spconv2d(
         **layer_constants(x, weight_gwc, weight_pwc, geometry),
     )
     return y, ratio, tap_mean, pool_mean
+
+
+def _gate_blocks(batch: int, meta: dict[str, Any]) -> int:
+    """Programs of the gate that a block of output channels takes, but for those that pack.
+
+    By arithmetic, not by a branch: in a graph for every batch ``batch`` is a symbol, and may not be asked.
+    """
+    blocks = cdiv(batch, meta["BLOCK_N"])
+    are_few = torch.sym_max(0, torch.sym_min(1, FEW + 1 - batch))
+    return blocks + are_few * (batch * (meta["BLOCK_CO"] // FEW_CO) - blocks)
 
 
 def _plan(

@@ -177,8 +177,10 @@ def tune(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
             monkeypatch.setattr(kernel, "configs", [table[min(row, len(table) - 1)]])
 
 
+@pytest.mark.parametrize("few", [launch.layer.FEW, 0], ids=["few", "blocks"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward(case: Case, device: str) -> None:
+def test_forward(case: Case, few: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.layer, "FEW", few)
     forward(case, device)
 
 
@@ -190,6 +192,8 @@ def test_backward(case: Case, device: str) -> None:
 @pytest.mark.parametrize("row", range(max(map(len, TABLES.values()))))
 def test_every_configuration(row: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(monkeypatch, row)
+    forward(BLOCKS, device)
+    monkeypatch.setattr(launch.layer, "FEW", 0)
     forward(BLOCKS, device)
     backward(TINY, device)
 
