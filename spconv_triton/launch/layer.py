@@ -37,6 +37,9 @@ FEW = 8
 FEW_CO = 4
 """output channels: one image waits for memory once, not for every step of a loop."""
 
+LONGEST = 8192
+"""Weights of an output channel, up to which those programs hold them: they are compiled without a loop."""
+
 FORWARD_KERNELS = (window_statistics, gate_planes, onepass_forward)
 
 
@@ -88,10 +91,11 @@ def spconv2d(
     plan = _plan(path, x, weight_gwc, weight_pwc, geometry)
     packed = x.new_empty((outputs, plan.columns)) if plan else None
     partial, pool_row = _window_statistics(x, spacing, output_size, geometry)
+    few = FEW if geometry.taps * representative // geometry.groups + channels <= LONGEST else 0
 
     def gate_grid(meta: dict[str, Any]) -> tuple[int]:
         per_group = cdiv(outputs // geometry.groups, meta["BLOCK_CO"])
-        blocks = _gate_blocks(batch, meta) + cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
+        blocks = _gate_blocks(batch, few, meta) + cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
         return (per_group * geometry.groups * blocks,)
 
     launch(
@@ -127,7 +131,7 @@ def spconv2d(
         MERGE=plan.merge if plan else 1,
         STRIDE=geometry.stride[0],
         PRECISION=statistics_precision(x),
-        FEW=FEW,
+        FEW=few,
         FEW_CO=FEW_CO,
     )
     if packed is not None:
@@ -158,13 +162,13 @@ def spconv2d(
     return y, ratio, tap_mean, pool_mean
 
 
-def _gate_blocks(batch: int, meta: dict[str, Any]) -> int:
+def _gate_blocks(batch: int, few: int, meta: dict[str, Any]) -> int:
     """Programs of the gate that a block of output channels takes, but for those that pack.
 
     By arithmetic, not by a branch: in a graph for every batch ``batch`` is a symbol, and may not be asked.
     """
     blocks = cdiv(batch, meta["BLOCK_N"])
-    are_few = torch.sym_max(0, torch.sym_min(1, FEW + 1 - batch))
+    are_few = torch.sym_max(0, torch.sym_min(1, few + 1 - batch))
     return blocks + are_few * (batch * (meta["BLOCK_CO"] // FEW_CO) - blocks)
 
 

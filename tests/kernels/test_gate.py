@@ -73,6 +73,11 @@ def test_every_sample_has_its_gate(batch: int, device: str) -> None:
     check(make_inputs(case, device=device, mean=1.0), case)
 
 
+def test_long_weights_are_not_held(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "LONGEST", LONG.in_channels)
+    check(make_inputs(LONG, device=device), LONG)
+
+
 @pytest.mark.parametrize("case", [*GATED[:4], LONG, replace(WIDE, stride=(2, 2))], ids=str)
 def test_means_are_the_same_bits_either_way(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(case, torch.float16, device=device)
