@@ -209,9 +209,11 @@ def _difference(
     PWC: tl.constexpr = (CRED + BLOCK_C - 1) // BLOCK_C  # its first step
     GWC: tl.constexpr = PWC + (CR + BLOCK_C - 1) // BLOCK_C
     STEPS: tl.constexpr = GWC + (TAPS * CG + BLOCK_C - 1) // BLOCK_C
+    # What is loaded ahead is in shared memory, every split by itself.
+    STAGES: tl.constexpr = 2 if SPLITS * (2 if POOL_ROW == TAPS else 1) > 4 else 3
     samples = n.to(tl.int64) * ROWS * C
     difference = tl.zeros((BLOCK_N, BLOCK_CO), tl.float32)
-    for step in range(STEPS):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         of_redundant, of_gwc = step < PWC, step >= GWC
         weight_ptr = tl.where(of_redundant, redundant_ptr, tl.where(of_gwc, gwc_ptr, pwc_ptr))
         columns = tl.where(of_redundant, CRED, tl.where(of_gwc, TAPS * CG, CR))

@@ -214,13 +214,10 @@ def prune_statistics(configs: list[triton.Config], named_args: dict, **kwargs) -
 
 
 def prune_gate(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
-    """As :func:`prune_channels`; 128 channels a step for half precision alone, of layers that descriptors suit.
-
-    Float32 without tensor cores spills them, and where the pixels of large maps are split they do not fit an A100's
-    shared memory.
-    """
+    """As :func:`prune_channels`, less 128 channels a step but in half precision at stride 1: float32 spills them, and
+    at a stride sums are loaded twice; either overflows a small GPU's shared memory."""
     arguments = {**named_args, **kwargs}
-    long = arguments["PACK"] and arguments["pwc_ptr"].dtype.itemsize < 4
+    long = arguments["POOL_ROW"] < arguments["TAPS"] and arguments["pwc_ptr"].dtype.itemsize < 4
     return prune_channels([c for c in configs if long or c.kwargs["BLOCK_C"] <= 64], named_args, **kwargs)
 
 
@@ -331,7 +328,7 @@ STATISTICS = (
     config(4, 3, BLOCK_PIX=64, BLOCK_C=16),
 )
 
-GATE_KEY = ("C", "CR", "CO", "G", "TAPS", "PACK", "PRECISION")
+GATE_KEY = ("C", "CR", "CO", "G", "TAPS", "POOL_ROW", "PACK", "PRECISION")
 
 # A step takes as long as memory takes to answer, so the longer ones the better: an H200 is three times as fast with 128
 # channels a step as with 16.
