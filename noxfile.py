@@ -55,6 +55,7 @@ QUICK = (
     "tests/test_errors.py",
     "tests/test_explain.py",
     "tests/test_tuning.py",
+    "tests/test_launching.py",
     "tests/test_imports.py",
     "tests/test_reference_checkpoint.py",
     "tests/test_checkpoint.py",
@@ -64,6 +65,7 @@ QUICK = (
 QUICK_KERNELS = (
     "tests/kernels/test_branch.py",
     "tests/kernels/test_fusion.py",
+    "tests/kernels/test_gate.py",
     "tests/kernels/test_layer.py",
     "tests/kernels/test_operators.py",
     "tests/kernels/test_reduction.py",

@@ -30,14 +30,14 @@ from benchmarks.machine_code import TARGETS, CompileOnlyDriver
 from benchmarks.ratios import machine, quantiles
 from benchmarks.turns import turns
 from spconv_triton import SPConv2d, dispatch
-from spconv_triton.launch import common, descriptor, gradients_descriptor, launching
+from spconv_triton.launch import TUNED_KERNELS, common, launching
 
 CASES = (RESNET50[0], RESNET50[3], replace(RESNET50[1], name="resnet50-128@56/2", size=(56, 56), stride=(2, 2)))
 
 CALLS = 50
 
 Launched = Callable[..., None]
-"""Called for every launch with the name of its kernel, its grid, and its arguments, constants too."""
+"""Called for every launch with its kernel's name and hash, its grid, and its arguments, constants too."""
 
 
 class Utilities:
@@ -65,7 +65,7 @@ class IdleDriver(CompileOnlyDriver):
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:  # noqa: ARG002
         def launch(x: int, y: int, z: int, stream: Any, function: Any, *rest: Any) -> None:  # noqa: ARG001
             _packed, _metadata, _enter, _exit, *arguments = rest
-            self.launched(metadata.name, (x, y, z), arguments)
+            self.launched((metadata.name, metadata.hash), (x, y, z), arguments)
 
         return launch
 
@@ -81,13 +81,14 @@ def idle_gpu(launched: Launched = lambda *_: None) -> Iterator[None]:
     drivers = triton.runtime.driver
     previous = drivers.__dict__.get("_active")
     with contextlib.ExitStack() as stack:
-        for module in (dispatch, common, descriptor, gradients_descriptor):
+        for module in (dispatch, common):
             stack.enter_context(mock.patch.object(module, "capability", always((9, 0))))
         stack.enter_context(mock.patch.object(dispatch, "_why_not_triton", always(None)))
         stack.enter_context(mock.patch.object(launching, "_is_nvidia", always(True)))
         stack.enter_context(mock.patch.object(Autotuner, "_bench", always([1.0] * 3)))
         stack.enter_context(mock.patch.object(Autotuner, "check_disk_cache", lambda *args: args[-1]()))
-        stack.enter_context(mock.patch.dict(launching._compiled, clear=True))
+        for memory in (launching._compiled, *(kernel.cache for kernel in TUNED_KERNELS)):
+            stack.enter_context(mock.patch.dict(memory, clear=True))
         drivers.set_active(IdleDriver(TARGETS["sm_90"], launched))
         try:
             yield

@@ -141,6 +141,7 @@ def layers() -> tuple[Layer, ...]:
         Layer(replace(dilated(wide), name="dilated"), (*flat_only, SOMEWHERE[0], SOMEWHERE[2])),
         Layer(replace(strided(wide), name="stride 3 x 2", stride=(3, 2), size=(14, 15)), SOMEWHERE),
         Layer(replace(wide, name="one group", groups=1, in_channels=128, out_channels=128), SOMEWHERE),
+        Layer(Case("resnet20-16@32", 128, 16, 16, (32, 32)), EVERYWHERE, only=("gate_planes",)),  # the shortest steps
         Layer(Case("vgg16-128@112", 8, 128, 128, (112, 112)), EVERYWHERE, only=("gate_planes",)),  # sums in most parts
         Layer(strided(Case("resnet50-128@56", 8, 128, 128, (56, 56))), EVERYWHERE, only=("gate_planes",)),
         Layer(dilated(RESNET50[0]), EVERYWHERE, only=("weight_grad",)),  # rows that wide layers do not choose

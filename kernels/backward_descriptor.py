@@ -1,4 +1,5 @@
-"""The layer's gradients over tensor-map (TMA) descriptors: 3 x 3, stride 1, padding 1, dilation 1; Hopper and newer.
+"""The layer's gradients over tensor-map (TMA) descriptors: 3 x 3, stride 1, padding 1, dilation 1;
+for Hopper and data-centre Blackwell.
 
 The mathematics is :mod:`.backward`'s; what follows is what this form changes. A descriptor's zero fill outside the
 tensor is the padding, so there are no masks and no pointers, but nothing can be added to g inside the image only. The
@@ -13,9 +14,10 @@ so the constant is the total over the taps, less a row of taps in the first and 
 taps in the first and last column, plus the tap counted twice in each corner: nine small planes [9, N, C], which the
 kernel that finishes the weights makes. The gate multiplies an operand in registers:
 
-- g, where a tile of pixels spans several samples (14 x 14, 7 x 7): acc[pixel, c] = (gate[n] g)[pixel, m] W[m, c];
-- the weights, where it lies in one sample (56, 28): acc[c, pixel] = (gate[n] W)^T[c, m] g^T[m, pixel]. The weight tile
-  is the smaller operand, and g, the second one, goes from shared memory to the tensor cores without a register.
+- g, where a tile of pixels spans several samples (7 x 7 and smaller): acc[pixel, c] = (gate[n] g)[pixel, m] W[m, c];
+- the weights, where it lies in one sample (56 x 56 to 14 x 14): acc[c, pixel] = (gate[n] W)^T[c, m] g^T[m, pixel]. The
+  weight tile is the smaller operand, and g, the second one, goes from shared memory to the tensor cores without a
+  register.
 
 The weights come packed, [ROWS, C], a row for each output channel m of a tap, and the own group's block of Wp is folded
 into the centre tap (they read the same pixel): 3 L M products instead of 3.25 at the defaults. Columns c of a merged

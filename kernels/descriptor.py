@@ -1,4 +1,5 @@
-"""The whole layer in one convolution kernel, for GPUs with tensor-map loads and warp-group products (Hopper and newer).
+"""The whole layer in one convolution kernel, for GPUs with tensor-map loads and warp-group products:
+Hopper and data-centre Blackwell.
 
 The same equation as :mod:`.onepass`, as a transposed implicit GEMM
 

@@ -65,7 +65,7 @@ def _pooled_mean(
 
 
 @triton.jit
-def _terms(
+def _add_pointwise_terms(
     terms,  # [FEW_CO, BLOCK_K]
     partial_ptr,
     weight_ptr,  # [CO, K]
@@ -119,11 +119,11 @@ def _difference_of_sample(
     Nothing waits between the first load and the last: there is no loop, and one sum over threads.
     """
     CG: tl.constexpr = CR // G
-    terms = _terms(
+    terms = _add_pointwise_terms(
         tl.zeros((FEW_CO, BLOCK_K), tl.float32), partial_ptr, redundant_ptr, sample, co, co_mask, share, split_stride,
         CR, C - CR, C, SPLITS, POOL_ROW, TAPS, 1, BLOCK_K,
     )  # fmt: skip
-    terms = _terms(
+    terms = _add_pointwise_terms(
         terms, partial_ptr, pwc_ptr, sample, co, co_mask, share, split_stride,
         0, CR, C, SPLITS, POOL_ROW, TAPS, -1, BLOCK_K,
     )  # fmt: skip
@@ -254,6 +254,7 @@ def _store_planes(
     BRANCH_BIAS: tl.constexpr,
     NORM_SCALE: tl.constexpr,
 ):
+    """ratio, scale and offset of a block, from its S1 - S3."""
     b3 = tl.zeros(co.shape, tl.float32)
     b1 = tl.zeros(co.shape, tl.float32)
     if BRANCH_BIAS:
@@ -324,7 +325,9 @@ def gate_planes(
     COG: tl.constexpr = CO // G
     CO_BLOCKS: tl.constexpr = (COG + BLOCK_CO - 1) // BLOCK_CO
     PARTS: tl.constexpr = BLOCK_CO // FEW_CO
-    STEP: tl.constexpr = max(512, 8 * BLOCK_C) // (2 if SPLITS > 4 else 1)
+    # Columns that a program of few samples loads at a time: of FEW_CO rows 16 or 32 a thread, and where sums come in
+    # many parts, each of which is loaded too, half as many.
+    FEW_K: tl.constexpr = max(512, 8 * BLOCK_C) // (2 if SPLITS > 4 else 1)
     pid = tl.program_id(0)
     co_block = pid % CO_BLOCKS
     group = pid // CO_BLOCKS % G
@@ -342,7 +345,7 @@ def gate_planes(
             packed = packed_weight(gwc_ptr, pwc_ptr, redundant_ptr, co, k, held, group, C, CR, G, MERGE, STRIDE)
             pointers = packed_ptr + co[:, None] * COLUMNS + k[None, :]
             tl.store(pointers, packed.to(packed_ptr.dtype.element_ty), mask=held)
-    elif N <= FEW:
+    elif FEW > 0 and N <= FEW:
         one = block // PARTS
         sample = one.to(tl.int64) * ROWS * C
         within = co_block * BLOCK_CO + block % PARTS * FEW_CO + tl.arange(0, FEW_CO)
@@ -350,16 +353,16 @@ def gate_planes(
         m_mask = within < COG
         of_sample = _difference_of_sample(
             partial_ptr, gwc_ptr, pwc_ptr, redundant_ptr, sample, m, m_mask, group, share, split_stride,
-            C, CR, G, TAPS, SPLITS, POOL_ROW, FEW_CO, STEP,
+            C, CR, G, TAPS, SPLITS, POOL_ROW, FEW_CO, FEW_K,
         )  # fmt: skip
         _store_planes(
             of_sample, one * CO + m, m_mask, m, m_mask, bias_ptr, branch_bias_ptr, norm_scale_ptr,
             ratio_ptr, scale_ptr, offset_ptr, CO, BIAS, BRANCH_BIAS, NORM_SCALE,
         )  # fmt: skip
-        if (co_block == 0) & (block % PARTS == 0):  # last: until they are here a store waits for what it stores
+        if (co_block == 0) & (block % PARTS == 0):  # behind the planes, which the convolution waits for
             _store_means(
                 partial_ptr, tap_mean_ptr, pool_mean_ptr, one, sample, group, share, split_stride,
-                C, CR, G, TAPS, SPLITS, POOL_ROW, STEP,
+                C, CR, G, TAPS, SPLITS, POOL_ROW, FEW_K,
             )  # fmt: skip
     else:
         in_group = co_block * BLOCK_CO + tl.arange(0, BLOCK_CO)

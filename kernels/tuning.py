@@ -1,7 +1,8 @@
 """Config tables, what is pruned from them, and the keys by which a choice is remembered.
 
 Keys name what belongs to a layer (channels, groups, window); batch, height and width are run-time arguments, so a
-new input size neither tunes nor compiles again.
+new input size tunes nothing. What is compiled in of it is in how many parts sums are made, at most 16, and a descriptor
+kernel's tile, so it compiles a few kernels at most.
 """
 
 from __future__ import annotations
@@ -214,11 +215,14 @@ def prune_statistics(configs: list[triton.Config], named_args: dict, **kwargs) -
 
 
 def prune_gate(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
-    """As :func:`prune_channels`, less 128 channels a step but in half precision at stride 1: float32 spills them, and
-    at a stride sums are loaded twice; either overflows a small GPU's shared memory."""
+    """The longest steps that there are channels for, 128 only in half precision at stride 1: float32 spills them, and
+    at a stride sums are loaded twice; either overflows a small GPU's shared memory.
+
+    Not tuned: few samples and many run different code, and the key knows no batch.
+    """
     arguments = {**named_args, **kwargs}
     long = arguments["POOL_ROW"] < arguments["TAPS"] and arguments["pwc_ptr"].dtype.itemsize < 4
-    return prune_channels([c for c in configs if long or c.kwargs["BLOCK_C"] <= 64], named_args, **kwargs)
+    return prune_channels([c for c in configs if long or c.kwargs["BLOCK_C"] <= 64], named_args, **kwargs)[:1]
 
 
 BRANCH_KEY = ("CR", "CO", "G", "KH", "KW", "STRIDE_H", "STRIDE_W", "PRECISION")

@@ -1,19 +1,26 @@
 """What follows the SPConv layers of a network, read off its graph.
 
 ``torch.fx`` runs a network's forward on symbols. Where that fails, at control flow that depends on values say, the
-module in whose forward it failed becomes a node of the graphs around it, and each of its children is traced on its own:
-a network is a list of :class:`Region`. So are modules with hooks, which must not see symbols. A region's children are
-taken to be called by the forward that was traced, not by a method of somebody else's.
+module in whose forward it failed becomes a node of the graphs around it, and each of its children is traced on its own,
+if that is all that its source does with them: call them. A network is a list of :class:`Region`. So are modules with
+hooks, which must not see symbols.
+
+A forward that asks what a symbol cannot answer truly (what type it is, whether gradients are on) fails as well, even if
+it gets an answer, or goes on after an exception.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import dis
 import inspect
 import operator
+import sys
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +29,7 @@ from torch import Tensor, fx, nn
 from .branch_norm import is_affine
 from .fused import FusedSPConv2d
 from .modules import SPConv2d
+from .sources import asks_for_none, only_calls
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
@@ -88,6 +96,7 @@ class Chain:
         nodes: the call, then what is folded, in order.
         norm: the batch norm among them.
         residual: what is added.
+        in_place: whether the sum is written over the ``"output"`` or the ``"residual"``; empty if over neither.
         activation: by name.
         stopped: why not more is folded; empty where an activation ends it.
     """
@@ -95,13 +104,14 @@ class Chain:
     nodes: list[fx.Node]
     norm: nn.Module | None = None
     residual: fx.Node | None = None
+    in_place: str = ""
     activation: str = "none"
     stopped: str = ""
 
     @property
     def signature(self) -> tuple[Any, ...]:
         """What calls of one layer must agree in."""
-        return self.norm, self.residual is not None, self.activation
+        return self.norm, self.residual is not None, self.in_place, self.activation
 
     @property
     def frames(self) -> tuple[Frame, ...]:
@@ -121,8 +131,47 @@ class Chain:
         return list(dict.fromkeys(frame for node in self.nodes for frame in node.meta["frames"][outer:]))
 
 
-class _Symbol(fx.Proxy):
-    """A symbol that sees what is written over it; fx takes ``x += y`` for ``x = x + y``."""
+class UndecidedError(TypeError):
+    """A forward asked what only values can tell."""
+
+
+class _Asked(fx.Proxy):
+    """A symbol that tells its tracer what a forward asks of it.
+
+    Whatever the answer is, or however the forward goes on after an exception, values might have led it elsewhere.
+    """
+
+    tracer: Any
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        if not _caller().startswith("torch."):
+            self.tracer.ask("what type a value is")
+        return type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name) and _is_called_by_name():
+            self.tracer.ask(f"whether a value has {name}")
+        return _Attribute(self, name)
+
+
+class _Symbol(_Asked):
+    """One that sees what is written over it too; fx takes ``x += y`` for ``x = x + y``."""
+
+
+class _Attribute(_Asked, fx.proxy.Attribute):
+    """Of a symbol."""
+
+
+def _caller() -> str:
+    """The module of what called the caller."""
+    return str(sys._getframe(2).f_globals.get("__name__", ""))
+
+
+def _is_called_by_name() -> bool:
+    """Whether the caller was reached by ``hasattr`` or ``getattr``, not by a dot."""
+    frame = sys._getframe(2)
+    return "CALL" in dis.opname[frame.f_code.co_code[frame.f_lasti]]
 
 
 def _in_place(name: str) -> Any:
@@ -130,15 +179,29 @@ def _in_place(name: str) -> Any:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
+def _asking(name: str) -> Any:
+    def method(self: Any, *arguments: Any) -> Any:
+        self.tracer.ask(f"for the {name} of a value")
+        inherited = getattr(super(_Asked, self), f"__{name}__", None)
+        if inherited is None:
+            raise UndecidedError(f"a symbol has no {name}")
+        return inherited(*arguments)
+
+    return method
+
+
 for _name in IN_PLACE:
     setattr(_Symbol, f"__{_name}__", _in_place(_name))
+for _name in ("bool", "int", "index", "float", "complex", "len", "iter", "contains"):
+    setattr(_Asked, f"__{_name}__", _asking(_name))
 
 
 class Tracer(fx.Tracer):
     """Traces through every module but those of ``torch.nn``, SPConv layers, hooked ones and the given ``leaves``.
 
     Attributes:
-        failed: the innermost module in whose forward an exception was raised.
+        failed: the innermost module in whose forward an exception was raised, or that asked.
+        asked: what it asked.
     """
 
     def __init__(self, leaves: Collection[nn.Module] = (), inlined: Collection[nn.Module] | None = None) -> None:
@@ -148,6 +211,13 @@ class Tracer(fx.Tracer):
         self.frames: list[Frame] = []
         self.found_leaves: set[nn.Module] = set()
         self.failed: nn.Module | None = None
+        self.asked = ""
+
+    def ask(self, what: str) -> None:
+        """Note a question that values may answer in another way than symbols."""
+        if not self.asked:
+            self.asked = what
+            self.failed = self.frames[-1].module if len(self.frames) > 1 else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self.inlined is not None and m not in self.inlined:
@@ -193,16 +263,41 @@ def trace(root: nn.Module, tracer: Tracer) -> fx.Graph:
     """The graph of ``root``, its optional arguments at their defaults; ``tracer`` is used up.
 
     Raises:
+        UndecidedError: a forward asked what a symbol cannot answer.
         Exception: whatever a forward raises at a symbol.
     """
     parameters = inspect.signature(type(root).forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    tracer.frames.append(Frame(root, bool(defaults)))
-    graph = tracer.trace(root, defaults or None)
+    tracer.frames.append(Frame(root, bool(defaults) or asks_for_none(root)))
+    with _noting_questions(tracer):
+        graph = tracer.trace(root, defaults or None)
+    if tracer.asked:
+        raise UndecidedError(f"it asks {tracer.asked}")
     for node in graph.nodes:
         if isinstance(node.type, str):  # an annotation under PEP 563, which GraphModule of PyTorch 2.13 does not pickle
             node.type = None
     return graph
+
+
+@contextlib.contextmanager
+def _noting_questions(tracer: Tracer) -> Iterator[None]:
+    """Of what a forward may ask about its surroundings, which need not be those of its calls."""
+    are_enabled, enter = torch.is_grad_enabled, torch.autocast.__enter__
+
+    def is_grad_enabled() -> bool:
+        if not _caller().startswith("torch."):
+            tracer.ask("whether gradients are enabled")
+        return are_enabled()
+
+    def entered(context: Any) -> Any:
+        tracer.ask("for autocast")
+        return enter(context)
+
+    with (
+        mock.patch.object(torch, "is_grad_enabled", is_grad_enabled),
+        mock.patch.object(torch.autocast, "__enter__", entered),
+    ):
+        yield
 
 
 def find_regions(model: nn.Module) -> list[Region]:
@@ -217,17 +312,25 @@ def find_regions(model: nn.Module) -> list[Region]:
         seen.add(root)
         region = _trace_region(name, root)
         if region is None:
-            pending += _named_children(name, root)
+            pending += _called_children(name, root)
             continue
         regions.append(region)
         for below, part in root.named_modules(prefix=name):
             if part in region.leaves:
-                pending += [(below, part)] if has_hooks(part) else _named_children(below, part)
+                pending += [(below, part)] if has_hooks(part) else _called_children(below, part)
     return regions
 
 
-def _named_children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
+def _called_children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts that a forward calls which cannot be traced; of those that it reaches into, their parts."""
+    found: list[tuple[str, nn.Module]] = []
+    for key, child in module.named_children():
+        below = f"{name}.{key}" if name else key
+        if only_calls(module, key, unknown=False) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found.append((below, child))
+        else:
+            found += _called_children(below, child)
+    return found
 
 
 def _trace_region(name: str, root: nn.Module) -> Region | None:
@@ -235,30 +338,66 @@ def _trace_region(name: str, root: nn.Module) -> Region | None:
     while True:
         tracer = Tracer(opaque)
         try:
-            with unchanged(root):
+            with unchanged(root) as changes:
                 graph = trace(root, tracer)
         except Exception:  # a forward may raise anything at a symbol
-            if tracer.failed is None:
-                return None
-            opaque.add(tracer.failed)
+            failed = tracer.failed
         else:
-            return Region(root, graph, tracer.found_leaves, name)
+            if not changes.contents:
+                return Region(root, graph, tracer.found_leaves, name)
+            failed = changes.contents[0]  # in which others may find what was computed
+        if failed is None or failed is root or failed in opaque:
+            return None
+        opaque.add(failed)
+
+
+@dataclass
+class Changes:
+    """What a forward did to its modules while it was traced.
+
+    Attributes:
+        attributes: those on which it set some.
+        contents: those into whose lists and dictionaries it put something.
+    """
+
+    attributes: list[nn.Module] = field(default_factory=list)
+    contents: list[nn.Module] = field(default_factory=list)
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back what a traced forward sets on its modules: symbols, most likely."""
-    registers = ("_modules", "_parameters", "_buffers")
-    before = [(m, dict(vars(m)), {name: dict(vars(m)[name]) for name in registers}) for m in model.modules()]
+def unchanged(model: nn.Module) -> Iterator[Changes]:
+    """Put back what a traced forward changes about its modules, to symbols most likely, and note it."""
+    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    changes = Changes()
     try:
-        yield
+        yield changes
     finally:
-        for module, attributes, registered in before:
+        for module, attributes, contents in before:
+            if not _are_the_same(vars(module), attributes):
+                changes.attributes.append(module)
+            if not all(_are_the_same(attributes[name], was) for name, was in contents.items()):
+                changes.contents.append(module)
             vars(module).clear()
             vars(module).update(attributes)
-            for name, entries in registered.items():
-                vars(module)[name].clear()
-                vars(module)[name].update(entries)
+            for name, was in contents.items():
+                if isinstance(was, list):
+                    attributes[name][:] = was
+                else:
+                    attributes[name].clear()
+                    attributes[name].update(was)
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """Copies of the lists and dictionaries that are attributes, those of its parts and parameters among them."""
+    kept = (list, dict)
+    return {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, kept)}
+
+
+def _are_the_same(now: Any, was: Any) -> bool:
+    """Whether two lists or dictionaries hold the same objects."""
+    if isinstance(was, dict):
+        return now.keys() == was.keys() and all(now[key] is was[key] for key in was)
+    return len(now) == len(was) and all(map(operator.is_, now, was))
 
 
 def follow(node: fx.Node, region: Region, taken: Collection[fx.Node] = ()) -> Chain:
@@ -309,6 +448,8 @@ def _fold(chain: Chain, user: fx.Node, region: Region, layer: SPConv2d) -> str:
             if _is_changed_between(chain.nodes[0], user, region):
                 return f"has an input that may be changed before {user.name}"
             chain.residual = other
+            if user.target == "add_" or user.target in SUMS_IN_PLACE:
+                chain.in_place = "output" if user.args[0] is current else "residual"
             return ""
     return f"is followed by {name}"
 

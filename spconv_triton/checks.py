@@ -166,6 +166,33 @@ def check_bias(name: str, bias: Tensor | None, expected: tuple[int, ...], x: Ten
         raise ValueError(f"{name} must be {list(map(int, expected))}, got {shape(bias)}")
 
 
+def check_norm(name: str, norm: object, outputs: int, x: Tensor) -> None:
+    """``norm`` is the weight and the bias of a batch norm, each [M] or None.
+
+    Raises:
+        TypeError: not a pair, or a tensor of another dtype.
+        ValueError: another shape or device.
+    """
+    if not isinstance(norm, (tuple, list)) or len(norm) != 2:
+        got = f"{len(norm)} of them" if isinstance(norm, (tuple, list)) else type(norm).__name__
+        raise TypeError(f"{name} must be a pair of a weight and a bias, got {got}")
+    for tensor in norm:
+        check_bias(name, tensor, (outputs,), x, or_float32=True)
+
+
+def check_eps(eps: object) -> None:
+    """``eps`` is a number of at least 0 for either norm.
+
+    Raises:
+        TypeError: not a pair of numbers.
+        ValueError: below 0.
+    """
+    if not isinstance(eps, (tuple, list)) or len(eps) != 2 or not all(isinstance(value, (int, float)) for value in eps):
+        raise TypeError(f"eps must be a pair of numbers, got {eps!r}")
+    if min(eps) < 0:
+        raise ValueError(f"eps must be at least 0, got {eps!r}")
+
+
 def check_epilogue(residual: Tensor | None, activation: str, x: Tensor, output: tuple[int, ...]) -> None:
     """``residual`` is None or has the shape of the output, and the ``activation`` is one that is known.
 

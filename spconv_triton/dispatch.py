@@ -53,6 +53,7 @@ PATHS = (
         "branches_forward",
     ),
     Path("triton", "branch", "any GPU", "float32, float16, bfloat16", "alpha = 1, other norms", "branch_forward"),
+    Path("native", "batch norm", "CPU", "float32, float64", "batch norms in both branches, in training", ""),
     Path(
         "native",
         "gate first",
@@ -161,6 +162,12 @@ def choose(x: Tensor, backend: str = "auto") -> str:
 def is_transformed() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation looks into every operation, and needs plain ones."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_batched(grad: Tensor) -> bool:
+    """Whether it is many gradients at a time, ``torch.autograd.grad(..., is_grads_batched=True)``, whose tensors know
+    neither memory formats nor writing in place."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def is_exporting() -> bool:

@@ -63,7 +63,7 @@ def obstacle(module: Convolution, owners: Owners) -> str:
 def _obstacle_in_class(conv: nn.Conv2d) -> str:
     if is_lazy(conv.weight):
         return "has no shape before its first input (lazy)"
-    if {"weight"} != conv._parameters.keys() - {"bias"} or (conv.bias is not None and conv._parameters["bias"] is None):
+    if {"weight"} != conv._parameters.keys() - {"bias"} or conv.bias is not conv._parameters.get("bias"):
         return "has computed weights (a parametrization, pruning or a weight norm) or parameters of its own"
     if type(conv) is not nn.Conv2d:
         return f"is a {type(conv).__name__}, a subclass of nn.Conv2d that may compute something else"
@@ -89,6 +89,10 @@ def _obstacle_in_weight(conv: nn.Conv2d, owners: Owners) -> str:
 
 
 def _obstacle_in_geometry(conv: nn.Conv2d) -> str:
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        value = getattr(conv, name)
+        if not isinstance(value, str) and len(value) != 2:
+            return f"has a {name} of {len(value)} numbers, {value}"
     if conv.groups != 1:
         kind = "depthwise" if conv.groups == conv.in_channels else "grouped"
         return f"is {kind} (groups={conv.groups})"

@@ -18,9 +18,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
-from . import dispatch, registration
-from .branch_norm import folds
+from . import dispatch, functional, registration
+from .branch_norm import folds, normalises_batch
 from .checks import check_input, shape
+from .geometry import pair
 from .layout import memory_format
 from .modules import SPConv2d
 from .native_gate import gate_comes_first
@@ -84,19 +85,23 @@ def explain(module: SPConv2d, x: Tensor, *, capability: tuple[int, int] | None =
     Args:
         module: the layer.
         x: [N, L, H, W], an input of it, in a dtype that its backend has.
-        capability: (major, minor), such as (9, 0).
+        capability: (major, minor), such as (9, 0); ints.
 
     Returns:
         What was printed, as data; bytes are those of tensors, not what caches save.
 
     Raises:
-        TypeError: ``module`` is not an ``SPConv2d``, or ``x`` is not a floating-point tensor.
+        TypeError: ``module`` is not an ``SPConv2d``, ``x`` is not a floating-point tensor, or ``capability`` no pair.
         ValueError: what calling the module would raise; or a ``capability`` where PyTorch is built without CUDA or
             triton does not import, so that nothing can be traced for a GPU.
     """
     if not isinstance(module, SPConv2d):
         raise TypeError(f"module must be an SPConv2d, got {type(module).__name__}")
     check_input("x", x)
+    if capability is not None:
+        if isinstance(capability, int):  # which elsewhere stands for a pair of them
+            raise TypeError(f"capability must be a pair of ints such as (9, 0), got {capability!r}")
+        capability = pair("capability", capability, 0)
     if capability is not None and (not torch.backends.cuda.is_built() or dispatch.why_no_triton()):
         missing = dispatch.why_no_triton() or "this PyTorch is built without CUDA"
         raise ValueError(
@@ -179,7 +184,7 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
     launches = tuple(
         Launch(event.name, (), sum(prod(s) for s in event.input_shapes if s) * x.itemsize)
         for event in profiler.events()
-        if event.cpu_parent is None and "::" in event.name and not _is_free(event.name)
+        if "::" in event.name and _is_outermost(event) and not _is_free(event.name)
     )
     storages: dict[int, int] = {}
 
@@ -200,10 +205,20 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
     return Explanation(repr(module), _describe(x, "cpu"), path, launches, kept, x.numel() * x.itemsize)
 
 
+def _is_outermost(event: Any) -> bool:
+    """Whether no operator called it; an autograd function, whose name has no namespace, is none."""
+    parent = event.cpu_parent
+    while parent is not None and "::" not in parent.name:
+        parent = parent.cpu_parent
+    return parent is None
+
+
 def _native_path(module: SPConv2d, x: Tensor) -> str:
     """Which of the paths on ATen an inference takes."""
     if module.branch_norm and not folds(module):
-        return "given weights"
+        norms = (module.norm_representative, module.norm_redundant)
+        computes = all(map(normalises_batch, norms)) and functional.takes_batch_norm(x, module.backend)
+        return "batch norm" if computes else "given weights"
     height, width, geometry = x.shape[2], x.shape[3], module.geometry
     if module.padding_mode != "zeros":  # it is padded before
         height, width = (size + 2 * pad for size, pad in zip((height, width), geometry.padding, strict=True))

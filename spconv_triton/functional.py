@@ -14,10 +14,12 @@ from .checks import (
     check_alike,
     check_bias,
     check_epilogue,
+    check_eps,
     check_fusion,
     check_input,
     check_kernel_weight,
     check_no_gradients,
+    check_norm,
     check_pointwise_weight,
     check_redundant,
     check_representative,
@@ -415,8 +417,8 @@ def spconv2d_batch_norm(
     outputs = weight_gwc.shape[0]
     check_bias("bias", bias, (outputs,), x, or_float32=False)
     for name, norm in (("norm_representative", norm_representative), ("norm_redundant", norm_redundant)):
-        for tensor in norm:
-            check_bias(name, tensor, (outputs,), x, or_float32=True)
+        check_norm(name, norm, outputs, x)
+    check_eps(eps)
     height, width = geometry.output_size(x.shape[2], x.shape[3])
     if x.shape[0] * height * width < 2:
         raise ValueError(f"x must give more than 1 value per channel to normalise, got {shape(x)}")
@@ -426,10 +428,22 @@ def spconv2d_batch_norm(
     if chosen == "triton":
         y, *_, statistics = ops.spconv2d_batch_norm(x, *weights, bias, *norms, *eps, *geometry[1:])
         mean, variance, _ = statistics.unbind()
+    elif chosen == "native":
+        y, mean, variance = native_batch_norm.batch_norm((x, *weights, bias, *norms), eps, geometry)
     else:
-        compute = native_batch_norm.batch_norm if chosen == "native" else native.batch_norm
-        y, mean, variance = compute((x, *weights, bias, *norms), eps, geometry)
+        kernel_size, *window, _ = geometry
+        parts = dict(zip(("stride", "padding", "dilation"), window, strict=True))
+        x3, x1 = x.split((weight_pwc.shape[1], weight_redundant.shape[1]), 1)
+        u3 = reference.representative_branch(x3, weight_gwc, weight_pwc, groups=groups, **parts)
+        u1 = reference.redundant_branch(x1, weight_redundant, kernel_size, (height, width), **parts)
+        y, mean, variance = native.blend_normed((u3, u1), (bias, *norms), eps, reference.gap_softmax_fusion)
     return y.contiguous(memory_format=memory_format(x)), mean, variance
+
+
+def takes_batch_norm(x: Tensor, backend: str) -> bool:
+    """Whether :func:`spconv2d_batch_norm` has a pass of its own for ``x``: on Triton, or eagerly on a CPU."""
+    chosen = choose(x, backend)
+    return chosen == "triton" or (chosen == "native" and native_batch_norm.takes(x))
 
 
 def _check_layer(arguments: Arguments, window: Window) -> Geometry:

@@ -17,6 +17,7 @@ from .layout import memory_format
 from .modules import SPConv2d
 from .native import Epilogue
 from .native_inference import Inference
+from .symbols import call_of, is_symbol
 
 BUFFERS = ("weight_gwc", "weight_pwc", "weight_redundant", "bias", "branch_bias", "norm_scale")
 """Of a fused layer, in the order of what takes them."""
@@ -33,6 +34,7 @@ class FusedSPConv2d(nn.Module):
         norm: the batch norm that follows, in eval mode with running statistics; None without.
         activation: ``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"``.
         residual: whether the layer is called with one; for ``repr``.
+        in_place: what the sum is written over, ``"output"`` or ``"residual"``, whose dtype it then has; else empty.
 
     Shape:
         x [N, L, H, W] and maybe a residual [N, M, H_out, W_out] -> [N, M, H_out, W_out], in a dtype as of the layer. A
@@ -60,7 +62,13 @@ class FusedSPConv2d(nn.Module):
     norm_scale: Tensor | None
 
     def __init__(
-        self, layer: SPConv2d, norm: nn.Module | None = None, activation: str = "none", *, residual: bool = False
+        self,
+        layer: SPConv2d,
+        norm: nn.Module | None = None,
+        activation: str = "none",
+        *,
+        residual: bool = False,
+        in_place: str = "",
     ) -> None:
         super().__init__()
         if not isinstance(layer, SPConv2d):
@@ -75,6 +83,7 @@ class FusedSPConv2d(nn.Module):
         self.geometry: Geometry = layer.geometry
         self.activation = activation
         self.has_residual = residual
+        self.in_place = in_place
         self.has_norm = norm is not None
         self._inference = Inference()
         with torch.no_grad():
@@ -84,6 +93,8 @@ class FusedSPConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(norm_scale (beta U3 + gamma U1) + bias + residual): [N, L, H, W] -> [N, M, H_out, W_out]."""
+        if is_symbol(x, residual):
+            return call_of(self, x) if residual is None else call_of(self, x, residual)
         fits = residual is None or self._fits(x, residual)
         padding = self.geometry.padding
         if self.padding_mode != "zeros":
@@ -104,7 +115,10 @@ class FusedSPConv2d(nn.Module):
         )
         if fits or residual is None:
             return y
-        return native.activate(y + residual, self.activation)
+        added = y + residual
+        if self.in_place:
+            added = added.to(y.dtype if self.in_place == "output" else residual.dtype)
+        return native.activate(added, self.activation)
 
     def _fits(self, x: Tensor, residual: Tensor | float) -> bool:
         """Whether the residual, which may be a number, is a map of the output's shape and dtype."""

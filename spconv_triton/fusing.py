@@ -16,6 +16,7 @@ from .conversion import is_compiled
 from .fused import FusedSPConv2d
 from .modules import SPConv2d
 from .plain_norms import FoldedNorm, find_folded_norms
+from .sources import only_calls
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusio
     A layer stays, with the reason in the report, where its result is used more than once or is a result of the network;
     where an activation stands before the norm; where a norm is in training mode, has no running statistics, another
     dtype or hooks; where calls of it are followed by different things; where a forward has optional arguments, which
-    may change what follows; and where the layer, or what would have to be rewritten, has hooks.
+    may change what follows; where a forward asks what a symbol cannot answer (types, gradients, autocast), keeps what
+    it computes, or looks into parts of which less would be left; and where the layer, or what would have to be
+    rewritten, has hooks.
 
     Args:
         model: in eval mode. Compile it and export it afterwards.
@@ -206,6 +209,8 @@ class _Plan:
             return
         elif _are_read([c for c, _ in sites], region, self.regions):
             decision.reason = "has parameters, or is followed by what has, that a forward reads itself"
+        elif self._is_looked_into([c for c, _ in sites], region, owners):
+            decision.reason = "is called or followed by a module that another forward does not only call"
         elif any(frame.is_open for c, _ in sites for frame in c.inner_frames):
             frame = next(frame for c, _ in sites for frame in c.inner_frames if frame.is_open)
             decision.reason = (
@@ -219,6 +224,15 @@ class _Plan:
         else:
             decision.chain, decision.region = chain, region
 
+    def _is_looked_into(self, chains: list[Chain], region: Region, owners: dict[nn.Module, int]) -> bool:
+        """Whether anything does more than call a module of which less will be left: attributes are read, say."""
+        if _is_made_of_modules(chains, region, owners):
+            less = {region.module_of(node) for chain in chains for node in chain.nodes[1:]}
+        else:
+            less = {chains[0].frames[-1].module}
+        parts = ((parent, key, child) for parent in self.model.modules() for key, child in parent.named_children())
+        return any(child in less and not only_calls(parent, key, unknown=True) for parent, key, child in parts)
+
     def _rewrite(self, scope: nn.Module) -> None:
         """Trace the forward of ``scope`` alone, down to the modules that its chains are made of."""
         planned = {layer: d for layer, d in self.decisions.items() if d.scope is scope}
@@ -231,13 +245,15 @@ class _Plan:
         containers = {m for m in scope.modules() if m not in parts and parts & set(m.modules())}
         tracer = Tracer(inlined=containers)
         try:
-            with unchanged(scope):
+            with unchanged(scope) as changes:
                 graph = trace(scope, tracer)
         except Exception as error:  # a forward may raise anything at a symbol
             obstacle = str(error) or type(error).__name__
         else:
             region = Region(scope, graph, tracer.found_leaves, self._name_of(scope))
             obstacle = "it makes a tensor" if _makes_tensors(region) else ""
+            if not obstacle and (changes.attributes or changes.contents):
+                obstacle = "it keeps what it computes on a module"
         if obstacle:
             for decision in planned.values():
                 decision.chain = None
@@ -284,7 +300,9 @@ class _Plan:
                     replaced[layer] = FusedSPConv2d(layer)
                 continue
             has_residual = chain.residual is not None
-            replaced[layer] = FusedSPConv2d(layer, chain.norm, chain.activation, residual=has_residual)
+            replaced[layer] = FusedSPConv2d(
+                layer, chain.norm, chain.activation, residual=has_residual, in_place=chain.in_place
+            )
             if decision.scope is None:
                 replaced.update({region.module_of(node): nn.Identity().eval() for node in chain.nodes[1:]})
         for norm in self.norms:

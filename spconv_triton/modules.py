@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, native_batch_norm
+from . import functional
 from .branch_norm import fold_branch_norms, folds, normalises_batch, track
 from .checks import FLOATING, check_input, shape
-from .dispatch import BACKENDS, choose
+from .dispatch import BACKENDS
 from .folded_norms import FoldedNorms
 from .geometry import Geometry, IntPair, pair, resolve
 from .layout import memory_format
 from .native_inference import Inference
+from .symbols import call_of, is_symbol
 
 TENSORS = dict.fromkeys(("weight_gwc", "weight_pwc", "weight_redundant", "bias")).keys()
-"""The parameters of a layer besides those of its norms, in this order."""
+"""The parameters of a layer besides those of its norms: a view of keys, which has an order and compares as a set."""
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -201,7 +202,7 @@ class SPConv2d(nn.Module):
     def _window_padding(self) -> tuple[int, int]:
         """In pixels; attributes may have been assigned, as those of ``nn.Conv2d`` may."""
         padding = self.padding
-        return padding if type(padding) is tuple else self.geometry.padding
+        return padding if type(padding) is tuple and len(padding) == 2 else self.geometry.padding
 
     @property
     def taps(self) -> int:
@@ -241,13 +242,14 @@ class SPConv2d(nn.Module):
             )
         if conv.groups != 1:
             raise ValueError(f"conv must have groups=1 (a grouped convolution is slim already), got {conv.groups}")
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            (conv.kernel_size[0], conv.kernel_size[1]),
-            conv.stride,
-            conv.padding,
-            conv.dilation,
+        kernel_size, stride, dilation = (tuple(map(int, p)) for p in (conv.kernel_size, conv.stride, conv.dilation))
+        layer = cls(  # with ints, where NumPy's may have come
+            int(conv.in_channels),
+            int(conv.out_channels),
+            kernel_size,
+            stride,
+            conv.padding if isinstance(conv.padding, str) else tuple(map(int, conv.padding)),
+            dilation,
             groups,
             conv.bias is not None,
             conv.padding_mode,
@@ -272,6 +274,8 @@ class SPConv2d(nn.Module):
             TypeError, ValueError: an input that does not fit, as of :func:`spconv_triton.functional.spconv2d`, whose
                 ``x`` it is.
         """
+        if is_symbol(input):
+            return call_of(self, input)
         x = input
         padding = self._window_padding
         if self.padding_mode != "zeros":
@@ -316,10 +320,8 @@ class SPConv2d(nn.Module):
         if x.shape[1] != self.in_channels:
             raise ValueError(f"x must have {self.in_channels} channels, got {x.shape[1]}: {shape(x)}")
         norms = (self.norm_representative, self.norm_redundant)
-        if all(map(normalises_batch, norms)) and x.shape[0] > 0:
-            chosen = choose(x, self.backend)
-            if chosen == "triton" or (chosen == "native" and native_batch_norm.takes(x)):
-                return self._forward_batch_norm(x, window)
+        if all(map(normalises_batch, norms)) and x.shape[0] > 0 and functional.takes_batch_norm(x, self.backend):
+            return self._forward_batch_norm(x, window)
         x3, x1 = x.split((self.representative_channels, self.redundant_channels), dim=1)
         y = functional.representative_branch(
             x3, self.weight_gwc, self.weight_pwc, groups=self.groups, backend=self.backend, **window

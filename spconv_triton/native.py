@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -145,18 +145,32 @@ def batch_norm(tensors: Sequence[Any], eps: tuple[float, float], geometry: Geome
             and bias of either norm.
         eps: of either norm.
     """
-    x, weight_gwc, weight_pwc, weight_redundant, bias, *parameters = tensors
+    x, weight_gwc, weight_pwc, weight_redundant, *parameters = tensors
     representative = weight_pwc.shape[1]
     x3, x1 = x.split((representative, x.shape[1] - representative), 1)
-    branches = (
-        representative_branch(x3, weight_gwc, weight_pwc, geometry),
-        pointwise(x1, weight_redundant, geometry),
-    )
-    precise = torch.promote_types(x.dtype, torch.float32)
+    u3 = representative_branch(x3, weight_gwc, weight_pwc, geometry)
+    return blend_normed((u3, pointwise(x1, weight_redundant, geometry)), parameters, eps, gap_softmax_fusion)
+
+
+def blend_normed(
+    branches: tuple[Tensor, Tensor],
+    parameters: Sequence[Tensor | None],
+    eps: tuple[float, float],
+    fusion: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, mean and variance from U3 and U1.
+
+    Args:
+        parameters: the layer's bias, and weight and bias of either norm.
+        eps: of either norm.
+        fusion: of the two normed branches.
+    """
+    bias, *of_norms = parameters
+    precise = torch.promote_types(branches[0].dtype, torch.float32)
     with torch.no_grad():
         pairs = [torch.var_mean(u.to(precise), (0, 2, 3), correction=0) for u in branches]
     variance, mean = (torch.stack(values) for values in zip(*pairs, strict=True))
-    norms = (parameters[:2], parameters[2:])
+    norms = (of_norms[:2], of_norms[2:])
 
     def widened(parameter: Tensor | None) -> Tensor | None:
         """ATen takes float32 parameters beside a map in half precision, but not beside float64, nor two dtypes."""
@@ -167,7 +181,7 @@ def batch_norm(tensors: Sequence[Any], eps: tuple[float, float], geometry: Geome
             weight = torch.ones_like(shift)
         return F.batch_norm(u, None, None, widened(weight), widened(shift), training=True, eps=eps)
 
-    y = gap_softmax_fusion(*(normed(u, w, b, e) for u, (w, b), e in zip(branches, norms, eps, strict=True)))
+    y = fusion(*(normed(u, w, b, e) for u, (w, b), e in zip(branches, norms, eps, strict=True)))
     return y if bias is None else y + bias[:, None, None], mean, variance
 
 

@@ -18,10 +18,10 @@ from .native_gate import sums_of_maps
 from .native_products import columns, is_matrix_product, plus_pointwise
 
 THIN = 16
-"""Channels, below which, and"""
+"""Input channels of a point-wise convolution, below which its gradients are oneDNN's, not MKL's, from LONG pixels."""
 
 LONG = 1 << 13
-"""pixels, from which gradients of a point-wise convolution are oneDNN's."""
+"""Pixels over which a weight's gradient sums; see THIN."""
 
 
 class Maps(NamedTuple):

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import native
 from .autocast import without_autocast
-from .dispatch import is_transformed
+from .dispatch import is_batched, is_transformed
 from .geometry import Geometry
 from .native_backward import differentiable_gradients
 from .native_backward_maps import branch_gradients
@@ -111,7 +111,7 @@ class OnePass(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, (u3, d, *statistics) = saved[:TENSORS], saved[TENSORS:]
         with without_autocast(grads[0]):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or is_batched(grads[0]):
                 found = differentiable_gradients(
                     lambda *tensors: native.batch_norm(tensors, ctx.eps, ctx.geometry)[0], tensors, grads[0]
                 )

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import native
 from .autocast import without_autocast
-from .dispatch import is_exporting, is_transformed
+from .dispatch import is_batched, is_exporting, is_transformed
 from .geometry import Geometry
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
@@ -172,7 +172,7 @@ class OnePass(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         *inputs, d = ctx.saved_tensors
         with without_autocast(grads[0]):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or is_batched(grads[0]):
                 layer = functools.partial(native.compose, geometry=ctx.geometry)
                 return (*differentiable_gradients(layer, inputs, grads[0]), None)
             return (*gradients(inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad), None)
@@ -200,7 +200,7 @@ def forward(
     if parts == 1:
         return _by_prepared_weights(x, weights, plan, bias, branch_bias, after)
     samples = -(-batch // parts)
-    y = torch.empty((batch, outputs, *plan.size), dtype=x.dtype, memory_format=torch.channels_last)
+    y = torch.empty((batch, outputs, *plan.size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     residuals = [None] * parts if after.residual is None else after.residual.split(samples)
     differences = [
         _by_prepared_weights(of_x, weights, plan, bias, branch_bias, after._replace(residual=residual), of_y)[1]

@@ -53,13 +53,13 @@ PLANS = 8
 """How many shapes are remembered: each has weights of its own."""
 
 GATED_BYTES = 4 << 20
-"""Of a map, from which reading it once more takes long enough for the gate to come first; and"""
+"""Of a map, from which the gate comes first, if there are GATED_PIXELS too: reading the map once more takes longer."""
+
+GATED_PIXELS = 8
+"""Output pixels per input channel, from which a map less is worth that half of Wp is not folded."""
 
 EXCHANGED_CHANNELS = 32
 """Of a group, from which oneDNN's convolution of two groups takes less time than two products of ATen's."""
-
-GATED_PIXELS = 8
-"""output pixels per input channel, from which one map less is worth half of Wp more."""
 
 
 class Weights:
@@ -239,7 +239,7 @@ class PreparedWeights(Weights):
         batch, _, height, width = shape
         size = self.geometry.output_size(height, width)
         is_z = self.geometry.is_centred and self.geometry.stride == (1, 1)
-        pixels = torch.tensor(float(size[0] * size[1]))
+        pixels = torch.tensor(float(size[0] * size[1]), device="cpu")  # whatever the default device is now
         rows = batch * size[0] * size[1]
         bytes_of_map = rows * self.gwc.shape[0] * self.gwc.itemsize
         gate_first = self.has_gate and bytes_of_map > GATED_BYTES and rows > GATED_PIXELS * batch * shape[1]

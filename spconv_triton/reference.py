@@ -57,6 +57,30 @@ def representative_branch(
     return gwc + F.conv2d(centre, weight_pwc)
 
 
+def redundant_branch(
+    x1: Tensor,
+    weight_redundant: Tensor,
+    kernel_size: tuple[int, int],
+    output_size: tuple[int, int],
+    *,
+    stride: IntPair,
+    padding: IntPair,
+    dilation: IntPair,
+) -> Tensor:
+    """U1 = PWC'(x1): the 1 x 1 convolution of the redundant channels.
+
+    Args:
+        x1: [N, L - alpha L, H, W], floating point.
+        weight_redundant: [M, L - alpha L, 1, 1].
+        kernel_size, output_size, stride, padding, dilation: of the layer, as of :func:`pointwise_input`.
+
+    Returns:
+        U1, [N, M, H_out, W_out], in the dtype of ``x1``.
+    """
+    window: dict[str, IntPair] = {"stride": stride, "padding": padding, "dilation": dilation}
+    return F.conv2d(pointwise_input(x1, kernel_size, output_size, **window), weight_redundant)
+
+
 def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
     """Y = beta U3 + gamma U1 with beta, gamma = softmax([GAP(U3), GAP(U1)]).
 
@@ -111,15 +135,8 @@ def spconv2d(
     if x1.shape[1] == 0 or weight_redundant is None:
         y = u3
     else:
-        centre = pointwise_input(
-            x1,
-            _pair(weight_gwc.shape[2:]),
-            _pair(u3.shape[2:]),
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-        )
-        u1 = F.conv2d(centre, weight_redundant)
+        window: dict[str, IntPair] = {"stride": stride, "padding": padding, "dilation": dilation}
+        u1 = redundant_branch(x1, weight_redundant, _pair(weight_gwc.shape[2:]), _pair(u3.shape[2:]), **window)
         if branch_bias is not None:
             u1 = (u1 + branch_bias[1, :, None, None]).to(x.dtype)
         y = gap_softmax_fusion(u3, u1)

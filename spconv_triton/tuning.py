@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.runtime.autotuner import Autotuner
 
 from .launch import TUNED_KERNELS
 
@@ -103,7 +102,7 @@ def _take(choice: dict[str, Any]) -> bool:
 
 
 def _tuners() -> Iterable[tuple[str, Any]]:
-    return ((kernel.base_fn.__name__, kernel) for kernel in TUNED_KERNELS if isinstance(kernel, Autotuner))
+    return ((kernel.base_fn.__name__, kernel) for kernel in TUNED_KERNELS)
 
 
 def _device() -> str:

@@ -43,6 +43,8 @@ DEVICES: Rows = [
     ),
     ("explain(conv, x)", TypeError, ("module must be an SPConv2d, got Conv2d",)),
     ("explain(layer, [8, 6, 5])", TypeError, ("x must be a torch.Tensor, got list",)),
+    ("explain(layer, x, capability=9)", TypeError, ("capability must be a pair of ints such as (9, 0), got 9",)),
+    ("explain(layer, x, capability=(9, -1))", ValueError, ("capability", "at least 0", "got (9, -1)")),
     (
         "explain(layer, x, capability=(9, 0))",
         ValueError,

@@ -227,5 +227,11 @@ BATCH_NORM: Rows = [
     ),
     ("x=ones(1, 8, 3, 3)", ValueError, ("x must", "more than 1 value per channel", "got [1, 8, 3, 3]")),
     ("norm_redundant=(ones(5), None)", ValueError, ("norm_redundant", "[6]", "got [5]")),
+    ("norm_redundant=(None, None, None)", TypeError, ("norm_redundant", "a pair of a weight and a bias", "got 3")),
+    ("norm_representative=None", TypeError, ("norm_representative", "a pair", "got NoneType")),
+    ("norm_representative=ones(2, 6)", TypeError, ("norm_representative", "a pair", "got Tensor")),
+    ("eps=1e-5", TypeError, ("eps", "a pair of numbers", "got 1e-05")),
+    ("eps=(1e-5, None)", TypeError, ("eps", "a pair of numbers", "got (1e-05, None)")),
+    ("eps=(1e-5, -1e-5)", ValueError, ("eps", "at least 0", "got (1e-05, -1e-05)")),
     ("norm_representative=(None, 0.0)", TypeError, ("norm_representative", "torch.Tensor", "got float")),
 ]

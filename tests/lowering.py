@@ -14,7 +14,7 @@ from torch._higher_order_ops import triton_kernel_wrap
 
 from benchmarks.machine_code import compiling_for
 from spconv_triton import dispatch
-from spconv_triton.launch import descriptor, gradients_descriptor
+from spconv_triton.launch import common
 
 ACCESSES = "identify_accessed_tensors"
 if not hasattr(triton_kernel_wrap, ACCESSES):
@@ -95,8 +95,7 @@ def inductor_sources(
     with (
         compiling_for(target),
         mock.patch.object(dispatch, "_why_not_triton", lambda x: None),
-        mock.patch.object(descriptor, "capability", lambda device: capability),
-        mock.patch.object(gradients_descriptor, "capability", lambda device: capability),
+        mock.patch.object(common, "capability", lambda device: capability),
         mock.patch.object(GraphLowering, "compile_to_module", keep_source),
         mock.patch.object(
             device_interface.CpuInterface, "raise_if_triton_unavailable", staticmethod(lambda *a, **k: None)

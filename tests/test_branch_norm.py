@@ -345,7 +345,7 @@ def test_explain_says_one_pass(capability: tuple[int, int], path: str, kernel: s
 def test_explain_says_folded_weights_on_a_cpu() -> None:
     x = torch.randn(8, 64, 28, 28).to(memory_format=torch.channels_last)
     layer = SPConv2d(64, 64, 3, padding=1, branch_norm=True)
-    assert explain(layer, x).path.name == "given weights"
+    assert explain(layer, x).path.name == "batch norm"
     assert explain(layer.eval(), x).path.name == "folded weights"
 
 

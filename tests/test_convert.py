@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from spconv_triton import SPConv2d, convert
+from spconv_triton import SPConv2d, convert, fuse
 from spconv_triton.conversion import Conversion
 from spconv_triton.dense import split_weights
 from spconv_triton.geometry import Geometry
@@ -208,6 +209,17 @@ def test_data_parallel_and_a_traced_graph() -> None:
     assert graph(torch.randn(1, 3, 6, 6)).shape == (1, 4)
 
 
+def test_layers_are_calls_in_a_traced_graph() -> None:
+    """As nn.Conv2d's are, fused ones too."""
+    converted = convert(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())).eval()
+    x = torch.randn(2, 16, 7, 7)
+    for model in (converted, fuse(converted)):
+        graph = torch.fx.symbolic_trace(model)
+        assert next(node for node in graph.graph.nodes if node.op == "call_module").target == "0"
+        with torch.no_grad():
+            torch.testing.assert_close(graph(x), model(x))
+
+
 def test_options_reach_the_layers() -> None:
     model = convert(Block(), 0.25, 4, branch_norm=True, backend="reference")
     for layer in (model.body[0], model.body[2]):
@@ -259,6 +271,17 @@ def with_subclass() -> nn.Module:
     return conv
 
 
+def with_computed_bias() -> nn.Module:
+    return parametrize.register_parametrization(nn.Conv2d(16, 16, 3), "bias", nn.Tanh())
+
+
+def with_plain_bias() -> nn.Module:
+    conv = nn.Conv2d(16, 16, 3)
+    del conv.bias
+    conv.bias = torch.zeros(16)
+    return conv
+
+
 STAY: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "1x1": (lambda: nn.Conv2d(16, 16, 1), {}, "is 1 x 1"),
     "even": (lambda: nn.Conv2d(16, 16, (3, 4)), {}, "has an even kernel_size, (3, 4), without a centre"),
@@ -296,6 +319,17 @@ STAY: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {},
         "has computed weights (a parametrization, pruning or a weight norm) or parameters of its own",
     ),
+    "computed-bias": (
+        with_computed_bias,
+        {},
+        "has computed weights (a parametrization, pruning or a weight norm) or parameters of its own",
+    ),
+    "plain-bias": (
+        with_plain_bias,
+        {},
+        "has computed weights (a parametrization, pruning or a weight norm) or parameters of its own",
+    ),
+    "one-number": (lambda: nn.Conv2d(16, 16, 3, padding=(1,)), {}, "has a padding of 1 numbers, (1,)"),
     "parameter": (
         lambda: with_own("scale", nn.Parameter(torch.ones(1))),
         {},
@@ -328,6 +362,16 @@ def test_what_stays(make: Callable[[], nn.Module], options: dict[str, Any], reas
     assert reasons(report) == {"0": reason}
     assert swapped(report) == ["1"]
     assert f"  0 {reason}" in str(report).splitlines()
+
+
+def test_numpy_s_ints_are_ints() -> None:
+    sizes = {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 2}
+    conv = nn.Conv2d(np.int64(16), np.int64(16), **{name: np.int64(size) for name, size in sizes.items()})
+    (layer,) = convert(nn.Sequential(conv))
+    assert isinstance(layer, SPConv2d)
+    assert {type(value) for name in ("in_channels", "out_channels") for value in [getattr(layer, name)]} == {int}
+    x = torch.randn(1, 16, 9, 9)
+    assert layer(x).shape == conv(x).shape
 
 
 def test_shared_weights_stay() -> None:

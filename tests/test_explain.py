@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,18 @@ def test_large_maps_on_a_cpu(size: int, wider: bool, path: str, monkeypatch: pyt
 
 def test_norms_in_training_on_a_cpu() -> None:
     x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
-    assert explain(SPConv2d(8, 8, 3, padding=1, branch_norm=True), x).path.name == "given weights"
+    found = explain(SPConv2d(8, 8, 3, padding=1, branch_norm=True), x)
+    assert found.path.name == "batch norm"
+    assert any("conv" in launch.name for launch in found.launches)
+    half = explain(SPConv2d(8, 8, 3, padding=1, branch_norm=True).bfloat16(), x.bfloat16())
+    assert half.path.name == "given weights"
+    assert any("conv" in launch.name for launch in half.launches)
+
+
+@pytest.mark.parametrize("capability", [9, (9,), "9.0", (9, 0.0), (-1, 0)], ids=str)
+def test_capability_is_a_pair(capability: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="capability must be"):
+        explain(SPConv2d(8, 8, 3), torch.randn(1, 8, 5, 5), capability=capability)
 
 
 def test_statistics_of_norms_stay() -> None:

@@ -36,6 +36,9 @@ CASES = (
 )
 
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
 def described(argument: Any) -> Any:
     """What a kernel sees of an argument. Tensors that it writes are new ones each time, so of those what they are."""
     if isinstance(argument, Tensor):
@@ -46,14 +49,14 @@ def described(argument: Any) -> Any:
 
 
 class Launches(list[Any]):
-    """Name, grid and arguments of each, and the arguments themselves."""
+    """Compiled kernel, grid and arguments of each, and the arguments themselves."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arguments: list[list[Any]] = []
 
-    def note(self, name: str, grid: tuple[int, ...], arguments: list[Any]) -> None:
-        self.append((name, grid, [described(argument) for argument in arguments]))
+    def note(self, kernel: Any, grid: tuple[int, ...], arguments: list[Any]) -> None:
+        self.append((kernel, grid, [described(argument) for argument in arguments]))
         self.arguments.append(arguments)
 
     def take(self) -> list[Any]:
@@ -80,6 +83,8 @@ def case_inputs(case: Case, dtype: torch.dtype, **layer: Any) -> tuple[SPConv2d,
 
 def compare(call: Callable[[], Any], launches: Launches) -> list[Any]:
     """Launches of ``call`` through Triton, and that it makes the same ones when it is called for the third time."""
+    call()  # it may be remembered from then on
+    launches.clear()
     with through_triton():
         call()
         expected = launches.take()
@@ -92,7 +97,7 @@ def compare(call: Callable[[], Any], launches: Launches) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_launches_are_tritons(case: Case, dtype: torch.dtype, launches: Launches) -> None:
     layer, x = case_inputs(case, dtype)
 
@@ -159,6 +164,19 @@ def test_unaligned_memory_is_another_kind(launches: Launches) -> None:
     with torch.no_grad():
         aligned = compare(lambda: layer(x), launches)
         assert compare(lambda: layer(unaligned), launches) != aligned
+
+
+def test_kernels_of_one_kind_are_not_anothers(launches: Launches) -> None:
+    """One after the other, and all of them remembered: dtypes, spacings of pixels that are multiples of 16 and are not,
+    biases or none."""
+    channels = CASES[0].in_channels
+    layers = [case_inputs(CASES[0], dtype, bias=bias) for dtype in DTYPES for bias in (True, False)]
+    for around in (0, 32, 2):
+        for layer, x in layers:
+            layer.eval()
+            wide = torch.randn(2, channels + around, 8, 8, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+            with torch.no_grad():
+                compare(lambda: layer(wide[:, :channels]), launches)  # noqa: B023, called at once
 
 
 @pytest.mark.usefixtures("launches")

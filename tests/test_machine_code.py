@@ -244,8 +244,6 @@ def recorded() -> dict[tuple[str, str, str], set[Any]]:
 
 def test_every_choice_of_every_table_is_compiled(recorded: dict[tuple[str, str, str], set[Any]]) -> None:
     for kernel in launch.TUNED_KERNELS:
-        if not isinstance(kernel, triton.runtime.Autotuner):
-            continue
         everywhere = set()
         for target, precision in matrix.EVERYWHERE:
             choices = choosable(kernel, precision, target)
@@ -258,7 +256,7 @@ def test_every_choice_of_every_table_is_compiled(recorded: dict[tuple[str, str, 
 def test_every_kernel_is_compiled_in_every_dtype(recorded: dict[tuple[str, str, str], set[Any]]) -> None:
     """Those of descriptors only where a layer is sent to them."""
     kernels = {name for name, _, _ in recorded}
-    tuned = {getattr(kernel, "base_fn", kernel).__name__ for kernel in launch.TUNED_KERNELS}
+    tuned = {getattr(kernel, "base_fn", kernel).__name__ for kernel in launch.KERNELS}
     over_descriptors = {"onepass_descriptor", "input_grad_descriptor", "weight_grad_descriptor"}
     assert kernels == tuned | over_descriptors
     for name, (target, precision) in itertools.product(kernels, matrix.EVERYWHERE):

@@ -252,6 +252,21 @@ def test_weights_that_can_be_remembered_are_prepared(dtype: torch.dtype, looked_
     assert len(looked_at) == 1
 
 
+@pytest.mark.parametrize(("batch", "channels", "size"), [(2, 64, 8), (9, 64, 64)], ids=["whole", "in parts"])
+def test_the_default_device_is_not_that_of_the_layer(batch: int, channels: int, size: int) -> None:
+    """What is made on the way, and remembered, is where the input is."""
+    layer = SPConv2d(channels, channels, 3, padding=1).eval()
+    x = torch.randn(batch, channels, size, size)
+    with torch.no_grad():
+        with torch.device("meta"):
+            first = layer(x)
+        assert torch.equal(layer(x), first)
+        judge = functional.spconv2d(
+            x, layer.weight_gwc, layer.weight_pwc, layer.weight_redundant, layer.bias, padding=1, backend="reference"
+        )
+    torch.testing.assert_close(first, judge, rtol=1e-4, atol=1e-4)
+
+
 def test_windows_of_lists_and_missing_weights_are_left_to_the_checks() -> None:
     layer, x = make()
     y = infer(layer, x)

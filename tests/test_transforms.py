@@ -69,6 +69,20 @@ def test_grad_of_functional_call_is_autograds(name: str, training: bool) -> None
 
 
 @every_module
+@pytest.mark.parametrize("training", [False, True], ids=("eval", "train"))
+def test_batched_gradients_are_gradients(name: str, training: bool) -> None:
+    module, x = make(name, training=training)
+    x = x.detach().requires_grad_()
+    y = module(x)
+    cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
+    inputs = (x, *module.parameters())
+    batched = torch.autograd.grad(y, inputs, cotangents, retain_graph=True, is_grads_batched=True)
+    for i, cotangent in enumerate(cotangents):
+        for got, expected in zip(batched, torch.autograd.grad(y, inputs, cotangent, retain_graph=True), strict=True):
+            torch.testing.assert_close(got[i], expected)
+
+
+@every_module
 def test_vmap_of_grad_gives_the_gradients_of_each_sample(name: str) -> None:
     module, x = make(name)
     loss, parameters = loss_of(module), detached(module)

@@ -129,6 +129,5 @@ def test_another_size_is_the_same_binary(target: str, stride: int) -> None:
 
 def test_keys_name_no_size() -> None:
     for kernel in TUNED_KERNELS:
-        if isinstance(kernel, triton.runtime.Autotuner):
-            compiled_in = {parameter.name for parameter in jit_function(kernel).params if parameter.is_constexpr}
-            assert set(kernel.keys) <= compiled_in, kernel.base_fn.__name__
+        compiled_in = {parameter.name for parameter in jit_function(kernel).params if parameter.is_constexpr}
+        assert set(kernel.keys) <= compiled_in, kernel.base_fn.__name__

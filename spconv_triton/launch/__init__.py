@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
     from .gradients import spconv2d_backward
     from .layer import spconv2d
-    from .tuned import TUNED_KERNELS
+    from .tuned import KERNELS, TUNED_KERNELS
 
 _CONTENTS = {
     "branch": ("representative_branch", "representative_branch_backward"),
@@ -29,11 +29,12 @@ _CONTENTS = {
     "gradients_descriptor": (),
     "layer": ("spconv2d",),
     "opaque": (),
-    "tuned": ("TUNED_KERNELS",),
+    "tuned": ("KERNELS", "TUNED_KERNELS"),
 }
 _HOMES = {name: module for module, names in _CONTENTS.items() for name in names}
 
 __all__ = [
+    "KERNELS",
     "TUNED_KERNELS",
     "Kept",
     "Norms",

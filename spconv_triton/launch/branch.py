@@ -33,7 +33,7 @@ def representative_branch(x3: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, ge
     u3 = empty_output(x3, weight_gwc, geometry)
     if u3.numel() == 0:
         return u3
-    pixels, *sizes = pixel_arguments(x3, (u3.shape[2], u3.shape[3]))
+    pixels, *sizes = pixel_arguments(x3, (u3.shape[2], u3.shape[3]), "x3")
     launch(
         branch_forward,
         forward_grid(pixels, weight_gwc, geometry),

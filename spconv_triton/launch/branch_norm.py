@@ -15,7 +15,6 @@ from ..kernels.moments import sample_moments
 from ..kernels.tuning import MOMENT_PIXELS
 from . import gradients
 from .common import (
-    TARGET_PROGRAMS,
     channels_last,
     check_samples,
     empty_channels_last,
@@ -24,6 +23,7 @@ from .common import (
     layer_constants,
     pixel_arguments,
     pixel_major,
+    pixel_splits,
 )
 from .fusion import blend_grid
 from .gradients import finish_weight_grads, layer_input_grad, layer_weight_grad
@@ -170,7 +170,7 @@ def spconv2d_batch_norm_backward(
     grad = channels_last(grad)
     batch, outputs, height, width = grad.shape
     area = height * width
-    splits = max(1, min(cdiv(TARGET_PROGRAMS, batch * cdiv(outputs, 64)), cdiv(area, 256), 16))
+    splits = pixel_splits(batch, outputs, area, 16)
     partial = kept.gate.new_empty((splits, 5, batch, outputs))
     launch(
         norm_sums,

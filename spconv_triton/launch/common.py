@@ -35,9 +35,10 @@ def remembered(plan: Callable[..., Plan]) -> Callable[..., Plan]:
     @functools.wraps(plan)
     def look_up(*sizes: Any) -> Plan:
         try:
-            return found(*sizes)
+            hash(sizes)
         except TypeError:
             return plan(*sizes)
+        return found(*sizes)
 
     return look_up
 
@@ -93,8 +94,8 @@ def pixel_major(x: Tensor) -> tuple[Tensor, int]:
     return (x, spacing) if evenly else (channels_last(x), channels)
 
 
-def pixel_arguments(x: Tensor, output_size: tuple[int, int]) -> tuple[int, int, int, int, int]:
-    """Output pixels of the batch, and H, W, H_out, W_out.
+def pixel_arguments(x: Tensor, output_size: tuple[int, int], name: str = "x") -> tuple[int, int, int, int, int]:
+    """Output pixels of the batch, and H, W, H_out, W_out; ``name`` is that of ``x`` in the caller's arguments.
 
     Raises:
         ValueError: more pixels than 32 bits can number (elements are counted in 64).
@@ -102,7 +103,7 @@ def pixel_arguments(x: Tensor, output_size: tuple[int, int]) -> tuple[int, int, 
     batch, _, height, width = x.shape
     pixels = batch * output_size[0] * output_size[1]
     if max(pixels, batch * height * width) > LARGEST:
-        raise ValueError(f"x must have at most {LARGEST} pixels in a batch, got {list(map(int, x.shape))}")
+        raise ValueError(f"{name} must have at most {LARGEST} pixels in a batch, got {list(map(int, x.shape))}")
     return pixels, height, width, *output_size
 
 
@@ -178,6 +179,24 @@ def layer_constants(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry:
         "PRECISION": dot_precision(x),
         **window_constants(geometry),
     }
+
+
+def has_tile_hardware(x: Tensor) -> bool:
+    """Whether the device of ``x`` has tensor-map loads and the warp-group products that descriptor kernels' tiles are
+    made for.
+
+    These are Hopper (9.0) and data-centre Blackwell (10.x): 12.x has the loads but neither the products nor the shared
+    memory.
+    """
+    found = capability(x.device)
+    return found is not None and found[0] in (9, 10)
+
+
+def pixel_splits(batch: int, channels: int, pixels: int, most: int) -> int:
+    """In how many parts, up to ``most``, sums over a sample's pixels are made: enough programs to fill a GPU, each of
+    64 channels and at least 256 pixels."""
+    programs = batch * cdiv(channels, 64)
+    return max(1, min(cdiv(TARGET_PROGRAMS, programs), cdiv(pixels, 256), most))
 
 
 def forward_grid(pixels: int, weight_gwc: Tensor, geometry: Geometry) -> Grid:

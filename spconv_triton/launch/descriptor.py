@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import capability
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.descriptor import onepass_descriptor as kernel
-from .common import channels_last, dot_precision, empty_channels_last, pixel_major, remembered
+from .common import channels_last, dot_precision, empty_channels_last, has_tile_hardware, pixel_major, remembered
 from .launching import launch_untraced
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -22,8 +21,10 @@ PROGRAMS = 264
 """How many programs run at a time: two on each of an H100's 132 processors."""
 
 L2_BYTES = 24
+"""What an H100's processor gets of the L2 cache in a cycle."""
+
 PRODUCTS = 1700
-"""What an H100's processor gets of the L2 cache a cycle, and its products of half precision: 798 TFLOP/s over all."""
+"""Multiply-adds of half precision that it makes in a cycle: 798 TFLOP/s over all, where its data sheet has 2048."""
 
 BOXES = ((2, 2), (4, 4), (8, 8), (8, 16), (16, 16))
 """Rows and columns of a tile. 56, 28 and 14 are multiples of 8, 4 and 2, where 8 x 16 wastes an eighth and more."""
@@ -64,13 +65,8 @@ class Tile(NamedTuple):
 
 
 def can_run(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
-    """Whether the device of ``x`` has tensor-map loads and the warp-group products that the tiles are made for.
-
-    These are Hopper (9.0) and data-centre Blackwell (10.x): 12.x has the loads but neither the products nor the shared
-    memory.
-    """
-    found = capability(x.device)
-    return found is not None and found[0] in (9, 10) and supports(x, weight_gwc, weight_pwc, geometry)
+    """Whether the device of ``x`` has what the kernel is made for, and it computes the layer."""
+    return has_tile_hardware(x) and supports(x, weight_gwc, weight_pwc, geometry)
 
 
 def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.arithmetic import cdiv
 from ..kernels.fusion import fusion_blend, fusion_blend_grad, fusion_statistics
-from .common import TARGET_PROGRAMS, Grid, channels_last, check_samples
+from .common import Grid, channels_last, check_samples, pixel_splits
 from .launching import launch
 
 FORWARD_KERNELS = (fusion_statistics, fusion_blend)
@@ -76,8 +76,7 @@ def _fusion_statistics(u3: Tensor, u1: Tensor, grad: Tensor | None) -> Tensor:
     """Partial sums of U3 - U1, weighted by ``grad`` if given: [splits, N, M] float32."""
     batch, channels, height, width = u3.shape
     pixels = height * width
-    blocks = batch * cdiv(channels, 64)
-    splits = max(1, min(cdiv(TARGET_PROGRAMS, blocks), cdiv(pixels, 256), 16))
+    splits = pixel_splits(batch, channels, pixels, 16)
     partial = u3.new_empty((splits, batch, channels), dtype=torch.float32)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:

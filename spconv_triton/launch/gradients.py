@@ -31,6 +31,12 @@ from .launching import launch
 BLOCK_PLANE = 16
 """Channels of a program that makes the constant of :mod:`..kernels.backward_descriptor`: it has nine taps of each."""
 
+BLOCK_N = 16
+"""Samples of such a program, and of a step of those that finish weights."""
+
+BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
+"""Of a program that packs weights."""
+
 KERNELS = (weight_grad, gate_grad, finish_weights, input_grad)
 
 Weights = tuple[Tensor, Tensor, Tensor | None]
@@ -226,8 +232,8 @@ def finish_weight_grads(
     if prepared is not None and weight_redundant is not None:
         kept = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
         c_blocks = geometry.groups * cdiv(group_channels, BLOCK_PLANE) + cdiv(redundant, BLOCK_PLANE)
-        programs += c_blocks * cdiv(prepared.constant.shape[1], 16)
-        programs += cdiv(prepared.plan.rows, 32) * cdiv(channels, 64)
+        programs += c_blocks * cdiv(prepared.constant.shape[1], BLOCK_N)
+        programs += cdiv(prepared.plan.rows, BLOCK_ROWS) * cdiv(channels, BLOCK_COLUMNS)
     launch(
         finish_weights,
         (programs,),
@@ -263,12 +269,12 @@ def finish_weight_grads(
         MERGE=1 if prepared is None else prepared.plan.merge,
         MIXED=prepared is not None and prepared.plan.mixed,
         PRECISION=statistics_precision(weight_pwc),
-        BLOCK_N=16,
+        BLOCK_N=BLOCK_N,
         BLOCK_CO=block_co,
         BLOCK_C=block_c,
         BLOCK_PLANE=BLOCK_PLANE,
-        BLOCK_ROWS=32,
-        BLOCK_COLUMNS=64,
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_COLUMNS=BLOCK_COLUMNS,
     )
     return d_gwc, d_pwc, d_redundant, d_branch_bias
 

@@ -12,8 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.backward_descriptor import input_grad_descriptor, weight_grad_descriptor
-from .common import channels_last, empty_channels_last, is_hopper, remembered
-from .descriptor import DTYPES, PROGRAMS, aligned, boxes, capability
+from .common import channels_last, empty_channels_last, has_tile_hardware, is_hopper, remembered
+from .descriptor import DTYPES, PROGRAMS, aligned, boxes
 from .launching import launch_untraced
 
 WASTE = 1.35
@@ -70,9 +70,8 @@ class WeightTile(NamedTuple):
 
 
 def can_run(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
-    """Whether the device of ``x`` has what the kernels are made for (see :func:`.descriptor.can_run`) and they fit."""
-    found = capability(x.device)
-    return found is not None and found[0] in (9, 10) and supports(x, weight_gwc, weight_pwc, geometry)
+    """Whether the device of ``x`` has what the kernels are made for, and they compute the layer's gradients."""
+    return has_tile_hardware(x) and supports(x, weight_gwc, weight_pwc, geometry)
 
 
 def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:

@@ -1,8 +1,8 @@
 """Launching a kernel, and launching it again without what Triton does before.
 
-Triton binds arguments, finds the tuner's choice and the compiled kernel, and checks them in every launch: twice to four
-times as long in Python as a small layer takes on the device. All of it depends on little: a launch like an earlier one
-goes straight to the kernel that was compiled for that.
+Triton binds arguments, finds the tuner's choice and the compiled kernel, and checks them in every launch: a third and
+more of what Python takes of an eager layer (``python -m benchmarks.host``). All of it depends on little: a launch like
+an earlier one goes straight to the kernel that was compiled for that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..dispatch import INTERPRETED
 from .common import Grid
 
 REMEMBERED = 4096
-"""How many kinds of launches are."""
+"""How many kinds of launches are, before all are forgotten."""
 
 
 class Compiled(NamedTuple):
@@ -74,7 +74,7 @@ def _kind(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
     """What the compiled kernel and its constants depend on; None off NVIDIA's GPUs, where it is more than this.
 
     Triton compiles for dtypes, for pointers that are multiples of 16 bytes, and for ints that are 1 or multiples of 16;
-    the tuner chooses by some of the constants and by dtypes.
+    the tuner chooses by some of the constants and by dtypes. Ints count as they are: that is faster than to class them.
     """
     first = args[0]
     device = (first if isinstance(first, Tensor) else first.base).device

@@ -14,7 +14,6 @@ from ..kernels.onepass import onepass_forward
 from ..kernels.statistics import window_statistics
 from . import descriptor, opaque
 from .common import (
-    TARGET_PROGRAMS,
     channels_last,
     check_samples,
     empty_output,
@@ -22,6 +21,7 @@ from .common import (
     layer_constants,
     pixel_arguments,
     pixel_major,
+    pixel_splits,
     statistics_precision,
     use_descriptors,
     window_constants,
@@ -32,13 +32,14 @@ BLOCK_ROWS = 16
 """Taps whose sums a program of the statistics makes: all of 3 x 3. With 32, each with its weights, some spill."""
 
 FEW = 8
-"""Samples, up to which each has programs of its own for its gate, of"""
+"""Up to so many samples each has programs of its own for its gate, which wait for memory once and not in every step of
+a loop."""
 
 FEW_CO = 4
-"""output channels: one image waits for memory once, not for every step of a loop."""
+"""Output channels of such a program."""
 
 LONGEST = 8192
-"""Weights of an output channel, up to which those programs hold them: they are compiled without a loop."""
+"""Weights of an output channel, up to which there are such programs: they are compiled without a loop."""
 
 FORWARD_KERNELS = (window_statistics, gate_planes, onepass_forward)
 
@@ -188,8 +189,7 @@ def _window_statistics(x: Tensor, spacing: int, output_size: tuple[int, int], ge
     pooled = geometry.stride != (1, 1)
     rows = geometry.taps + (2 if pooled else 0)
     pool_row = geometry.taps if pooled else (kh // 2) * kw + kw // 2
-    blocks = batch * cdiv(channels, 64)
-    splits = max(1, min(cdiv(TARGET_PROGRAMS, blocks), cdiv(height * width, 256), 8))
+    splits = pixel_splits(batch, channels, height * width, 8)
     partial = x.new_empty((splits, batch, rows, channels), dtype=torch.float32)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:

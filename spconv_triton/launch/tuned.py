@@ -1,8 +1,10 @@
-"""Which kernels have configurations to choose from."""
+"""The kernels that a graph may see, and which of them have a table to choose from."""
+
+from triton.runtime.autotuner import Autotuner
 
 from . import branch, branch_norm, fusion, gradients, layer
 
-TUNED_KERNELS = tuple(
+KERNELS = tuple(
     dict.fromkeys(
         (
             *branch.FORWARD_KERNELS,
@@ -15,4 +17,7 @@ TUNED_KERNELS = tuple(
         )
     )
 )
-"""Every kernel whose configuration may be tuned."""
+"""Every kernel but those of descriptors."""
+
+TUNED_KERNELS = tuple(kernel for kernel in KERNELS if isinstance(kernel, Autotuner))
+"""Those whose configuration is a row of a table."""

@@ -16,6 +16,7 @@ from spconv_triton import functional, launch, reference
 from spconv_triton.dispatch import INTERPRETED
 from spconv_triton.geometry import Geometry, resolve
 from spconv_triton.launch import gradients_descriptor as descriptor
+from spconv_triton.launch.common import has_tile_hardware
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -44,7 +45,7 @@ SHARED = (
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    if not (INTERPRETED or descriptor.capability(torch.device(device))[0] in (9, 10)):
+    if not (INTERPRETED or has_tile_hardware(torch.empty(0, device=device))):
         pytest.skip("needs tensor-map descriptors: Hopper, Blackwell or TRITON_INTERPRET=1")
     new_empty = torch.Tensor.new_empty
 

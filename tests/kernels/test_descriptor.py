@@ -14,7 +14,7 @@ from torch._library.triton import set_wrap_triton_enabled
 from spconv_triton import functional, launch, reference
 from spconv_triton.dispatch import INTERPRETED
 from spconv_triton.geometry import Geometry
-from spconv_triton.launch import descriptor
+from spconv_triton.launch import common, descriptor
 from spconv_triton.launch.descriptor import Tile
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -219,7 +219,7 @@ def test_unknown_path_is_named(device: str) -> None:
     ("found", "expected"), [(None, False), ((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)]
 )
 def test_choice_by_device(found: Any, expected: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptor, "capability", lambda device: found)
+    monkeypatch.setattr(common, "capability", lambda device: found)
     inputs = make_inputs(PLAIN, torch.float16, device=device)
     assert descriptor.can_run(inputs.x, inputs.weight_gwc, inputs.weight_pwc, geometry(PLAIN)) is expected
 

@@ -18,7 +18,6 @@ from memory_guard import GuardError, Launch, Report, guarded
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 from triton.runtime import interpreter
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -153,8 +152,10 @@ def check_fusion(shape: tuple[int, ...]) -> list[Launch]:
     return report.launches
 
 
+@pytest.mark.parametrize("few", [launch.layer.FEW, 0], ids=["few", "blocks"])
 @pytest.mark.parametrize("case", LAYERS, ids=str)
-def test_flat_layer(case: Case) -> None:
+def test_flat_layer(case: Case, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.layer, "FEW", few)
     check_flat(case)
 
 
@@ -174,11 +175,13 @@ def test_fusion(shape: tuple[int, ...]) -> None:
     check_fusion(shape)
 
 
+@pytest.mark.parametrize("few", [launch.layer.FEW, 0], ids=["few", "blocks"])
 @pytest.mark.parametrize("row", range(max(map(len, TABLES))))
-def test_every_row_of_the_tables(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_of_the_tables(row: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes the last row, of the smallest blocks; the larger ones hang over the edges further."""
+    monkeypatch.setattr(launch.layer, "FEW", few)
     blocks = {}
-    for kernel in filter(lambda kernel: isinstance(kernel, Autotuner), launch.TUNED_KERNELS):
+    for kernel in launch.TUNED_KERNELS:
         table = next(table for table in TABLES if table[-1] is kernel.configs[0])
         config = table[min(row, len(table) - 1)]
         monkeypatch.setattr(kernel, "configs", [config])

@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
 from cases import Case, make_inputs
 from memory_guard import guarded
 from torch import Tensor
@@ -172,9 +171,8 @@ def backward(
 def tune(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
     """Every tuned kernel runs with this row of its table, or the last; elsewhere it is always the last."""
     for kernel in launch.TUNED_KERNELS:
-        if isinstance(kernel, triton.runtime.Autotuner):
-            table = TABLES[kernel.base_fn.__name__]
-            monkeypatch.setattr(kernel, "configs", [table[min(row, len(table) - 1)]])
+        table = TABLES[kernel.base_fn.__name__]
+        monkeypatch.setattr(kernel, "configs", [table[min(row, len(table) - 1)]])
 
 
 @pytest.mark.parametrize("few", [launch.layer.FEW, 0], ids=["few", "blocks"])
