@@ -11,6 +11,7 @@ from cases import RESNET50, Case
 from benchmarks import competitors, dense_init, overhead, ratios
 from benchmarks.turns import turns
 from spconv_triton import SPConv2d, convert, models
+from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
 
 TINY = Case("tiny", 2, 8, 8, (6, 5))
 
@@ -79,6 +80,21 @@ def test_the_kernels_of_a_call_are_recorded_without_its_views(inputs: int, outpu
         assert not [name for name in names if name.startswith(("aten::permute", "aten::narrow", "aten::slice"))]
         for kernel in kernels:
             kernel()
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="kernels are compiled")
+def test_host_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    host = pytest.importorskip("benchmarks.host")
+    monkeypatch.setattr(host, "CALLS", 1)
+    monkeypatch.setattr(host, "CASES", host.CASES[:1])
+    host.main(["--rounds", "2"])
+    _, _, head, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.count("|") for row in rows] == [head.count("|")] * 3
+    assert [row.split(" | ")[1:3] for row in rows] == [
+        ["inference", "3"],
+        ["forward", "3"],
+        ["forward+backward", "7"],
+    ]
 
 
 def test_overhead_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

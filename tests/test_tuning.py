@@ -1,10 +1,11 @@
-"""Tuned choices travel between processes and machines of one kind, and no size of input tunes or compiles anew."""
+"""Tuned choices travel between processes and machines of one kind; no size of input tunes anew, and few compile."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,9 +103,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in tmp_path.iterdir()] == ["tuned.json"]
 
 
-def launches(target: str, stride: int) -> list[Launch]:
+def launches(target: str, stride: int, **sizes: Any) -> list[Launch]:
     """Of a wide layer, forward and backward, with biases: flat on sm_80, over descriptors on sm_90."""
-    case = replace(RESNET50[2], stride=(stride, stride))
+    case = replace(RESNET50[2], stride=(stride, stride), **sizes)
     capability = CAPABILITIES[target]
     return [
         *forward_launches(case, torch.float16, capability, bias=True, branch_bias=True),
@@ -125,6 +126,19 @@ def test_another_size_is_the_same_binary(target: str, stride: int) -> None:
         for size in (1, 16, 17, 4096):
             resized = named | dict.fromkeys(sizes, size)
             assert fingerprint(found.kernel, target, found.configs[-1], **resized) == first, f"{found.name} at {size}"
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 1}, {"batch": 128}, {"size": (56, 56)}], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_little_of_a_size_is_compiled_in(target: str, stride: int, sizes: dict[str, Any]) -> None:
+    """In how many parts sums are made, and a descriptor kernel's tile."""
+    for usual, other in zip(launches(target, stride), launches(target, stride, **sizes), strict=True):
+        assert usual.name == other.name
+        differing = {name for name, value in usual.constants.items() if other.constants[name] != value}
+        tile = {name for name in usual.constants if name.startswith(("BLOCK_", "num_"))} | {"TRANSPOSED"}
+        assert differing <= (tile if usual.name.endswith("_descriptor") else {"SPLITS"}), usual.name
+        assert [config.kwargs for config in usual.configs] == [config.kwargs for config in other.configs]
 
 
 def test_keys_name_no_size() -> None:
