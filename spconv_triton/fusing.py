@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -73,6 +74,7 @@ def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusio
     and their parts are fused each on its own. Where a norm and an activation are modules of their own, nothing else
     calls them and no residual is added, ``nn.Identity`` takes their places. Else the module in whose forward they are
     called becomes a ``torch.fx.GraphModule``, which has its parts under their names but is of no class of its own.
+    timm's ``BatchNormAct2d``, a norm and an activation in one, becomes a sequence of the two first.
 
     A layer stays, with the reason in the report, where its result is used more than once or is a result of the network;
     where an activation stands before the norm; where a norm is in training mode, has no running statistics, another
@@ -104,11 +106,38 @@ def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusio
     if report is not None and not callable(report):
         raise TypeError(f"report must be callable or None, got {report!r}")
     _check_state(model)
-    model = copy.deepcopy(model)
+    model = _with_norms_apart(copy.deepcopy(model))
     plan = _Plan(model, plain_norms)
     if report is not None:
         report(plan.report())
     return plan.carry_out()
+
+
+def _with_norms_apart(model: nn.Module) -> nn.Module:
+    """``model`` with a norm and an activation in the place of each of timm's modules that are both, in eval mode."""
+    apart: dict[nn.Module, nn.Module] = {}
+    for parent in model.modules():
+        for key, norm in parent.named_children():
+            if _has_activation(norm) and only_calls(parent, key, unknown=True):
+                apart[norm] = nn.Sequential(_as_batch_norm(norm), norm.act).eval()
+    return _replace(model, apart)
+
+
+def _has_activation(module: nn.Module) -> bool:
+    """Whether it is a batch norm and an activation and nothing else."""
+    kind = type(module)
+    if kind.__name__ != "BatchNormAct2d" or not kind.__module__.startswith("timm.") or module.training:
+        return False
+    parts = module._modules
+    return parts.keys() == {"drop", "act"} and type(parts["drop"]) is nn.Identity and not has_hooks(module)
+
+
+def _as_batch_norm(norm: Any) -> nn.BatchNorm2d:
+    """The norm alone, on the same tensors."""
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, "meta")
+    plain._parameters.update(norm._parameters)
+    plain._buffers.update(norm._buffers)
+    return plain.eval()
 
 
 def _check_state(model: nn.Module) -> None:

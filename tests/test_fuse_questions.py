@@ -280,6 +280,42 @@ def test_what_asks_nothing_is_fused(make: Callable[[], nn.Module]) -> None:
         torch.testing.assert_close(fused(x), model(x))
 
 
+class WithTimm(nn.Module):
+    def __init__(self, act: Any, convolution: nn.Module) -> None:
+        super().__init__()
+        self.conv = convolution
+        self.bn = pytest.importorskip("timm.layers").BatchNormAct2d(CHANNELS, act_layer=act)
+        nn.init.normal_(self.bn.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("act", "name"), [(nn.ReLU, "relu"), (nn.SiLU, "silu"), (nn.LeakyReLU, "none"), (None, "none")]
+)
+def test_timm_s_norms_with_activations(act: Any, name: str) -> None:
+    model = WithTimm(act, SPConv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)).eval()
+    before = dict(model.named_modules())
+    fused = fuse(model)
+    (layer,) = (module for module in fused.modules() if isinstance(module, FusedSPConv2d))
+    assert layer.has_norm
+    assert layer.activation == name
+    assert dict(model.named_modules()) == before
+    x = torch.randn(2, CHANNELS, 5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+
+
+def test_timm_s_norms_behind_plain_convolutions() -> None:
+    model = WithTimm(nn.ReLU, nn.Conv2d(CHANNELS, CHANNELS, 1)).eval()
+    fused = fuse(model, plain_norms=True)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    x = torch.randn(2, CHANNELS, 5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+
+
 class AddsInPlace(Block):
     def __init__(self, over: str) -> None:
         super().__init__()
