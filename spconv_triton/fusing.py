@@ -119,7 +119,7 @@ def _with_norms_apart(model: nn.Module) -> nn.Module:
     for parent in model.modules():
         for key, norm in parent.named_children():
             if _has_activation(norm) and only_calls(parent, key, unknown=True):
-                apart[norm] = nn.Sequential(_as_batch_norm(norm), norm.act).eval()
+                apart[norm] = nn.Sequential(_as_batch_norm(norm), norm.get_submodule("act")).eval()
     return _replace(model, apart)
 
 
