@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,72 +84,28 @@ def spconv2d(
     outputs, representative = weight_pwc.shape[:2]
     check_samples(batch, max(channels, 2 * outputs, geometry.taps * representative), "x", x.shape)
     ratio, scale, offset = (x.new_empty((batch, outputs), dtype=torch.float32) for _ in range(3))
-    tap_mean = x.new_empty((batch, geometry.taps, representative))
-    pool_mean = x.new_empty((batch, channels))
+    means = x.new_empty((batch, geometry.taps, representative)), x.new_empty((batch, channels))
+    gate = _Gate(ratio, scale, offset, *means)
     if pixels == 0:
-        return empty_output(x, weight_gwc, geometry), ratio, tap_mean, pool_mean
-    gwc, pwc, redundant = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
+        return empty_output(x, weight_gwc, geometry), *gate.kept
+    weights = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
     plan = _plan(path, x, weight_gwc, weight_pwc, geometry)
     packed = x.new_empty((outputs, plan.columns)) if plan else None
-    partial, pool_row = _window_statistics(x, spacing, output_size, geometry)
-    few = FEW if geometry.taps * representative // geometry.groups + channels <= LONGEST else 0
-
-    def gate_grid(meta: dict[str, Any]) -> tuple[int]:
-        per_group = cdiv(outputs // geometry.groups, meta["BLOCK_CO"])
-        blocks = _gate_blocks(batch, few, meta) + cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
-        return (per_group * geometry.groups * blocks,)
-
-    launch(
-        gate_planes,
-        gate_grid,
-        partial,
-        gwc,
-        pwc,
-        redundant,
-        ratio if bias is None else bias.contiguous(),
-        ratio if branch_bias is None else branch_bias.contiguous(),
-        ratio if norm_scale is None else norm_scale.contiguous(),
-        ratio,
-        scale,
-        offset,
-        tap_mean,
-        pool_mean,
-        ratio if packed is None else packed,
-        batch,
-        output_size[0] * output_size[1],
-        C=channels,
-        CR=representative,
-        CO=outputs,
-        G=geometry.groups,
-        TAPS=geometry.taps,
-        ROWS=partial.shape[2],
-        POOL_ROW=pool_row,
-        SPLITS=partial.shape[0],
-        BIAS=bias is not None,
-        BRANCH_BIAS=branch_bias is not None,
-        NORM_SCALE=norm_scale is not None,
-        PACK=plan is not None,
-        MERGE=plan.merge if plan else 1,
-        STRIDE=geometry.stride[0],
-        PRECISION=statistics_precision(x),
-        FEW=few,
-        FEW_CO=FEW_CO,
-    )
+    statistics = _window_statistics(x, spacing, output_size, geometry)
+    _launch_gate(gate, packed, plan, statistics, weights, (bias, branch_bias, norm_scale), output_size, geometry)
     if packed is not None:
         window = (representative, geometry.groups, geometry.stride[0])
-        y = opaque.convolve(x, packed, ratio, scale, offset, residual, *window, activation)
-        return y, ratio, tap_mean, pool_mean
+        y = opaque.convolve(x, packed, gate.ratio, gate.scale, gate.offset, residual, *window, activation)
+        return y, *gate.kept
     y = empty_output(x, weight_gwc, geometry)
     launch(
         onepass_forward,
         forward_grid(pixels, weight_gwc, geometry),
         x,
-        gwc,
-        pwc,
-        redundant,
-        ratio,
-        scale,
-        offset,
+        *weights,
+        gate.ratio,
+        gate.scale,
+        gate.offset,
         y if residual is None else channels_last(residual),
         y,
         pixels,
@@ -160,7 +116,79 @@ def spconv2d(
         ACTIVATION=activation,
         **layer_constants(x, weight_gwc, weight_pwc, geometry),
     )
-    return y, ratio, tap_mean, pool_mean
+    return y, *gate.kept
+
+
+class _Gate(NamedTuple):
+    """What the gate's launch writes: planes [N, M], and means of what the taps and the point-wise convolutions read."""
+
+    ratio: Tensor
+    scale: Tensor
+    offset: Tensor
+    tap_mean: Tensor  # [N, k k, alpha L]
+    pool_mean: Tensor  # [N, L]
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the backward needs."""
+        return self.ratio, self.tap_mean, self.pool_mean
+
+
+def _launch_gate(
+    gate: _Gate,
+    packed: Tensor | None,
+    plan: descriptor.Packing | None,
+    statistics: tuple[Tensor, int],
+    weights: tuple[Tensor, Tensor, Tensor],
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    output_size: tuple[int, int],
+    geometry: Geometry,
+) -> None:
+    """Write ``gate``, and the weights as ``plan`` says into ``packed``.
+
+    Args:
+        statistics: as of :func:`_window_statistics`.
+        weights: group-wise, point-wise and redundant, as the kernels read them.
+        vectors: bias, branch bias, and scale of a norm.
+        output_size: H_out, W_out.
+    """
+    partial, pool_row = statistics
+    (batch, channels), (outputs, representative) = gate.pool_mean.shape, weights[1].shape[:2]
+    few = FEW if geometry.taps * representative // geometry.groups + channels <= LONGEST else 0
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        per_group = cdiv(outputs // geometry.groups, meta["BLOCK_CO"])
+        blocks = _gate_blocks(batch, few, meta) + cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
+        return (per_group * geometry.groups * blocks,)
+
+    launch(
+        gate_planes,
+        grid,
+        partial,
+        *weights,
+        *(gate.ratio if vector is None else vector.contiguous() for vector in vectors),
+        *gate,
+        gate.ratio if packed is None else packed,
+        batch,
+        output_size[0] * output_size[1],
+        C=channels,
+        CR=representative,
+        CO=outputs,
+        G=geometry.groups,
+        TAPS=geometry.taps,
+        ROWS=partial.shape[2],
+        POOL_ROW=pool_row,
+        SPLITS=partial.shape[0],
+        BIAS=vectors[0] is not None,
+        BRANCH_BIAS=vectors[1] is not None,
+        NORM_SCALE=vectors[2] is not None,
+        PACK=plan is not None,
+        MERGE=plan.merge if plan else 1,
+        STRIDE=geometry.stride[0],
+        PRECISION=statistics_precision(gate.pool_mean),
+        FEW=few,
+        FEW_CO=FEW_CO,
+    )
 
 
 def _gate_blocks(batch: int, few: int, meta: dict[str, Any]) -> int:
