@@ -47,7 +47,7 @@ FRESH_FUNCTIONS = (*SUMS, operator.sub, operator.mul, operator.truediv, torch.ca
 FRESH_MODULES = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Linear, SPConv2d, FusedSPConv2d)
 """What returns memory of its own, which nothing else sees."""
 
-IN_PLACE = [name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")]
+IN_PLACE = [name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name[1:]}__")]
 """iadd, imul and so on."""
 
 
@@ -203,6 +203,8 @@ class Tracer(fx.Tracer):
         failed: the innermost module in whose forward an exception was raised, or that asked.
         asked: what it asked.
     """
+
+    proxy_buffer_attributes = True  # so that the graph shows who reads them
 
     def __init__(self, leaves: Collection[nn.Module] = (), inlined: Collection[nn.Module] | None = None) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from .conversion import is_compiled
 from .fused import FusedSPConv2d
 from .modules import SPConv2d
 from .plain_norms import FoldedNorm, find_folded_norms
-from .sources import only_calls
+from .sources import is_only_called, only_calls
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _check_state(model: nn.Module) -> None:
             raise ValueError(f"model must be in eval mode, but {where} is in training mode; call model.eval() first")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Decision:
     """What becomes of one layer: with ``chain`` it is fused, by modules alone unless a ``scope`` is rewritten."""
 
@@ -195,6 +195,7 @@ class _Plan:
         for layer, decision in self.decisions.items():
             if not decision.reason:
                 self._decide(layer, decision, sites.get(layer, []), owners)
+        self._join_nested()
         for scope in dict.fromkeys(d.scope for d in self.decisions.values() if d.scope is not None):
             self._rewrite(scope)
 
@@ -259,20 +260,34 @@ class _Plan:
             less = {region.module_of(node) for chain in chains for node in chain.nodes[1:]}
         else:
             less = {chains[0].frames[-1].module}
-        parts = ((parent, key, child) for parent in self.model.modules() for key, child in parent.named_children())
-        return any(child in less and not only_calls(parent, key, unknown=True) for parent, key, child in parts)
+        return not all(is_only_called(module, self.model) for module in less)
+
+    def _join_nested(self) -> None:
+        """Where the graph of one scope will hold the forward of another, it folds what is folded there, too."""
+        while True:
+            scopes = dict.fromkeys(d.scope for d in self.decisions.values() if d.scope is not None)
+            inlined = {scope: self._containers(scope) - {scope} for scope in scopes}
+            nested = {d: outer for d in self.decisions.values() for outer in scopes if d.scope in inlined[outer]}
+            if not nested:
+                return
+            for decision, outer in nested.items():
+                decision.scope = outer
+
+    def _containers(self, scope: nn.Module) -> set[nn.Module]:
+        """The modules whose forwards call what is folded in ``scope``, down from itself."""
+        parts = set()
+        for decision in self.decisions.values():
+            if decision.scope is scope:
+                assert decision.chain is not None
+                assert decision.region is not None
+                nodes = (node for node in decision.chain.nodes if node.op == "call_module")
+                parts |= {decision.region.module_of(node) for node in nodes}
+        return {m for m in scope.modules() if m not in parts and parts & set(m.modules())}
 
     def _rewrite(self, scope: nn.Module) -> None:
         """Trace the forward of ``scope`` alone, down to the modules that its chains are made of."""
         planned = {layer: d for layer, d in self.decisions.items() if d.scope is scope}
-        parts = set()
-        for decision in planned.values():
-            assert decision.chain is not None
-            assert decision.region is not None
-            nodes = (node for node in decision.chain.nodes if node.op == "call_module")
-            parts |= {decision.region.module_of(node) for node in nodes}
-        containers = {m for m in scope.modules() if m not in parts and parts & set(m.modules())}
-        tracer = Tracer(inlined=containers)
+        tracer = Tracer(inlined=self._containers(scope))
         try:
             with unchanged(scope) as changes:
                 graph = trace(scope, tracer)

@@ -150,7 +150,7 @@ def part_gradient(merged: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """From the gradient of the merged GWC', that of the group-wise weight, and that of Wp, [M, alpha L, 1, 1]."""
     of_gwc = _on_the_diagonal(merged, geometry.groups).movedim(-1, 0).flatten(0, 1)
     taps, share = shared_taps(merged, geometry)
-    return of_gwc, taps if share == 1 else taps.mean((2, 3), keepdim=True)
+    return of_gwc, taps.clone() if share == 1 else taps.mean((2, 3), keepdim=True)  # autograd keeps them as they are
 
 
 def _on_the_diagonal(merged: Tensor, groups: int) -> Tensor:

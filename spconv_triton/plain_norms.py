@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .chains import Chain, Region, attribute, has_hooks, norm_misfit
+from .sources import is_only_called
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,8 @@ def find_folded_norms(regions: list[Region], owners: dict[nn.Module, int]) -> li
             convolution = region.module_of(node)
             user = next(iter(node.users))
             once = all(calls[module] == 1 and owners[module] == 1 for module in (convolution, norm))
-            alone = not any(id(p) in read for module in (convolution, norm) for p in module.parameters())
+            state = (t for module in (convolution, norm) for t in (*module.parameters(), *module.buffers()))
+            alone = not any(id(t) in read for t in state) and is_only_called(norm, region.root)
             if once and alone and not any(f.is_open for f in Chain([node, user]).inner_frames):
                 assert isinstance(convolution, nn.Conv2d)
                 found.append(FoldedNorm(convolution, norm, (region.name_of(node), region.name_of(user))))

@@ -45,6 +45,12 @@ def only_calls(parent: nn.Module, part: str, *, unknown: bool) -> bool:
     return unknown if uses is None else not (uses.any_part or part in uses.touched)
 
 
+def is_only_called(part: nn.Module, model: nn.Module) -> bool:
+    """Whether no forward in ``model`` is known to do more with ``part``, a child of some module, than call it."""
+    children = ((parent, key) for parent in model.modules() for key, child in parent.named_children() if child is part)
+    return all(only_calls(parent, key, unknown=True) for parent, key in children)
+
+
 def asks_for_none(module: nn.Module) -> bool:
     """Whether the forward of ``module`` asks if an argument that must be given is None."""
     uses = uses_of(type(module))  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from error_cases import PACKAGE
 
-OTHERS = ("AttributeError", "OSError")
-"""Python's own, for a missing name and a full disk."""
+OTHERS = ("AttributeError", "OSError", "UndecidedError")
+"""Python's own, for a missing name and a full disk, and what ``fuse`` catches itself."""
 
 TOLD = ("UserError", "argparse.ArgumentTypeError")
 """What the command line tells in one line. Nothing else that ``training`` raises reaches anybody."""

@@ -6,7 +6,7 @@ tests/test_modules.py has a layer under autocast, tests/kernels/test_kernel_tran
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from cases import assert_within_budget
 from small_network import CLASSES, images, small_network
 from torch import Tensor, nn
 
-from spconv_triton import SPConv2d
+from spconv_triton import SPConv2d, functional
 from spconv_triton.native_products import can_be_matrix_product
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -192,3 +192,40 @@ def test_products_of_bfloat16_are_not_taken_for_convolutions() -> None:
         assert can_be_matrix_product(x)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{}, {"branch_norm": True}, {"alpha": 1.0}], ids=str)
+def test_float64_stays(options: dict[str, Any], training: bool) -> None:
+    layer = SPConv2d(8, 8, 3, padding=1, dtype=torch.float64, **options).train(training)
+    other = copy.deepcopy(layer)
+    x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, other(x))
+
+
+def test_ints_are_not_cast() -> None:
+    layer = SPConv2d(8, 8, 3, padding=1)
+    weights = layer.weight_gwc, layer.weight_pwc.int(), layer.weight_redundant
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="weight_pwc must have the dtype of x"):
+        functional.spconv2d(torch.randn(2, 8, 6, 5), *weights, padding=1)
+
+
+def test_the_fusion_is_in_the_wider_dtype_of_either_branch() -> None:
+    u = torch.randn(2, 8, 6, 5)
+    for one, two in ((u.bfloat16(), u * 0.3), (u * 0.3, u.bfloat16())):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = functional.gap_softmax_fusion(one, two)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, functional.gap_softmax_fusion(one.float(), two.float()))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.Identity])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_behind_norms_widens_nothing(dtype: torch.dtype, norm: Callable[[int], nn.Module]) -> None:
+    layer = SPConv2d(8, 8, 3, padding=1, branch_norm=True)
+    layer.norm_representative, layer.norm_redundant = norm(8), norm(8)
+    with torch.autocast("cpu", dtype):
+        assert layer(torch.randn(2, 8, 6, 5)).dtype == dtype

@@ -456,3 +456,45 @@ def test_lowered_training_is_four_launches_and_six() -> None:
     assert [name for name in generated if not name.startswith("empty")] == [*generated[:1], *generated[-1:]]
     assert "lerp" in generated[-1]
     assert [call.name for call in calls(forward) if not call.symbolic] == ["norm_gate"]  # one program a few channels
+
+
+@pytest.mark.parametrize("name", ["norm_representative", "norm_redundant"])
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_norms_with_backward_hooks_do_not_fold(register: str, name: str) -> None:
+    layer = SPConv2d(8, 8, 3, padding=1, branch_norm=True).eval()
+    seen: list[str] = []
+    getattr(getattr(layer, name), register)(lambda *_: seen.append(name))
+    assert not folds(layer)
+    layer(torch.randn(2, 8, 5, 6)).sum().backward()
+    assert seen == [name]
+
+
+def test_statistics_that_are_no_longer_tracked_stay() -> None:
+    layer = SPConv2d(8, 8, 3, padding=1, branch_norm=True)
+    for norm in (layer.norm_representative, layer.norm_redundant):
+        norm.track_running_stats = False
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(3, 8, 5, 6))
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_float64_norms_fold_into_float32_weights() -> None:
+    layer = SPConv2d(8, 8, 3, padding=1, branch_norm=True).eval()
+    same = copy.deepcopy(layer)
+    for norm in (layer.norm_representative, layer.norm_redundant):
+        norm.double()
+    x = torch.randn(2, 8, 5, 6)
+    torch.testing.assert_close(layer(x), same(x))
+    assert fold_branch_norms(layer)[3].dtype == torch.float32
+
+
+def test_an_empty_batch_in_training() -> None:
+    assert SPConv2d(8, 8, 3, padding=1, branch_norm=True)(torch.empty(0, 8, 6, 5)).shape == (0, 8, 6, 5)
+
+
+def test_other_norms_name_wrong_channels() -> None:
+    layer = SPConv2d(8, 8, 3, padding=1, branch_norm=True)
+    layer.norm_representative, layer.norm_redundant = nn.GroupNorm(2, 8), nn.GroupNorm(2, 8)
+    with pytest.raises(ValueError, match="x must have 8 channels, got 9"):
+        layer(torch.randn(2, 9, 6, 5))

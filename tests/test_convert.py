@@ -639,3 +639,30 @@ def test_a_dense_start_is_closer_to_the_convolution(stride: int, alpha: float) -
             for init in ("default", "dense")
         }
     assert error["dense"] < 0.75 < error["default"]
+
+
+def test_attributes_of_the_layer_are_its_own() -> None:
+    conv = nn.Conv2d(16, 8, 3)
+    conv.alpha, conv.backend = 3, "its own"
+    (made,) = convert(nn.Sequential(conv))
+    assert (made.alpha, made.backend) == (0.5, "auto")
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_state_dict_pre_hook",
+        "register_state_dict_post_hook",
+        "register_load_state_dict_pre_hook",
+        "register_load_state_dict_post_hook",
+    ],
+)
+def test_every_hook_on_a_state_dict_keeps_it(register: str) -> None:
+    conv = nn.Conv2d(16, 16, 3)
+    getattr(conv, register)(lambda *_: None)
+    assert reasons(report_of(nn.ModuleList([conv])))["0"].startswith("has hooks on its state dict")
+
+
+def test_exclusion_is_told_first() -> None:
+    model = nn.ModuleDict({"a": nn.Conv2d(16, 16, 3), "b": nn.Conv2d(16, 16, 3)})
+    assert reasons(report_of(model, include="a", exclude="b"))["b"] == "is excluded by 'b'"

@@ -149,5 +149,6 @@ def test_blocks_cover_the_weight_once(groups: int) -> None:
     assert (pwc == 1).all()
 
 
-def test_more_groups_than_two_are_not_folded() -> None:
-    assert not can_fold(geometry_of(BY_NAME["narrow-groups"]), 5, 6)
+@pytest.mark.parametrize("groups", [3, 4, 5])
+def test_more_groups_than_two_are_not_folded(groups: int) -> None:
+    assert not can_fold(Geometry((3, 3), (1, 1), (1, 1), (1, 1), groups), 8, 8)

@@ -731,3 +731,176 @@ def test_parameters_that_a_forward_reads_stay() -> None:
     for forward in (reads_norm, reads_layer):
         for alpha in (0.5, 1.0):
             kept(Net(forward, conv=layer(alpha=alpha), norm=norm()), "a forward reads itself")
+
+
+class Branch(nn.Module):
+    """Of two layers, of which one folds what follows it here, and the other what follows the module."""
+
+    def __init__(self, *, normed: bool) -> None:
+        super().__init__()
+        self.one, self.two = layer(), layer()
+        self.norm = norm() if normed else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        return self.two(F.relu(y + x if self.norm is None else self.norm(y)))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_follows_inside_and_outside_a_module(normed: bool, depth: int) -> None:
+    def forward(p: Any, x: Tensor) -> Tensor:
+        return F.relu(p.norm(p.branch(x)) + x)
+
+    model: nn.Module = Branch(normed=normed)
+    for _ in range(depth):
+        model = Net(forward, branch=model, norm=norm())
+    model = model.eval()
+    fused, x = fuse(model), images()
+    assert len(layers(fused)) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_inverted_mask_is_traced() -> None:
+    check(Net(lambda p, x: F.relu(p.norm(p.conv(x)) * ~(x > 0)), conv=layer(), norm=norm()), ("parts.norm",))
+
+
+@pytest.mark.parametrize("place", ["conv", "norm", "activation"])
+@pytest.mark.parametrize(
+    "register", ["register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"]
+)
+def test_every_kind_of_hook_keeps_it(register: str, place: str) -> None:
+    parts = nn.ModuleDict({"conv": layer(), "norm": norm(), "activation": nn.ReLU()})
+    seen: list[str] = []
+    getattr(parts[place], register)(lambda *_: seen.append(place))
+    fused = fuse(nn.Sequential(*parts.values()).eval())
+    assert len(layers(fused)) == (1 if place == "activation" else 0)
+    if "forward" in register:
+        with torch.no_grad():
+            fused(images())
+        assert seen == [place]
+
+
+@pytest.mark.parametrize("place", ["conv", "norm", "activation"])
+def test_a_forward_of_its_own_keeps_it(place: str) -> None:
+    parts = nn.ModuleDict({"conv": layer(), "norm": norm(), "activation": nn.ReLU()})
+    parts[place].forward = lambda x: 3 * x
+    model = nn.Sequential(*parts.values()).eval()
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(fuse(model)(x), model(x))
+
+
+@pytest.mark.parametrize("features", [1, CHANNELS // 2])
+def test_a_norm_of_other_channels_keeps_it(features: int) -> None:
+    model = nn.Sequential(layer(), nn.BatchNorm2d(features)).eval()
+    assert f"has {features} channels, not {CHANNELS}" in fusion(model).kept[0].reason
+
+
+def written_out(p: Any, x: Tensor) -> Any:
+    target = x * 2
+    total = torch.add(x, x, out=target)
+    total += p.conv(x)
+    return F.relu(total), target * 1
+
+
+def seen_after(p: Any, x: Tensor) -> Any:
+    target = p.plain(x)
+    alias = target
+    target += p.conv(x)
+    return F.relu(target) + alias * 1
+
+
+@pytest.mark.parametrize("forward", [written_out, seen_after])
+def test_a_sum_in_place_may_be_read_by_another_name(forward: Callable[[Any, Tensor], Any]) -> None:
+    kept(Net(forward, conv=layer(), plain=nn.Conv2d(CHANNELS, CHANNELS, 1)), "is added in place to")
+
+
+def somebody_s(x: Tensor) -> Tensor:
+    return x.mul_(2)
+
+
+torch.fx.wrap("somebody_s")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p, x: torch.mul(x, 3, out=x),
+        lambda p, x: F.leaky_relu(x, 0.1, inplace=True),
+        lambda p, x: p.act(x),
+        lambda p, x: somebody_s(x),
+    ],
+)
+def test_an_input_changed_in_any_way_keeps_the_sum(change: Callable[[Any, Tensor], Tensor]) -> None:
+    def forward(p: Any, x: Tensor) -> Tensor:
+        x = x * 2
+        y = p.norm(p.conv(x))
+        change(p, x)
+        return y + x
+
+    check(Net(forward, conv=layer(), norm=norm(), act=nn.LeakyReLU(inplace=True)), ("parts.norm",))
+
+
+class Apart(nn.Module):
+    """Calls its parts one by one, which cannot be traced."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts[: int(x.abs().sum() > 0) * len(self.parts)]:
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize("first", [layer, lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)], ids=["spconv", "plain"])
+def test_a_norm_shared_by_parts_traced_separately_stays(first: Callable[[], nn.Module]) -> None:
+    shared = norm()
+    model = Apart(nn.Sequential(first(), shared), nn.Sequential(nn.ReLU(), shared)).eval()
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(fuse(model, plain_norms=True)(x), model(x))
+
+
+def test_buffers_that_a_forward_reads_stay() -> None:
+    def forward(p: Any, x: Tensor) -> Tensor:
+        return p.act(p.norm(p.conv(x))).sum() + (x.mean((2, 3)) * p.norm.running_var).sum()
+
+    kept(Net(forward, conv=layer(), norm=norm(), act=nn.ReLU()), "a forward reads itself")
+
+
+@pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular"])
+def test_uneven_padding_modes(padding_mode: str) -> None:
+    conv = SPConv2d(CHANNELS, CHANNELS, (3, 5), padding=(1, 2), padding_mode=padding_mode)
+    check(nn.Sequential(conv, norm(), nn.ReLU()), ("1", "relu"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_branch_norms_with_and_without_a_bias(alpha: float, bias: bool) -> None:
+    def conv() -> SPConv2d:
+        return stirred(layer(alpha=alpha, branch_norm=True, bias=bias))
+
+    check(nn.Sequential(conv(), norm(), nn.ReLU()), ("branch norms", "1", "relu"))
+    check(nn.Sequential(conv(), nn.MaxPool2d(2)), ("branch norms",))
+
+
+def test_a_fused_layer_is_a_copy() -> None:
+    conv = layer().eval()
+    fused, x = FusedSPConv2d(conv), images()
+    with torch.no_grad():
+        before = fused(x)
+        for parameter in conv.parameters():
+            parameter.zero_()
+        assert torch.equal(fused(x), before)
+
+
+def test_a_float32_residual_under_autocast() -> None:
+    model = Net(lambda p, x: F.relu(p.norm(p.conv(x)) + x), conv=layer(), norm=norm()).eval()
+    x = images()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, expected = fuse(model)(x), model(x)
+    assert got.dtype == expected.dtype == torch.float32

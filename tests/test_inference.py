@@ -219,3 +219,37 @@ def test_refuses_what_requires_gradients(name: str) -> None:
         spconv2d_inference(*arguments, branch_bias=inputs.branch_bias, **inputs.window)
     with torch.no_grad():
         spconv2d_inference(*arguments, branch_bias=inputs.branch_bias, **inputs.window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_bias_without_a_gate(dtype: torch.dtype) -> None:
+    case = BY_NAME["alpha-1"]
+    inputs = make_inputs(case, dtype, bias=False)
+    bias = 1 + torch.rand(case.out_channels) / 1000
+    weights = (torch.zeros_like(t) for t in (inputs.weight_gwc, inputs.weight_pwc))
+    with torch.no_grad():
+        y = spconv2d_inference(inputs.x, *weights, None, bias, **inputs.window)
+    assert torch.equal(y, bias.to(dtype)[:, None, None].expand_as(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_reference_rounds_once(dtype: torch.dtype) -> None:
+    case = BY_NAME["tiny"]
+    inputs = make_inputs(case, dtype, bias=False)
+    bias = 1 + torch.rand(case.out_channels) / 1000
+    weights = (torch.zeros_like(t) for t in (inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant))
+    residual = -torch.ones(case.batch, case.out_channels, *case.output_size(), dtype=dtype)
+    with torch.no_grad():
+        y = spconv2d_inference(inputs.x, *weights, bias, **inputs.window, residual=residual, backend="reference")
+    assert torch.equal(y, (bias - 1).to(dtype)[:, None, None].expand_as(y))
+
+
+def test_no_redundant_channel_is_no_gate() -> None:
+    i = make_inputs(BY_NAME["alpha-1"])
+    empty = i.weight_pwc.detach().new_empty(i.weight_pwc.shape[0], 0, 1, 1)
+    with torch.no_grad():
+        expected = spconv2d(i.x, i.weight_gwc, i.weight_pwc, None, i.bias, **i.window).relu()
+        for backend in ("native", "reference"):
+            arguments = (i.x, i.weight_gwc, i.weight_pwc, empty, i.bias)
+            y = spconv2d_inference(*arguments, **i.window, activation="relu", backend=backend)
+            torch.testing.assert_close(y, expected)

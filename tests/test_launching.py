@@ -201,3 +201,30 @@ def test_nothing_keeps_tensors(launches: Launches) -> None:
     del x
     gc.collect()
     assert kept() is None
+
+
+def test_what_a_kind_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_is_nvidia", lambda device: True)
+    x, boxes = torch.zeros(64, 64), TensorDescriptor.from_tensor
+
+    def kind(*args: Any, kernel: Any = launching.launch, **constants: Any) -> Any:
+        return launching._kind(kernel, args, constants)
+
+    kinds = [
+        kind(x),
+        kind(x.half()),
+        kind(x.to("meta")),
+        kind(x.flatten()[1:]),
+        kind(x, 16),
+        kind(x, 1),
+        kind(x, A=1),
+        kind(x, A=2),
+        kind(x, B=1),
+        kind(x, kernel=kind),
+        kind(boxes(x, [32, 32])),
+        kind(boxes(x, [16, 32])),
+        kind(boxes(x.half(), [32, 32])),
+        kind(boxes(x.bfloat16(), [32, 32])),
+    ]
+    assert len(set(kinds)) == len(kinds)
+    assert kind(x) == kind(x + 1)

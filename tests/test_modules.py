@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -684,3 +685,43 @@ def test_a_single_tap_has_no_dilation() -> None:
     assert layer.dilation == (2, 2), "as it was given"
     assert layer.geometry.dilation == (1, 2)
     assert layer(torch.randn(1, 8, 5, 6)).shape == (1, 8, 5, 6)
+
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x[:, :8], lambda x: x[..., 1:-1, 1:], lambda x: x[:, :8, :1, :1]],
+    ids=["channels", "crop", "pixel"],
+)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_views_keep_their_format_as_of_conv2d(
+    view: Callable[[Tensor], Tensor], layout: torch.memory_format, training: bool
+) -> None:
+    x = view(torch.randn(2, 12, 7, 6).contiguous(memory_format=layout))
+    layer = SPConv2d(x.shape[1], 8, 3, padding=2, backend="native").train(training)
+    assert layer(x).stride() == F.conv2d(x, torch.randn(8, x.shape[1], 3, 3), padding=2).stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_one_pixel_keeps_its_format_as_of_conv2d(layout: torch.memory_format) -> None:
+    x = torch.randn(3, 8, 1, 1).to(memory_format=layout)
+    y = SPConv2d(8, 8, 3, padding=2, backend="native")(x)
+    assert y.stride() == F.conv2d(x, torch.randn(8, 8, 3, 3), padding=2).stride()
+
+
+@pytest.mark.parametrize("of_x", LAYOUTS, ids=str)
+@pytest.mark.parametrize("of_weight", LAYOUTS, ids=str)
+def test_redundant_branch_keeps_the_format_of_x1(of_x: torch.memory_format, of_weight: torch.memory_format) -> None:
+    x1 = torch.randn(2, 4, 6, 5).contiguous(memory_format=of_x)
+    weight = torch.randn(8, 4, 1, 1).to(memory_format=of_weight)
+    u1 = functional.redundant_branch(x1, weight, kernel_size=3, padding=1)
+    assert u1.is_contiguous(memory_format=of_x)
+
+
+def test_initial_bound_at_an_uneven_stride() -> None:
+    layer = SPConv2d(64, 64, 3, stride=(1, 2))
+    bound = 2 / (9 * 32 / 2 + 64 / 2) ** 0.5
+    assert 0.99 * bound < layer.weight_gwc.abs().max() <= bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import (
+    SPConv2d,
     native_backward_maps,
     native_backward_products,
     native_convolution,
@@ -331,10 +333,16 @@ def test_takes_an_empty_batch(case: Case) -> None:
         assert not got[name].any(), name
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("name", ["x", "weight_gwc", "weight_pwc", "weight_redundant", "bias", "branch_bias"])
-def test_differentiates_one_argument_alone(name: str) -> None:
+@pytest.mark.parametrize("way", ["merged", "maps", "folded maps", "products", "all products"])
+def test_differentiates_one_argument_alone(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every gradient is skipped on its own, and the others do not depend on it."""
-    for case in (BY_NAME["plain"], BY_NAME["stride-2"]):
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if way == "merged" else 0)
+    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if way == "folded maps" else float("inf"))
+    monkeypatch.setattr(native_backward_products, "pay", lambda given: "products" in way)
+    monkeypatch.setattr(native_backward_products, "gwc_pays", lambda given: way == "all products")
+    for case in (BY_NAME["plain"], BY_NAME["one-group"], BY_NAME["stride-2"]):
         inputs = make_inputs(case, branch_bias=True)
         grad = output_grad(inputs)
         expected = run(native, inputs, grad)[name]
@@ -342,7 +350,7 @@ def test_differentiates_one_argument_alone(name: str) -> None:
             tensor.requires_grad_(other == name)
         y = native(*inputs.positional(), branch_bias=inputs.branch_bias, **inputs.window)
         (got,) = torch.autograd.grad(y, [inputs.tensors()[name]], grad)
-        assert torch.equal(got, expected)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", GATED, ids=str)
@@ -464,3 +472,27 @@ def test_counts_the_operations_of_its_parts() -> None:
             spconv2d(*inputs.positional(), backend=backend, **inputs.window)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_gradients_share_no_memory(kernel: int) -> None:
+    """Autograd keeps them as they are, and adds to them in place."""
+    layer = SPConv2d(8, 8, kernel, padding=kernel // 2, groups=1)
+    other = copy.deepcopy(layer)
+    other.backend = "reference"
+    x = torch.randn(2, 8, 6, 6)
+    for _ in range(2):
+        for each in (layer, other):
+            each(x).square().sum().backward()
+    for got, expected in zip(layer.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-4)
+    grads = torch.autograd.grad(layer(x).sum(), list(layer.parameters()))
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+
+
+def test_taps_may_read_nothing_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("far-apart", 2, 16, 16, (6, 7), dilation=(4, 5), padding=(4, 5))
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
+    monkeypatch.setattr(native_backward_products, "pay", lambda given: True)
+    monkeypatch.setattr(native_backward_products, "gwc_pays", lambda given: True)
+    assert_agrees(native, make_inputs(case, torch.float64, branch_bias=True))

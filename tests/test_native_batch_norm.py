@@ -13,7 +13,7 @@ from norm_cases import NORMS, Leaves, batch_normed, cast, layer, make_leaves, ru
 from strategies import NOT_FINITE
 from torch import Tensor, nn
 
-from spconv_triton import SPConv2d, native_batch_norm, native_folding
+from spconv_triton import SPConv2d, functional, native_batch_norm, native_folding
 
 CASES = [case for case in SMALL if case.alpha < 1]
 BY_NAME = {case.name: case for case in CASES}
@@ -232,3 +232,34 @@ def test_half_precision_and_compiled_layers_stay_in_parts(in_one: list[str]) -> 
     copy.deepcopy(layer).bfloat16()(torch.randn(2, 8, 6, 5, dtype=torch.bfloat16))
     torch.compile(layer, backend="eager")(torch.randn(2, 8, 6, 5))
     assert not in_one
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_statistics_of_half_precision_are_float32(dtype: torch.dtype, backend: str) -> None:
+    case = BY_NAME["plain"]
+    leaves = make_leaves(case, dtype=dtype, mean=3.0)
+    tensors = [leaves[name].detach() for name in ("x", "weight_gwc", "weight_pwc", "weight_redundant")]
+    _, mean, variance = functional.spconv2d_batch_norm(*tensors, backend=backend, **case.window)
+    exact = functional.spconv2d_batch_norm(*(t.float() for t in tensors), backend=backend, **case.window)[1]
+    assert mean.dtype == variance.dtype == torch.float32
+    torch.testing.assert_close(mean, exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_statistics_have_no_gradients() -> None:
+    for backend in ("native", "reference"):
+        _, mean, variance = layer(make_leaves(BY_NAME["plain"]), BY_NAME["plain"], backend)
+        assert not mean.requires_grad
+        assert not variance.requires_grad
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_an_in_place_operation_may_follow(memory_format: torch.memory_format) -> None:
+    leaves = make_leaves(BY_NAME["plain"], memory_format=memory_format)
+    wanted = [leaf for leaf in leaves.values() if leaf is not None]
+    got, expected = (
+        torch.autograd.grad(act(layer(leaves, BY_NAME["plain"], "native")[0]).square().sum(), wanted)
+        for act in (torch.relu_, torch.relu)
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -508,3 +508,49 @@ def test_gradients_go_through_norms_that_were_folded() -> None:
     layer(x).sum().backward()
     assert layer.norm_representative.weight.grad is not None
     assert layer.weight_gwc.grad is not None
+
+
+@pytest.mark.parametrize("name", ["weight_gwc", "weight_pwc", "weight_redundant"])
+def test_one_changed_element_of_a_large_weight_is_seen(name: str) -> None:
+    layer, x = make(64)
+    weight = getattr(layer, name)
+    before = infer(layer, x)
+    with torch.no_grad():
+        weight.as_strided((weight.numel(),), (1,))[1] += 1
+    after = infer(layer, x, 1)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, infer(copy.deepcopy(layer), x))
+
+
+def test_another_view_of_the_same_memory_is_seen() -> None:
+    layer, x = SPConv2d(16, 8, 3, padding=1, backend="native").eval(), torch.randn(2, 16, 6, 5)
+    before = infer(layer, x)
+    layer.weight_pwc.data = layer.weight_pwc.data.transpose(0, 1)
+    after = infer(layer, x, 1)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, infer(copy.deepcopy(layer), x))
+
+
+def test_a_bias_of_another_dtype_is_refused() -> None:
+    layer, x = make(8)
+    infer(layer, x)
+    layer.bias.data = torch.zeros(8, dtype=torch.float64)
+    with pytest.raises(TypeError, match="bias must have the dtype"):
+        infer(layer, x)
+
+
+def test_empty_batches_before_and_after_others() -> None:
+    layer, x = make(8)
+    for order in ((x[:0], x), (x, x[:0])):
+        mine = copy.deepcopy(layer)
+        for part in order:
+            assert infer(mine, part).shape == part.shape
+    fused = fuse(torch.nn.Sequential(layer, torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval())
+    assert infer(fused, x[:0]).shape == (0, 8, 6, 5)
+
+
+def test_nothing_is_prepared_without_onednn() -> None:
+    layer, x = make(8)
+    with torch.backends.mkldnn.flags(enabled=False):
+        infer(layer, x)
+    assert prepared(layer) is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 from cases import Case, Inputs, make_inputs, run
@@ -10,7 +13,7 @@ from nonfinite import assert_spreads_as_in_the_reference
 from strategies import NOT_FINITE, calls_with_what_is_not_finite
 from torch import Tensor
 
-from spconv_triton import native_folding, native_onepass, native_weights, reference
+from spconv_triton import SPConv2d, native_folding, native_onepass, native_weights, reference
 from spconv_triton.functional import gap_softmax_fusion, spconv2d, spconv2d_inference
 from spconv_triton.geometry import resolve
 
@@ -82,3 +85,32 @@ def test_fusion(value: float) -> None:
         y, expected = gap_softmax_fusion(u3, u1, backend="native"), reference.gap_softmax_fusion(u3, u1)
         torch.testing.assert_close(y, expected, equal_nan=True)
         u.copy_(clean)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_without_a_gate_zeros_spread_nothing(value: float, training: bool) -> None:
+    layer = SPConv2d(8, 8, 3, padding=1, alpha=1.0, backend="native").train(training)
+    other = copy.deepcopy(layer)
+    other.backend = "reference"
+    x = torch.randn(1, 8, 6, 5)
+    x[0, 1, 2, 2] = value
+    with torch.inference_mode():
+        for _ in range(3):
+            y = layer(x)
+        assert not (y.isnan() & ~other(x).isnan()).any()
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_one_sample_among_others_by_prepared_weights(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_onepass, "CACHED", 1)
+    layer = SPConv2d(8, 8, 3, padding=1, backend="native").eval()
+    x = torch.randn(3, 8, 5, 4)
+    x[1, 3, 2, 2] = value
+    with torch.inference_mode():
+        y = layer(x)
+        layer.backend = "reference"
+        expected = layer(x)
+    assert torch.equal(y.isnan(), expected.isnan())
+    torch.testing.assert_close(y[::2], expected[::2])

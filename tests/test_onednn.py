@@ -29,6 +29,7 @@ WRONG = (
     Case("two-columns", 3, 16, 8, (4, 2), (5, 3), (1, 3), (2, 2)),
     # Rows apart, channels of a group no multiple of 16, long rows: gradients of bfloat16 weights.
     Case("dilated-rows", 2, 16, 12, (34, 40), (3, 3), (1, 1), (2, 2), (2, 2)),
+    Case("dilated-rows-24", 2, 96, 12, (34, 40), (3, 3), (1, 1), (2, 2), (2, 2)),
 )
 
 CODE = """\

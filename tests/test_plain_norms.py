@@ -125,6 +125,12 @@ def parametrized() -> nn.Module:
 
 
 KEPT: dict[str, Callable[[], nn.Module]] = {
+    "a norm's weight read elsewhere": lambda: Net(
+        lambda p, x: p.norm(p.conv(x)) * p.norm.weight.abs().sum(), conv=plain(), norm=norm()
+    ),
+    "a norm's buffer read elsewhere": lambda: Net(
+        lambda p, x: p.norm(p.conv(x)) + p.norm.running_mean.mean(), conv=plain(), norm=norm()
+    ),
     "a second reader": lambda: Net(lambda p, x: p.norm(y := p.conv(x)) + y, conv=plain(), norm=norm()),
     "a result of the network": lambda: Net(lambda p, x: (p.norm(y := p.conv(x)), y)[0] + y, conv=plain(), norm=norm()),
     "called twice": lambda: Net(lambda p, x: p.norm(p.conv(x)) + p.conv(x + 1), conv=plain(), norm=norm()),

@@ -237,3 +237,30 @@ def test_resnet50_has_the_published_parameters_but_the_biases(alpha: float, para
     assert sum(p.numel() for p in theirs.parameters()) == parameters
     assert sum(p.numel() for p in ours.parameters()) == parameters - 3_776
     assert load_reference_checkpoint(ours, theirs.state_dict(), strict=True) == ([], [], [])
+
+
+def normed_pair() -> tuple[PublishedSPConv, SPConv2d]:
+    published = PublishedSPConv(16, 12)
+    randomise(published)
+    return published, SPConv2d(16, 12, 3, 1, 1, bias=False, branch_norm=True)
+
+
+def test_half_precision_checkpoint() -> None:
+    published, ours = normed_pair()
+    state = published.bfloat16().state_dict()
+    load_reference_checkpoint(ours, state)
+    expected = state["bn2.running_mean"].float() - state["conv1x1.bias"].float()
+    assert torch.equal(ours.norm_redundant.running_mean, expected)
+
+
+def test_of_two_names_the_first_counts() -> None:
+    published, ours = normed_pair()
+    state = {**published.state_dict(), "weight_pwc": torch.zeros(12, 8, 1, 1)}
+    assert load_reference_checkpoint(ours, state, strict=False).unexpected_keys == ["weight_pwc"]
+    assert torch.equal(ours.weight_pwc, state["pwc.weight"])
+
+
+def test_a_bias_of_another_shape_does_not_fit() -> None:
+    published, ours = normed_pair()
+    with pytest.raises(ValueError, match=r"conv1x1\.bias, which it has no place for"):
+        load_reference_checkpoint(ours, {**published.state_dict(), "conv1x1.bias": torch.ones(1)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -145,3 +146,14 @@ def test_keys_name_no_size() -> None:
     for kernel in TUNED_KERNELS:
         compiled_in = {parameter.name for parameter in jit_function(kernel).params if parameter.is_constexpr}
         assert set(kernel.keys) <= compiled_in, kernel.base_fn.__name__
+
+
+@pytest.mark.parametrize("option", ["num_warps", "num_stages"])
+def test_the_same_blocks_with_other_options_are_not_taken(option: str, tmp_path: Path) -> None:
+    config = copy.deepcopy(onepass_forward.configs[1])
+    setattr(config, option, 7)
+    onepass_forward.cache[KEY] = config
+    with compiling_for("sm_90"):
+        save_tuning(tmp_path / "tuned.json")
+        onepass_forward.cache.clear()
+        assert load_tuning(tmp_path / "tuned.json") == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from cases import Case, Inputs, assert_agrees, make_inputs
 
 from spconv_triton import functional
+from spconv_triton.launch.common import pixel_arguments
 
 
 def far_apart(inputs: Inputs) -> Inputs:
@@ -33,3 +35,8 @@ def test_branch(device: str) -> None:
     case = Case("far-branch", 2, 8, 8, (3, 4), alpha=1.0)
     inputs = far_apart(make_inputs(case, torch.float16, device=device))
     assert_agrees(functional.spconv2d, inputs, backend="triton")
+
+
+def test_input_pixels_count_too() -> None:
+    with pytest.raises(ValueError, match=r"x3 must have at most \d+ pixels in a batch"):
+        pixel_arguments(torch.empty(70_000, 8, 181, 181, device="meta"), (91, 91), "x3")
