@@ -17,6 +17,7 @@ import dis
 import inspect
 import operator
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -271,7 +272,7 @@ def trace(root: nn.Module, tracer: Tracer) -> fx.Graph:
     parameters = inspect.signature(type(root).forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     tracer.frames.append(Frame(root, bool(defaults) or asks_for_none(root)))
-    with _noting_questions(tracer):
+    with _one_at_a_time, _noting_questions(tracer):
         graph = tracer.trace(root, defaults or None)
     if tracer.asked:
         raise UndecidedError(f"it asks {tracer.asked}")
@@ -279,6 +280,10 @@ def trace(root: nn.Module, tracer: Tracer) -> fx.Graph:
         if isinstance(node.type, str):  # an annotation under PEP 563, which GraphModule of PyTorch 2.13 does not pickle
             node.type = None
     return graph
+
+
+_one_at_a_time = threading.RLock()
+"""``torch.fx`` and what follows put other functions in the places of PyTorch's while they trace."""
 
 
 @contextlib.contextmanager
