@@ -253,3 +253,20 @@ def test_no_redundant_channel_is_no_gate() -> None:
             arguments = (i.x, i.weight_gwc, i.weight_pwc, empty, i.bias)
             y = spconv2d_inference(*arguments, **i.window, activation="relu", backend=backend)
             torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_norm_and_bias_without_a_gate(dtype: torch.dtype) -> None:
+    case = BY_NAME["alpha-1"]
+    check_over_draws(lambda: (make_inputs(case, dtype), following(case, "relu", dtype)))
+
+
+@pytest.mark.parametrize("name", ["norm_scale", "residual"])
+def test_refuses_gradients_of_what_follows(name: str) -> None:
+    case = BY_NAME["plain"]
+    tensors = {key: value.detach() for key, value in make_inputs(case).tensors().items()}
+    after = following(case, "relu", residual=True)
+    after[name].requires_grad_()
+    weights = (tensors[key] for key in ("x", "weight_gwc", "weight_pwc", "weight_redundant"))
+    with pytest.raises(ValueError, match=f"{name} must not require gradients"):
+        spconv2d_inference(*weights, **case.window, **after)

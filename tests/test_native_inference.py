@@ -24,6 +24,7 @@ from cases import (
     make_inputs,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import (
@@ -554,3 +555,23 @@ def test_nothing_is_prepared_without_onednn() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         infer(layer, x)
     assert prepared(layer) is None
+
+
+def test_folded_norms_under_vmap() -> None:
+    layers = [make_normed()[0] for _ in range(3)]
+    x = torch.randn(2, 8, 6, 5)
+    parameters, buffers = torch.func.stack_module_state(layers)
+    base = copy.deepcopy(layers[0]).to("meta")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)))(parameters, buffers)
+            torch.testing.assert_close(y, torch.stack([layer(x) for layer in layers]))
+
+
+def test_fake_tensors_are_not_kept() -> None:
+    layer, x = make_normed()
+    expected = infer(copy.deepcopy(layer), x)
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            layer(torch.empty(x.shape))
+        torch.testing.assert_close(layer(x), expected)
