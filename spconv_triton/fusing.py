@@ -12,11 +12,12 @@ from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .branch_norm import folds
-from .chains import Chain, Region, Tracer, attribute, find_regions, follow, has_hooks, trace, unchanged
+from .chains import Chain, follow
 from .conversion import is_compiled
 from .fused import FusedSPConv2d
 from .modules import SPConv2d
 from .plain_norms import FoldedNorm, find_folded_norms
+from .regions import Region, Tracer, attribute, find_regions, has_hooks, trace, unchanged
 from .sources import is_only_called, only_calls
 
 

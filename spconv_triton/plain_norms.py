@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .chains import Chain, Region, attribute, has_hooks, norm_misfit
+from .chains import Chain, norm_misfit
+from .regions import Region, attribute, has_hooks
 from .sources import is_only_called
 
 

@@ -1,0 +1,352 @@
+"""A network as graphs.
+
+``torch.fx`` runs a network's forward on symbols. Where that fails, at control flow that depends on values say, the
+module in whose forward it failed becomes a node of the graphs around it, and each of its children is traced on its own,
+if that is all that its source does with them: call them. A network is a list of :class:`Region`. So are modules with
+hooks, which must not see symbols.
+
+A forward that asks what a symbol cannot answer truly (what type it is, whether gradients are on) fails as well, even if
+it gets an answer, or goes on after an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dis
+import inspect
+import operator
+import sys
+import threading
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+
+from .fused import FusedSPConv2d
+from .modules import SPConv2d
+from .sources import asks_for_none, only_calls
+
+IN_PLACE = [name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name[1:]}__")]
+"""iadd, imul and so on."""
+
+
+@dataclass(eq=False)
+class Frame:
+    """One call of a module's forward.
+
+    Attributes:
+        module: whose.
+        is_open: whether it was given less than all its arguments as symbols: another call may go another way.
+    """
+
+    module: nn.Module
+    is_open: bool
+
+
+@dataclass
+class Region:
+    """A part of a network as a graph; every node has its frames, outermost first, in ``meta["frames"]``.
+
+    Attributes:
+        root: the module whose forward this is.
+        graph: what it calls.
+        leaves: modules that are nodes of the graph.
+        name: of the root in the network.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    leaves: set[nn.Module]
+    name: str = ""
+
+    def module_of(self, node: fx.Node) -> nn.Module:
+        return self.root.get_submodule(str(node.target))
+
+    def name_of(self, node: fx.Node) -> str:
+        """The module that ``node`` calls, as the network calls it."""
+        return ".".join(filter(None, (self.name, str(node.target))))
+
+
+class UndecidedError(TypeError):
+    """A forward asked what only values can tell."""
+
+
+class _Asked(fx.Proxy):
+    """A symbol that tells its tracer what a forward asks of it.
+
+    Whatever the answer is, or however the forward goes on after an exception, values might have led it elsewhere.
+    """
+
+    tracer: Any
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        if not _caller().startswith("torch."):
+            self.tracer.ask("what type a value is")
+        return type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name) and _is_called_by_name():
+            self.tracer.ask(f"whether a value has {name}")
+        return _Attribute(self, name)
+
+
+class _Symbol(_Asked):
+    """One that sees what is written over it too; fx takes ``x += y`` for ``x = x + y``."""
+
+
+class _Attribute(_Asked, fx.proxy.Attribute):
+    """Of a symbol."""
+
+
+def _caller() -> str:
+    """The module of what called the caller."""
+    return str(sys._getframe(2).f_globals.get("__name__", ""))
+
+
+def _is_called_by_name() -> bool:
+    """Whether the caller was reached by ``hasattr`` or ``getattr``, not by a dot."""
+    frame = sys._getframe(2)
+    return "CALL" in dis.opname[frame.f_code.co_code[frame.f_lasti]]
+
+
+def _in_place(name: str) -> Any:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+def _asking(name: str) -> Any:
+    def method(self: Any, *arguments: Any) -> Any:
+        self.tracer.ask(f"for the {name} of a value")
+        inherited = getattr(super(_Asked, self), f"__{name}__", None)
+        if inherited is None:
+            raise UndecidedError(f"a symbol has no {name}")
+        return inherited(*arguments)
+
+    return method
+
+
+for _name in IN_PLACE:
+    setattr(_Symbol, f"__{_name}__", _in_place(_name))
+for _name in ("bool", "int", "index", "float", "complex", "len", "iter", "contains"):
+    setattr(_Asked, f"__{_name}__", _asking(_name))
+
+
+class Tracer(fx.Tracer):
+    """Traces through every module but those of ``torch.nn``, SPConv layers, hooked ones and the given ``leaves``.
+
+    Attributes:
+        failed: the innermost module in whose forward an exception was raised, or that asked.
+        asked: what it asked.
+    """
+
+    proxy_buffer_attributes = True  # so that the graph shows who reads them
+
+    def __init__(self, leaves: Collection[nn.Module] = (), inlined: Collection[nn.Module] | None = None) -> None:
+        super().__init__()
+        self.given_leaves = leaves
+        self.inlined = inlined
+        self.frames: list[Frame] = []
+        self.found_leaves: set[nn.Module] = set()
+        self.failed: nn.Module | None = None
+        self.asked = ""
+
+    def ask(self, what: str) -> None:
+        """Note a question that values may answer in another way than symbols."""
+        if not self.asked:
+            self.asked = what
+            self.failed = self.frames[-1].module if len(self.frames) > 1 else None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if self.inlined is not None and m not in self.inlined:
+            return True
+        own = isinstance(m, (SPConv2d, FusedSPConv2d)) or m in self.given_leaves or has_hooks(m)
+        return own or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.is_leaf_module(m, self.path_of_module(m)):
+            self.found_leaves.add(m)
+            return super().call_module(m, forward, args, kwargs)
+        self.frames.append(Frame(m, _is_open(m, args, kwargs)))
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or m
+            raise
+        self.frames.pop()
+        return result
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["frames"] = tuple(self.frames)
+        return node
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at, or changes, what goes into ``module`` or comes out."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names) or "forward" in vars(module)
+
+
+def _is_open(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    parameters = inspect.signature(module.forward).parameters
+    given = (*args, *kwargs.values())
+    return len(given) < len(parameters) or not all(isinstance(value, fx.Proxy) for value in given)
+
+
+def trace(root: nn.Module, tracer: Tracer) -> fx.Graph:
+    """The graph of ``root``, its optional arguments at their defaults; ``tracer`` is used up.
+
+    Raises:
+        UndecidedError: a forward asked what a symbol cannot answer.
+        Exception: whatever a forward raises at a symbol.
+    """
+    parameters = inspect.signature(type(root).forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    tracer.frames.append(Frame(root, bool(defaults) or asks_for_none(root)))
+    with _one_at_a_time, _noting_questions(tracer):
+        graph = tracer.trace(root, defaults or None)
+    if tracer.asked:
+        raise UndecidedError(f"it asks {tracer.asked}")
+    for node in graph.nodes:
+        if isinstance(node.type, str):  # an annotation under PEP 563, which GraphModule of PyTorch 2.13 does not pickle
+            node.type = None
+    return graph
+
+
+_one_at_a_time = threading.RLock()
+"""``torch.fx`` and what follows put other functions in the places of PyTorch's while they trace."""
+
+
+@contextlib.contextmanager
+def _noting_questions(tracer: Tracer) -> Iterator[None]:
+    """Of what a forward may ask about its surroundings, which need not be those of its calls."""
+    are_enabled, enter = torch.is_grad_enabled, torch.autocast.__enter__
+
+    def is_grad_enabled() -> bool:
+        if not _caller().startswith("torch."):
+            tracer.ask("whether gradients are enabled")
+        return are_enabled()
+
+    def entered(context: Any) -> Any:
+        tracer.ask("for autocast")
+        return enter(context)
+
+    with (
+        mock.patch.object(torch, "is_grad_enabled", is_grad_enabled),
+        mock.patch.object(torch.autocast, "__enter__", entered),
+    ):
+        yield
+
+
+def find_regions(model: nn.Module) -> list[Region]:
+    """The network as graphs that together hold every module that is called, as far as it can be known."""
+    regions: list[Region] = []
+    seen: set[nn.Module] = set()
+    pending = [("", model)]
+    while pending:
+        name, root = pending.pop()
+        if root in seen or isinstance(root, (SPConv2d, FusedSPConv2d)):
+            continue  # what is inside a layer is not called by a forward of the network
+        seen.add(root)
+        region = _trace_region(name, root)
+        if region is None:
+            pending += _called_children(name, root)
+            continue
+        regions.append(region)
+        for below, part in root.named_modules(prefix=name):
+            if part in region.leaves:
+                pending += [(below, part)] if has_hooks(part) else _called_children(below, part)
+    return regions
+
+
+def _called_children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts that a forward calls which cannot be traced; of those that it reaches into, their parts."""
+    found: list[tuple[str, nn.Module]] = []
+    for key, child in module.named_children():
+        below = f"{name}.{key}" if name else key
+        if only_calls(module, key, unknown=False) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found.append((below, child))
+        else:
+            found += _called_children(below, child)
+    return found
+
+
+def _trace_region(name: str, root: nn.Module) -> Region | None:
+    opaque: set[nn.Module] = set()
+    while True:
+        tracer = Tracer(opaque)
+        try:
+            with unchanged(root) as changes:
+                graph = trace(root, tracer)
+        except Exception:  # a forward may raise anything at a symbol
+            failed = tracer.failed
+        else:
+            if not changes.contents:
+                return Region(root, graph, tracer.found_leaves, name)
+            failed = changes.contents[0]  # in which others may find what was computed
+        if failed is None or failed is root or failed in opaque:
+            return None
+        opaque.add(failed)
+
+
+@dataclass
+class Changes:
+    """What a forward did to its modules while it was traced.
+
+    Attributes:
+        attributes: those on which it set some.
+        contents: those into whose lists and dictionaries it put something.
+    """
+
+    attributes: list[nn.Module] = field(default_factory=list)
+    contents: list[nn.Module] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[Changes]:
+    """Put back what a traced forward changes about its modules, to symbols most likely, and note it."""
+    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    changes = Changes()
+    try:
+        yield changes
+    finally:
+        for module, attributes, contents in before:
+            if not _are_the_same(vars(module), attributes):
+                changes.attributes.append(module)
+            if not all(_are_the_same(attributes[name], was) for name, was in contents.items()):
+                changes.contents.append(module)
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, was in contents.items():
+                if isinstance(was, list):
+                    attributes[name][:] = was
+                else:
+                    attributes[name].clear()
+                    attributes[name].update(was)
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """Copies of the lists and dictionaries that are attributes, those of its parts and parameters among them."""
+    kept = (list, dict)
+    return {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, kept)}
+
+
+def _are_the_same(now: Any, was: Any) -> bool:
+    """Whether two lists or dictionaries hold the same objects."""
+    if isinstance(was, dict):
+        return now.keys() == was.keys() and all(now[key] is was[key] for key in was)
+    return len(now) == len(was) and all(map(operator.is_, now, was))
+
+
+def attribute(node: fx.Node, region: Region) -> object:
+    """What ``node`` reads off the region's root; None for a tensor that the traced forward made itself."""
+    parent, _, name = str(node.target).rpartition(".")
+    return getattr(region.root.get_submodule(parent), name, None)
