@@ -193,6 +193,8 @@ def _descriptor_layers() -> Iterator[Layer]:
             named = replace(case, name=f"{case.name} residual, {activation}", batch=128)
             on_all = halves_and_tf32 if activation == "silu" else on("float16")
             yield Layer(named, on_all, followed_by(activation, case), (*kernels, *others))
+        even = replace(case, batch=128, size=(2 * case.size[0], 2 * case.size[1]))
+        yield Layer(strided(even), on("float16", "bfloat16"), only=("weight_grad_descriptor", "finish_weights"))
 
 
 def _sizes_of_tiles(case: Case, stride: int, sizes: Sequence[tuple[int, int]] = ()) -> Iterator[Case]:
@@ -204,9 +206,9 @@ def _sizes_of_tiles(case: Case, stride: int, sizes: Sequence[tuple[int, int]] = 
         for batch in BATCHES:
             output = (batch, height, width, case.out_channels)
             tiles: list[Any] = [descriptor.best_tile(forward, case.groups, stride, output)]
-            if stride == 1 and backward is not None:
+            if backward is not None:
                 shape = (batch, case.in_channels, height, width)
-                tiles.append(gradients_descriptor.input_tile(backward, shape, case.representative, case.groups))
+                tiles.append(gradients_descriptor.input_tile(backward, shape, case.representative, case.groups, stride))
             if not seen.issuperset(tiles):
                 seen.update(tiles)
                 size = (height * stride, width * stride)

@@ -29,7 +29,7 @@ redundant channels, of both side by side: g is [N, HO, WO, 2 CO], E3 in the firs
 import triton
 import triton.language as tl
 
-from .tiles import dot, dot_computed, inside, load_pooled, pixel_pointers, window_overlap
+from .tiles import dot, dot_computed, inside, pixel_pointers, window_overlap
 from .tuning import INPUT_GRAD, LAYER_KEY, WEIGHT_GRAD, autotuned, prune_input_grad, prune_weight_grad
 
 
@@ -207,6 +207,7 @@ def input_grad(
 def weight_grad(
     grad_ptr,  # g [N, HO, WO, CO], or E3 and E1 [N, HO, WO, 2 CO] if not GATED and C > CR
     x_ptr,  # [N, H, W, C], pixels x_stride apart
+    pooled_ptr,  # [N, HO, WO, C], see pooling; read only at a stride
     gwc_ptr,  # [CO, KH, KW, CG]; this and the next three are read only if GATED
     pwc_ptr,  # [CO, CR]
     redundant_ptr,  # [CO, C - CR]
@@ -278,8 +279,24 @@ def weight_grad(
     weight_stride = tl.where(redundant, CRED, tl.where(pointwise, CR, TAPS * CG))
     element = co[:, None] * weight_stride + tl.where(pointwise, 0, tap * CG) + within[None, :]
     region = tl.where(redundant, 0, tl.where(pointwise, CO * CRED, CO * (CRED + CR)))
-    shift_h = tl.where(pointwise, DILATION_H * (KH - 1) // 2, tap // KW * DILATION_H) - PAD_H
-    shift_w = tl.where(pointwise, DILATION_W * (KW - 1) // 2, tap % KW * DILATION_W) - PAD_W
+    if STRIDE_H * STRIDE_W == 1:
+        shift_h = tl.where(pointwise, DILATION_H * (KH - 1) // 2, tap // KW * DILATION_H) - PAD_H
+        shift_w = tl.where(pointwise, DILATION_W * (KW - 1) // 2, tap % KW * DILATION_W) - PAD_W
+        source_ptr = x_ptr
+        height = H
+        width = W
+        spacing = x_stride
+        step_h = 1
+        step_w = 1
+    else:
+        shift_h = tl.where(pointwise, 0, tap // KW * DILATION_H - PAD_H)
+        shift_w = tl.where(pointwise, 0, tap % KW * DILATION_W - PAD_W)
+        source_ptr = tl.where(pointwise, pooled_ptr, x_ptr)
+        height = tl.where(pointwise, HO, H)
+        width = tl.where(pointwise, WO, W)
+        spacing = tl.where(pointwise, C, x_stride)
+        step_h = tl.where(pointwise, 1, STRIDE_H)
+        step_w = tl.where(pointwise, 1, STRIDE_W)
     w_mask = co_mask[:, None] & c_mask[None, :]
     if GATED:
         weight_ptr = tl.where(redundant, redundant_ptr, tl.where(pointwise, pwc_ptr, gwc_ptr))
@@ -296,15 +313,11 @@ def weight_grad(
             in_range = pixel < end
             out_row = pixel // WO
             out_column = pixel % WO
-            row = out_row * STRIDE_H + shift_h
-            column = out_column * STRIDE_W + shift_w
-            pointers = pixel_pointers(x_ptr, sample, row, column, H, W, x_stride)
-            if STRIDE_H * STRIDE_W == 1:
-                x = load_pooled(pointers, row, column, in_range, channel, c_mask, H, W, x_stride, 1, 1)
-            elif pointwise:
-                x = load_pooled(pointers, row, column, in_range, channel, c_mask, H, W, x_stride, STRIDE_H, STRIDE_W)
-            else:
-                x = load_pooled(pointers, row, column, in_range, channel, c_mask, H, W, x_stride, 1, 1)
+            row = out_row * step_h + shift_h
+            column = out_column * step_w + shift_w
+            pointers = pixel_pointers(source_ptr, sample, row, column, height, width, spacing)
+            valid = in_range & inside(row, column, height, width)
+            x = tl.load(pointers[:, None] + channel[None, :], mask=valid[:, None] & c_mask[None, :], other=0.0)
             outputs = pixel_pointers(grads, sample, out_row, out_column, HO, WO, GRAD_CO)
             g = tl.load(outputs[:, None] + co[None, :], mask=in_range[:, None] & co_mask[None, :], other=0.0)
             one = dot(tl.trans(g), x, one, PRECISION)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate
-from .tiles import dot
+from .tiles import dot, tap_box
 
 
 @triton.jit
@@ -54,36 +54,9 @@ def plus(acc, plane, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.c
     return (acc.reshape(BLOCK_CO, BLOCK_N, PIXELS) + plane[:, :, None]).reshape(BLOCK_CO, BLOCK_N * PIXELS)
 
 
-@triton.jit
-def _tap_box(
-    x_desc,
-    first_sample,
-    first_row,
-    first_column,
-    tap_row,
-    tap_column,
-    channel,
-    C: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_PIX: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """What a tap reads for the tile, [BLOCK_PIX, BLOCK_K]; zero outside the image."""
-    if STRIDE == 1:
-        box = x_desc.load([first_sample, first_row + tap_row - 1, first_column + tap_column - 1, channel])
-    else:
-        # Input row 2 i + tap - 1: the odd row before for tap 0, else row tap - 1 of pair i. Columns likewise.
-        row = first_row - (tap_row == 0).to(tl.int32)
-        column = first_column - (tap_column == 0).to(tl.int32)
-        odd_row = (tap_row != 1).to(tl.int32)
-        odd_column = (tap_column != 1).to(tl.int32)
-        box = x_desc.load([first_sample, row, odd_row, column, odd_column * C + channel])
-    return box.reshape(BLOCK_PIX, BLOCK_K)
-
-
 @triton.jit(do_not_specialize=["N", "HO", "WO"])
 def onepass_descriptor(
-    x_desc,  # [N, H, W, C] in boxes [BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K]; at stride 2 see _tap_box
+    x_desc,  # [N, H, W, C] in boxes [BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K]; at stride 2 see tap_box
     packed_desc,  # [CO, (C - CR) + (CR - CG') + 9 CG'] in boxes [BLOCK_CO, BLOCK_K], CG' = MERGE CR / G
     ratio_ptr,  # [N, CO] float32
     scale_ptr,  # [N, CO] float32
@@ -158,7 +131,7 @@ def onepass_descriptor(
             k = step * BLOCK_K
         else:
             k = tl.where(pointwise, pw_k, CRED + CR - CG + (tap_row * 3 + tap_column) * CG + tap_k)
-        x = _tap_box(x_desc, n0, row0, column0, tap_row, tap_column, channel, C, STRIDE, BLOCK_PIX, BLOCK_K)
+        x = tap_box(x_desc, n0, row0, column0, tap_row, tap_column, channel, C, STRIDE, BLOCK_PIX, BLOCK_K)
         w = packed_desc.load([co0, k])
         acc = dot(w, x.T, acc, PRECISION)
         if step == RED_STEPS * WINDOW - 1:

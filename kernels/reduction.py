@@ -94,6 +94,12 @@ def _sum_of_samples(terms_ptr, out_ptr, out_stride, co, co_mask, N, CO: tl.const
 
 
 @triton.jit
+def _reads_window(tap, STRIDE: tl.constexpr):
+    """Whether a 3 x 3 tap reads a pixel of the window that the point-wise convolutions average."""
+    return (tap // 3 >= 1) & (tap // 3 <= STRIDE) & (tap % 3 >= 1) & (tap % 3 <= STRIDE)
+
+
+@triton.jit
 def _pack_weights(
     program,
     gwc_ptr,
@@ -107,6 +113,7 @@ def _pack_weights(
     ROWS: tl.constexpr,
     MERGE: tl.constexpr,
     MIXED: tl.constexpr,
+    STRIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -129,18 +136,18 @@ def _pack_weights(
     gwc = tl.load(gwc_ptr + co * (9 * CG) + tap * CG + c % CG, mask=mask & representative & own, other=0.0).to(
         tl.float32
     )
-    pwc = tl.load(pwc_ptr + co * CR + c, mask=mask & representative & ((tap == 4) | (row < CO - COM)), other=0.0).to(
-        tl.float32
-    )
+    held = (_reads_window(tap, STRIDE) & is_tap) | (row < CO - COM)
+    pwc = tl.load(pwc_ptr + co * CR + c, mask=mask & representative & held, other=0.0).to(tl.float32)
     if MIXED:
         co = row % CO
-        held = row // CO == 4
+        held = _reads_window(row // CO, STRIDE)
     else:
         co = row
         held = row < CO
     held &= (c >= CR) & mask
     redundant = tl.load(redundant_ptr + co * CRED + c - CR, mask=held, other=0.0).to(tl.float32)
-    tl.store(packed_ptr + row * C + c, (gwc + pwc + redundant).to(packed_ptr.dtype.element_ty), mask=mask)
+    packed = gwc + (pwc + redundant) * (1.0 / (STRIDE * STRIDE))
+    tl.store(packed_ptr + row * C + c, packed.to(packed_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -156,6 +163,7 @@ def _constant_planes(
     CR: tl.constexpr,
     CO: tl.constexpr,
     G: tl.constexpr,
+    STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_CO: tl.constexpr,
@@ -190,7 +198,7 @@ def _constant_planes(
         rows = weight_ptr + (m0 + m)[:, None] * weight_stride
         w = tl.load(rows + c[None, :], mask=m_mask[:, None] & c_mask[None, :], other=0.0)
         total = dot_any_range(shift, w, total)
-    total *= tl.where(redundant, -1.0, 1.0)
+    total *= tl.where(redundant, -1.0, 1.0) * (1.0 / (STRIDE * STRIDE))
 
     tap = tl.arange(0, TAPS)
     column = (tap * CG)[None, :, None] + c[None, None, :]
@@ -203,12 +211,22 @@ def _constant_planes(
         w = tl.load(rows + column, mask=m_mask[:, None, None] & column_mask, other=0.0)
         taps = dot_any_range(shift, w.reshape(BLOCK_CO, TAPS * BLOCK_C), taps)
     taps = taps.reshape(BLOCK_N, TAPS, BLOCK_C)
-    # The first row of pixels has no use for the taps of the last row, and so on.
-    row = (tap // 3)[None, :, None]
-    column = (tap % 3)[None, :, None]
     out = constant_ptr + n[:, None] * C + (tl.where(redundant, CR, group * CG) + c)[None, :]
     mask = n_mask[:, None] & c_mask[None, :]
     plane = tl.cast(N, tl.int64) * C
+    if STRIDE == 2:
+        taps += tl.where(_reads_window(tap, STRIDE)[None, :, None], total[:, None, :], 0.0)
+        out = out[:, None, :] + (tap * plane)[None, :, None]
+        tl.store(out, taps, mask=mask[:, None, :] & (tap < 9)[None, :, None])
+    else:
+        _sums_of_taps(out, total, taps, tap, plane, mask)
+
+
+@triton.jit
+def _sums_of_taps(out, total, taps, tap, plane, mask):
+    """The planes at stride 1: the first row of pixels has no use for the taps of the last row, and so on."""
+    row = (tap // 3)[None, :, None]
+    column = (tap % 3)[None, :, None]
     tl.store(out, total + tl.sum(taps, 1), mask=mask)
     tl.store(out + plane, tl.sum(tl.where(row == 2, taps, 0.0), 1), mask=mask)
     tl.store(out + 2 * plane, tl.sum(tl.where(row == 0, taps, 0.0), 1), mask=mask)
@@ -334,7 +352,7 @@ def _finish_weights(
 
 @triton.jit(do_not_specialize=["N", "P", "SPLITS"])
 def finish_weights(
-    partial_ptr,  # [SPLITS, WEIGHTS] float32, WEIGHTS = CO ((C - CR) + CR + KH KW CG), in this order; 8 CG if PREPARE
+    partial_ptr,  # [SPLITS, WEIGHTS] float32, WEIGHTS = CO ((C - CR) + CR + KH KW CG), in this order; see CENTRE
     shift_ptr,  # delta / P [N, CO] float32; this and the next two are read only if GATED
     tap_mean_ptr,  # [N, KH KW, CR]
     pool_mean_ptr,  # [N, C]
@@ -373,6 +391,8 @@ def finish_weights(
     ROWS: tl.constexpr,
     MERGE: tl.constexpr,
     MIXED: tl.constexpr,
+    STRIDE: tl.constexpr,  # this and the three before are read only if PREPARE
+    CENTRE: tl.constexpr,  # the tap whose partial sums are left out, being the point-wise ones; -1 if none is
     PRECISION: tl.constexpr,  # see dot_float32
     BLOCK_N: tl.constexpr,
     BLOCK_CO: tl.constexpr,
@@ -397,12 +417,12 @@ def finish_weights(
         packed = tl.cdiv(ROWS, BLOCK_ROWS) * tl.cdiv(C, BLOCK_COLUMNS)
         if program < planes:
             _constant_planes(
-                program, shift_ptr, gwc_ptr, pwc_ptr, redundant_ptr, constant_ptr, N, C, CR, CO, G,
+                program, shift_ptr, gwc_ptr, pwc_ptr, redundant_ptr, constant_ptr, N, C, CR, CO, G, STRIDE,
                 BLOCK_N, BLOCK_PLANE, BLOCK_CO,
             )  # fmt: skip
         elif program < planes + packed:
             _pack_weights(
-                program - planes, gwc_ptr, pwc_ptr, redundant_ptr, packed_ptr, C, CR, CO, G, ROWS, MERGE, MIXED,
+                program - planes, gwc_ptr, pwc_ptr, redundant_ptr, packed_ptr, C, CR, CO, G, ROWS, MERGE, MIXED, STRIDE,
                 BLOCK_ROWS, BLOCK_COLUMNS,
             )  # fmt: skip
     if program >= planes + packed:
@@ -412,5 +432,5 @@ def finish_weights(
             gwc_stride_co, gwc_stride_c, gwc_stride_kh, gwc_stride_kw, pwc_stride_co, pwc_stride_c,
             redundant_stride_co, redundant_stride_c, bias_stride_branch, bias_stride_co,
             C, CR, CO, G, KH, KW, GATED, BRANCH_BIAS, PRECISION,
-            4 if PREPARE else -1, BLOCK_N, BLOCK_CO, BLOCK_C,
+            CENTRE, BLOCK_N, BLOCK_CO, BLOCK_C,
         )  # fmt: skip

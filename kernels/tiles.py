@@ -132,3 +132,33 @@ def load_pooled(
         count = window_overlap(row, HEIGHT, STRIDE_H) * window_overlap(column, WIDTH, STRIDE_W)
         pooled = (total * (1.0 / tl.maximum(count, 1).to(tl.float32))[:, None]).to(pointers.dtype.element_ty)
     return pooled
+
+
+@triton.jit
+def tap_box(
+    x_desc,
+    first_sample,
+    first_row,
+    first_column,
+    tap_row,
+    tap_column,
+    channel,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_PIX: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What a tap of a 3 x 3 window reads for a tile of output pixels, [BLOCK_PIX, BLOCK_K]; zero outside the image.
+
+    At stride 2, for even H and W, that is of x as [N, H / 2, 2, W / 2, 2 C], where every tap is a moved box too.
+    """
+    if STRIDE == 1:
+        box = x_desc.load([first_sample, first_row + tap_row - 1, first_column + tap_column - 1, channel])
+    else:
+        # Input row 2 i + tap - 1: the odd row before for tap 0, else row tap - 1 of pair i. Columns likewise.
+        row = first_row - (tap_row == 0).to(tl.int32)
+        column = first_column - (tap_column == 0).to(tl.int32)
+        odd_row = (tap_row != 1).to(tl.int32)
+        odd_column = (tap_column != 1).to(tl.int32)
+        box = x_desc.load([first_sample, row, odd_row, column, odd_column * C + channel])
+    return box.reshape(BLOCK_PIX, BLOCK_K)

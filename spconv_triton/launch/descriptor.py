@@ -188,7 +188,7 @@ def convolve(
     launch_untraced(
         kernel,
         (tile.programs(*size, outputs),),
-        _strided_boxes(x, [*box, block_k]) if stride == 2 else boxes(*aligned(x), [*box, block_k]),
+        strided_boxes(adjacent(x), [*box, block_k]) if stride == 2 else boxes(*aligned(x), [*box, block_k]),
         TensorDescriptor.from_tensor(packed, [tile.block_co, block_k]),
         ratio,
         scale,
@@ -272,12 +272,15 @@ def boxes(x: Tensor, spacing: int, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, [batch, height, width, channels], strides, box)
 
 
-def _strided_boxes(x: Tensor, box: list[int]) -> TensorDescriptor:
-    """[N, H / 2, 2, W / 2, 2 C] of adjacent pixels: a channel slice is copied."""
-    batch, channels, height, width = x.shape
+def adjacent(x: Tensor) -> Tensor:
+    """``x`` as :func:`strided_boxes` wants it: a slice of channels is copied."""
     x, spacing = aligned(x)
-    if spacing != channels:
-        x = channels_last(x)
+    return x if spacing == x.shape[1] else channels_last(x)
+
+
+def strided_boxes(x: Tensor, box: list[int]) -> TensorDescriptor:
+    """[N, H / 2, 2, W / 2, 2 C] of an ``x`` whose pixels are next to each other."""
+    batch, channels, height, width = x.shape
     shape = [batch, height // 2, 2, width // 2, 2 * channels]
     strides = [height * width * channels, 2 * width * channels, width * channels, 2 * channels, 1]
     return TensorDescriptor(x, shape, strides, [*box[:2], 1, *box[2:]])

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv, next_power_of_2
 from ..kernels.backward import input_grad, weight_grad
+from ..kernels.pooling import pool_windows
 from ..kernels.reduction import finish_weights, gate_grad
 from ..kernels.tuning import weight_block, weight_grad_channels
 from . import gradients_descriptor as descriptor
@@ -37,7 +38,10 @@ BLOCK_N = 16
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
 """Of a program that packs weights."""
 
-KERNELS = (weight_grad, gate_grad, finish_weights, input_grad)
+BLOCK_PIX = 32
+"""Pixels of a program that averages windows: each loads as many as a stride has, of up to 64 channels."""
+
+KERNELS = (pool_windows, weight_grad, gate_grad, finish_weights, input_grad)
 
 Weights = tuple[Tensor, Tensor, Tensor | None]
 """Group-wise, point-wise and redundant weight; the branch alone has no redundant one."""
@@ -98,6 +102,36 @@ def layer_input_grad(
     return dx
 
 
+def pooled_windows(x: Tensor, output: tuple[int, int], geometry: Geometry) -> Tensor | None:
+    """What the point-wise convolutions read at a stride, [N, C, H_out, W_out], channels_last; None at stride 1."""
+    if geometry.stride == (1, 1):
+        return None
+    channels, height, width = x.shape[1:]
+    x, spacing = pixel_major(x)
+    pooled = empty_channels_last(x, channels, *output)
+    pixels = x.shape[0] * output[0] * output[1]
+    block = min(64, max(16, next_power_of_2(channels)))
+    launch(
+        pool_windows,
+        (cdiv(channels, block) * cdiv(pixels, BLOCK_PIX),),
+        x,
+        pooled,
+        pixels,
+        height,
+        width,
+        *output,
+        spacing,
+        C=channels,
+        STRIDE_H=geometry.stride[0],
+        STRIDE_W=geometry.stride[1],
+        CENTRE_H=geometry.centre[0],
+        CENTRE_W=geometry.centre[1],
+        BLOCK_PIX=BLOCK_PIX,
+        BLOCK_C=block,
+    )
+    return pooled
+
+
 def layer_weight_grad(
     grad: Tensor, x: Tensor, weights: Weights, ratio: Tensor | None, geometry: Geometry
 ) -> tuple[Tensor, Tensor, int]:
@@ -111,6 +145,7 @@ def layer_weight_grad(
     outputs, representative = weight_pwc.shape[:2]
     count = sum(w.numel() for w in weights if w is not None)
     pixels = grad.shape[2] * grad.shape[3]
+    pooled = pooled_windows(x, (grad.shape[2], grad.shape[3]), geometry)
     grad, (x, spacing) = channels_last(grad), pixel_major(x)
     block = weight_grad_channels(representative // geometry.groups)
     redundant_blocks = cdiv(channels - representative, block)
@@ -132,6 +167,7 @@ def layer_weight_grad(
         grid,
         grad,
         x,
+        x if pooled is None else pooled,
         channels_last(weight_gwc),
         weight_pwc.contiguous(),
         weight_pwc if weight_redundant is None else weight_redundant.contiguous(),
@@ -268,6 +304,8 @@ def finish_weight_grads(
         ROWS=0 if prepared is None else prepared.plan.rows,
         MERGE=1 if prepared is None else prepared.plan.merge,
         MIXED=prepared is not None and prepared.plan.mixed,
+        STRIDE=1 if prepared is None else geometry.stride[0],
+        CENTRE=4 if prepared is not None and geometry.stride == (1, 1) else -1,
         PRECISION=statistics_precision(weight_pwc),
         BLOCK_N=BLOCK_N,
         BLOCK_CO=block_co,
@@ -314,9 +352,11 @@ def spconv2d_backward(
         gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean)
         d_weights = finish_weight_grads(partial, weights, gate, geometry)
         return layer_input_grad(grad, x, weights, ratio, gate.shift, geometry), *d_weights
-    partial, parts = opaque.weight_grad(grad, x, *weights, ratio, geometry.groups)
+    stride = geometry.stride[0]
+    pooled = pooled_windows(x, (grad.shape[2], grad.shape[3]), geometry)
+    partial, parts = opaque.weight_grad(grad, x, pooled, *weights, ratio, geometry.groups, stride)
     redundant_blocks = descriptor.redundant_tiles(x, weight_pwc, geometry.groups)
     prepared = descriptor.prepare(x, weight_pwc, geometry.groups)
     gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean, prepared)
     d_weights = finish_weight_grads(partial, weights, gate, geometry, prepared)
-    return opaque.input_grad(grad, *prepared[1:], weight_pwc.shape[1], geometry.groups), *d_weights
+    return opaque.input_grad(grad, *prepared[1:], weight_pwc.shape[1], geometry.groups, stride), *d_weights

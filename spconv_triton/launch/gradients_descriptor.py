@@ -13,7 +13,7 @@ from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.backward_descriptor import input_grad_descriptor, weight_grad_descriptor
 from .common import channels_last, empty_channels_last, has_tile_hardware, is_hopper, remembered
-from .descriptor import DTYPES, PROGRAMS, aligned, boxes
+from .descriptor import DTYPES, PROGRAMS, adjacent, aligned, boxes, strided_boxes
 from .launching import launch_untraced
 
 WASTE = 1.35
@@ -76,7 +76,10 @@ def can_run(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometr
 
 def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
     """Whether the kernels compute this layer's gradients, on whatever device; what is unaligned is copied."""
-    if x.dtype not in DTYPES or geometry[:4] != ((3, 3), (1, 1), (1, 1), (1, 1)):
+    stride = geometry.stride
+    if x.dtype not in DTYPES or geometry[:4] != ((3, 3), stride, (1, 1), (1, 1)) or stride not in ((1, 1), (2, 2)):
+        return False
+    if stride == (2, 2) and (x.shape[2] % 2 or x.shape[3] % 2):
         return False
     return packing(x.shape[1], weight_pwc.shape[1], weight_gwc.shape[0], geometry.groups) is not None
 
@@ -117,29 +120,35 @@ def waste(box: tuple[int, ...], sizes: tuple[int, ...]) -> float:
 
 
 @remembered
-def input_tile(plan: Packing, x_shape: tuple[int, int, int, int], representative: int, groups: int) -> InputTile:
-    """The tile of the input gradient; the numbers behind the choice were measured on an H200.
+def input_tile(
+    plan: Packing, shape: tuple[int, int, int, int], representative: int, groups: int, stride: int
+) -> InputTile:
+    """The tile of the input gradient; the numbers behind the choice were measured on an H200, at stride 1.
+
+    ``shape`` is N, channels of x, and H and W of the output, which each phase of a stride has the size of.
 
     Where pixels of one sample fill a tile (56 x 56 to 14 x 14) the gate multiplies the weights, if 64 channels fill the
     tensor core's rows; elsewhere it multiplies g, and boxes of several samples leave less over. Tiles of single pixels
     skip the taps outside the image, but read the gate for each pixel, so they are for maps of 1 x 1 and 2 x 2. Where
     programs are few, smaller tiles make more of them.
     """
-    batch, channels, height, width = x_shape
+    batch, channels, height, width = shape
+    computed = channels + (stride**2 - 1) * representative  # channels, once for each phase
     group = representative // groups * plan.merge
     block_c = power_of_two_divisor(128, group, channels - representative)
     if plan.mixed or block_c >= 64:
         box = min([(4, 32), (8, 16), (16, 8)], key=lambda box: waste(box, (height, width)))
         if waste(box, (height, width)) <= WASTE:
-            few = batch * cdiv(height, box[0]) * cdiv(width, box[1]) * channels // 64 <= PROGRAMS // 2
+            few = batch * cdiv(height, box[0]) * cdiv(width, box[1]) * computed // 64 <= PROGRAMS // 2
             box = (8, 8) if few else box
             return InputTile(True, 1, *box, 64, 64, 4, 4 if few else 3)
     samples = [(4, 4, 4), (16, 2, 2), (64, 1, 1)]
-    taps = (3 - 2 / height) * (3 - 2 / width) / 9  # those inside the image, on average
+    outside = 2 if stride == 1 else 1  # of the taps along an axis, those of one pixel each
+    taps = (3 - outside / height) * (3 - outside / width) / 9  # those inside the image, on average
     best = min(
         samples, key=lambda box: waste(box[1:], (height, width)) * (SINGLE_PIXELS * taps if box[1:] == (1, 1) else 1.0)
     )
-    programs = cdiv(batch, best[0]) * cdiv(height, best[1]) * cdiv(width, best[2]) * channels // block_c
+    programs = cdiv(batch, best[0]) * cdiv(height, best[1]) * cdiv(width, best[2]) * computed // block_c
     if best == samples[0] and programs <= PROGRAMS:
         return InputTile(False, *best, min(block_c, 64), 64, 4, 4)
     return InputTile(False, *best, block_c, 64, 4, 3)
@@ -164,27 +173,35 @@ def weight_box(height: int, width: int) -> tuple[int, int]:
 def weight_grad(
     grad: Tensor,
     x: Tensor,
+    pooled: Tensor | None,
     weight_gwc: Tensor,
     weight_pwc: Tensor,
     weight_redundant: Tensor,
     ratio: Tensor,
     groups: int,
+    stride: int,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`.gradients.layer_weight_grad`, of a layer that is supported; the centre tap's partial sums are left
-    out, being the point-wise ones.
+    """As :func:`.gradients.layer_weight_grad`, of a layer that is supported; at stride 1 the centre tap's partial sums
+    are left out, being the point-wise ones.
+
+    Args:
+        pooled: as :func:`.gradients.pooled_windows` makes it; None at stride 1.
     """
-    channels, height, width = x.shape[1:]
+    channels, (height, width) = x.shape[1], grad.shape[2:]
     outputs, representative = weight_pwc.shape[:2]
     plan, tile = _weight_plan(x, weight_pwc, groups)
-    partial, parts = _weight_buffers(x, weight_pwc, groups)
+    partial, parts = _weight_buffers(grad, x, weight_pwc, groups, stride)
     k_tiles, batch, slices, _ = parts.shape
     units, splits = batch * slices, partial.shape[0]
     block_h, block_w = weight_box(height, width)
+    box = [1, block_h, block_w, tile.block_c]
+    read = boxes(*aligned(x), box) if pooled is None else strided_boxes(adjacent(x), box)
     launch_untraced(
         weight_grad_descriptor,
         (k_tiles * outputs // tile.block_co, splits),
         boxes(*aligned(grad), [1, block_h, block_w, tile.block_co]),
-        boxes(*aligned(x), [1, block_h, block_w, tile.block_c]),
+        read,
+        read if pooled is None else boxes(pooled, channels, box),
         channels_last(weight_gwc),
         weight_pwc.contiguous(),
         weight_redundant.contiguous(),
@@ -201,6 +218,7 @@ def weight_grad(
         CO=outputs,
         G=groups,
         MERGE=plan.merge,
+        STRIDE=stride,
         BLOCK_H=block_h,
         BLOCK_W=block_w,
         BLOCK_CO=tile.block_co,
@@ -212,16 +230,18 @@ def weight_grad(
 
 
 def empty_weight_grad(
-    _grad: Tensor,
+    grad: Tensor,
     x: Tensor,
+    _pooled: Tensor | None,
     _weight_gwc: Tensor,
     weight_pwc: Tensor,
     _weight_redundant: Tensor,
     _ratio: Tensor,
     groups: int,
+    stride: int,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`weight_grad` returns, uninitialised."""
-    return _weight_buffers(x, weight_pwc, groups)
+    return _weight_buffers(grad, x, weight_pwc, groups, stride)
 
 
 def redundant_tiles(x: Tensor, weight_pwc: Tensor, groups: int) -> int:
@@ -235,19 +255,20 @@ def _weight_plan(x: Tensor, weight_pwc: Tensor, groups: int) -> tuple[Packing, W
     return plan, weight_tile(plan, x.shape[1], representative, outputs, groups)
 
 
-def _weight_buffers(x: Tensor, weight_pwc: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _weight_buffers(grad: Tensor, x: Tensor, weight_pwc: Tensor, groups: int, stride: int) -> tuple[Tensor, Tensor]:
     """Uninitialised partial sums [splits, weights] and parts of A [K tiles, N, slices, M], float32."""
-    batch, channels, height, width = x.shape
-    outputs, representative = weight_pwc.shape[:2]
+    batch, outputs, height, width = grad.shape
+    channels, representative = x.shape[1], weight_pwc.shape[1]
     plan, tile = _weight_plan(x, weight_pwc, groups)
-    k_tiles = (channels + 8 * (representative // groups * plan.merge)) // tile.block_c
+    taps = 8 if stride == 1 else 9
+    k_tiles = (channels + taps * (representative // groups * plan.merge)) // tile.block_c
     # Whole waves of programs that fill a large GPU; a slice lies within one sample, for the gate's sake.
     splits = PROGRAMS * 8 // tile.num_warps // (k_tiles * outputs // tile.block_co)
     splits = max(1, min(splits, cdiv(batch * height * width, SPLIT_PIXELS)))
     slices = cdiv(splits, batch)
     units = batch * slices
     splits = cdiv(units, cdiv(units, splits))
-    weights = outputs * (channels + 8 * (representative // groups))
+    weights = outputs * (channels + taps * (representative // groups))
     partial = x.new_empty((splits, weights), dtype=torch.float32)
     return partial, x.new_empty((k_tiles, batch, slices, outputs), dtype=torch.float32)
 
@@ -262,29 +283,30 @@ def prepare(x: Tensor, weight_pwc: Tensor, groups: int) -> Prepared:
 
 
 def input_grad(
-    grad: Tensor, packed: Tensor, gate: Tensor, constant: Tensor, representative: int, groups: int
+    grad: Tensor, packed: Tensor, gate: Tensor, constant: Tensor, representative: int, groups: int, stride: int
 ) -> Tensor:
     """dL/dx, [N, C, H, W], channels_last, of a layer that is supported.
 
     Args:
         packed, gate, constant: see :class:`Prepared`.
     """
-    dx = empty_channels_last(grad, packed.shape[1], grad.shape[2], grad.shape[3])
-    batch, channels, height, width = dx.shape
-    outputs = grad.shape[1]
+    dx = empty_input_grad(grad, packed, gate, constant, representative, groups, stride)
+    batch, outputs, height, width = grad.shape
+    channels = packed.shape[1]
     plan = _packing(channels, representative, outputs, groups)
-    tile = input_tile(plan, (batch, channels, height, width), representative, groups)
+    tile = input_tile(plan, (batch, channels, height, width), representative, groups, stride)
     box = [tile.block_n, tile.block_h, tile.block_w]
     tiles_h, tiles_w = cdiv(height, tile.block_h), cdiv(width, tile.block_w)
-    blocks = cdiv(batch, tile.block_n) * tiles_h * tiles_w * channels // tile.block_c
+    blocks = channels // tile.block_c + (stride**2 - 1) * cdiv(representative, tile.block_c)
+    dx_box = [*box, tile.block_c]
     launch_untraced(
         input_grad_descriptor,
-        (blocks,),
+        (cdiv(batch, tile.block_n) * tiles_h * tiles_w * blocks,),
         boxes(*aligned(grad), [*box, tile.block_k]),
         TensorDescriptor.from_tensor(packed, [tile.block_k, tile.block_c]),
         TensorDescriptor.from_tensor(gate, [1, tile.block_n, tile.block_k]),
         constant,
-        boxes(dx, channels, [*box, tile.block_c]),
+        boxes(dx, channels, dx_box) if stride == 1 else strided_boxes(dx, dx_box),
         batch,
         height,
         width,
@@ -296,6 +318,7 @@ def input_grad(
         G=groups,
         MERGE=plan.merge,
         MIXED=plan.mixed,
+        STRIDE=stride,
         TRANSPOSED=tile.transposed,
         HOPPER=is_hopper(grad),
         BLOCK_N=tile.block_n,
@@ -310,10 +333,10 @@ def input_grad(
 
 
 def empty_input_grad(
-    grad: Tensor, packed: Tensor, _gate: Tensor, _constant: Tensor, _representative: int, _groups: int
+    grad: Tensor, packed: Tensor, _gate: Tensor, _constant: Tensor, _representative: int, _groups: int, stride: int
 ) -> Tensor:
     """What :func:`input_grad` returns, uninitialised."""
-    return empty_channels_last(grad, packed.shape[1], grad.shape[2], grad.shape[3])
+    return empty_channels_last(grad, packed.shape[1], grad.shape[2] * stride, grad.shape[3] * stride)
 
 
 def _packing(channels: int, representative: int, outputs: int, groups: int) -> Packing:

@@ -18,14 +18,15 @@ convolve = OpaqueOp(
 )
 weight_grad = OpaqueOp(
     "weight_grad_descriptor",
-    "(Tensor grad, Tensor x, Tensor weight_gwc, Tensor weight_pwc, Tensor weight_redundant, Tensor ratio, "
-    "SymInt groups) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor? pooled, Tensor weight_gwc, Tensor weight_pwc, Tensor weight_redundant, "
+    "Tensor ratio, SymInt groups, SymInt stride) -> (Tensor, Tensor)",
     f"{_GRADIENTS}:weight_grad",
     f"{_GRADIENTS}:empty_weight_grad",
 )
 input_grad = OpaqueOp(
     "input_grad_descriptor",
-    "(Tensor grad, Tensor packed, Tensor gate, Tensor constant, SymInt representative, SymInt groups) -> Tensor",
+    "(Tensor grad, Tensor packed, Tensor gate, Tensor constant, SymInt representative, SymInt groups, "
+    "SymInt stride) -> Tensor",
     f"{_GRADIENTS}:input_grad",
     f"{_GRADIENTS}:empty_input_grad",
 )

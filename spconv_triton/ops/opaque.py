@@ -31,11 +31,13 @@ def _(
 def _(
     grad_shape: Any,
     x_shape: Any,
+    pooled: Any,
     gwc_shape: Any,
     pwc_shape: Any,
     redundant_shape: Any,
     ratio: Any,
     groups: int,
+    stride: int,
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
@@ -51,6 +53,7 @@ def _(
     constant: Any,
     representative: int,
     groups: int,
+    stride: int,
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
