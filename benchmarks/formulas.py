@@ -351,6 +351,20 @@ def _input_grad(a: SimpleNamespace, t: Tally) -> int:
     return blocks * phases * c_blocks
 
 
+def _pool_windows(a: SimpleNamespace, t: Tally) -> int:
+    rows, columns = (
+        _reach(np.add.outer(np.arange(outputs) * stride + centre, np.arange(stride)), size)
+        for outputs, stride, centre, size in (
+            (a.HO, a.STRIDE_H, a.CENTRE_H, a.H),
+            (a.WO, a.STRIDE_W, a.CENTRE_W, a.W),
+        )
+    )
+    batch, window = a.pixels // (a.HO * a.WO), _area(rows, columns)
+    t.load("x_ptr", batch * a.C * window.reads, batch * a.C * window.touched)
+    t.store("pooled_ptr")
+    return cdiv(a.pixels, a.BLOCK_PIX) * cdiv(a.C, a.BLOCK_C)
+
+
 def _weight_grad(a: SimpleNamespace, t: Tally) -> int:
     group, redundant = a.CR // a.G, a.C - a.CR
     co_blocks = cdiv(a.CO // a.G, a.BLOCK_CO)
@@ -361,11 +375,17 @@ def _weight_grad(a: SimpleNamespace, t: Tally) -> int:
     pixels = np.clip(np.minimum(start + a.slice_pixels, a.HO * a.WO) - start, 0, None)
     taps, pool = tap_area(a), _pool(a)
     t.load("grad_ptr", k_blocks * batch * a.CO * int(pixels.sum()))
-    t.load(
-        "x_ptr",
-        batch * co_blocks * (a.C * a.G * pool.reads + a.CR * taps.reads),
-        batch * (a.CR * pool.united(taps) + redundant * pool.touched),
-    )
+    if a.STRIDE_H * a.STRIDE_W == 1:
+        pooled = 0
+        t.load(
+            "x_ptr",
+            batch * co_blocks * (a.C * a.G * pool.reads + a.CR * taps.reads),
+            batch * (a.CR * pool.united(taps) + redundant * pool.touched),
+        )
+    else:
+        pooled = batch * co_blocks * a.C * a.G * a.HO * a.WO
+        t.load("x_ptr", batch * co_blocks * a.CR * taps.reads, batch * a.CR * taps.touched)
+    t.load("pooled_ptr", pooled)
     for name, columns in weights.items():
         t.load(name, a.units * a.CO * columns if a.GATED else 0)
     t.load("ratio_ptr", k_blocks * a.units * a.CO if a.GATED else 0)
@@ -407,8 +427,11 @@ def _finish_weights(a: SimpleNamespace, t: Tally) -> int:
         t.multiply(a.PRECISION, programs * cdiv(a.N, a.BLOCK_N), a.BLOCK_CO, a.BLOCK_C, a.BLOCK_N)
 
     weights = {"gwc_ptr": taps * group, "pwc_ptr": a.CR, "redundant_ptr": redundant}
-    reads = 0
+    reads, again = 0, dict.fromkeys(weights, 0)
     if a.PREPARE:
+        folded = a.STRIDE**2 - 1  # taps that a weight is folded into, after the first
+        again["pwc_ptr"] = folded * outputs * a.MERGE * a.CR
+        again["redundant_ptr"] = folded * a.CO * redundant if a.MIXED else 0
         sample_blocks = cdiv(a.N, a.BLOCK_N)
         group_blocks, redundant_blocks = a.G * cdiv(group, a.BLOCK_PLANE), cdiv(redundant, a.BLOCK_PLANE)
         planes = sample_blocks * (group_blocks + redundant_blocks)
@@ -419,7 +442,7 @@ def _finish_weights(a: SimpleNamespace, t: Tally) -> int:
         reads = sample_blocks + 1  # of the weights: for the planes of every block of samples, and for packing
     t.load("shift_ptr", shifts)
     for name, columns in weights.items():
-        t.load(name, reads * a.CO * columns)
+        t.load(name, reads * a.CO * columns + again[name])
     t.store("packed_ptr", None if a.PREPARE else 0)
     t.store("constant_ptr", None if a.PREPARE else 0)
     return programs
@@ -430,11 +453,16 @@ def _input_grad_descriptor(a: SimpleNamespace, t: Tally) -> int:
     redundant = sum(first >= a.CR for first in range(0, a.C, a.BLOCK_C)) * a.BLOCK_C
     representative = a.C - redundant  # and in a mixed tile the redundant channels beside them
 
+    shifts = (1, 0, -1) if a.STRIDE == 1 else (1, 0, 0)
+    phases = a.STRIDE**2
+    outside = len(set(shifts)) - 1  # taps that are outside at an end of the axis
+
     def along(size: int, block: int) -> tuple[int, int, int]:
-        """Positions inside that the taps read, taps visited, and how many of them ever are."""
+        """Positions inside that the taps of all phases read, taps visited, and how many of them ever are."""
         starts = _starts(size, block)
-        inside = sum(_boxes(starts + 1 - tap, block, size) for tap in range(3))
-        return inside, 3 * len(starts) - (2 if block == 1 else 0), 1 if block == size == 1 else 3
+        inside = sum(_boxes(starts + shift, block, size) for shift in shifts)
+        visited = 3 * len(starts) - (outside if block == 1 else 0)
+        return inside, visited, 3 - outside if block == size == 1 else 3
 
     rows, columns = along(a.H, a.BLOCK_H), along(a.W, a.BLOCK_W)
     tap_reads, visited, ever = (row * column for row, column in zip(rows, columns, strict=True))
@@ -443,9 +471,10 @@ def _input_grad_descriptor(a: SimpleNamespace, t: Tally) -> int:
     blocks, redundant_blocks = representative // a.BLOCK_C, redundant // a.BLOCK_C
     t.load(
         "grad_desc",
-        a.N * (blocks * (point * a.H * a.W + merged_outputs * tap_reads) + redundant_blocks * a.CO * a.H * a.W),
+        a.N
+        * (blocks * (phases * point * a.H * a.W + merged_outputs * tap_reads) + redundant_blocks * a.CO * a.H * a.W),
     )
-    depth, redundant_depth = point * places + merged_outputs * visited, a.CO * places
+    depth, redundant_depth = phases * point * places + merged_outputs * visited, a.CO * places
     t.load(
         "weight_desc",
         sample_blocks * (representative * depth + redundant * redundant_depth),
@@ -453,13 +482,17 @@ def _input_grad_descriptor(a: SimpleNamespace, t: Tally) -> int:
     )
     gates = 2 if a.TRANSPOSED and a.MIXED else 1
     t.load("gate_desc", gates * a.N * (blocks * depth + redundant_blocks * redundant_depth))
-    edges, channels = 2 * a.TILES_H + 2 * a.TILES_W + 4, a.C if a.MIXED else representative
-    t.load("constant_ptr", a.N * (a.C * places + channels * edges), a.N * (a.C + 8 * channels))
+    if a.STRIDE == 1:
+        edges, channels = 2 * a.TILES_H + 2 * a.TILES_W + 4, a.C if a.MIXED else representative
+        t.load("constant_ptr", a.N * (a.C * places + channels * edges), a.N * (a.C + 8 * channels))
+    else:
+        planes = a.N * (9 * representative + redundant)
+        t.load("constant_ptr", planes * places, planes)
     t.store("dx_desc")
     pixels = a.BLOCK_N * a.BLOCK_H * a.BLOCK_W
     steps = sample_blocks * (blocks * depth + redundant_blocks * redundant_depth)
     t.multiply(_precision(a.grad_desc), steps, pixels, a.BLOCK_C)
-    return sample_blocks * places * (blocks + redundant_blocks)
+    return sample_blocks * places * (phases * blocks + redundant_blocks)
 
 
 def _weight_grad_descriptor(a: SimpleNamespace, t: Tally) -> int:
@@ -467,15 +500,22 @@ def _weight_grad_descriptor(a: SimpleNamespace, t: Tally) -> int:
     height = a.grad_desc.shape[1]
     batch, splits = a.units // a.SLICES, a.partial_ptr.shape[0]
     co_blocks, pointwise, per_tap = a.CO // a.BLOCK_CO, a.C // a.BLOCK_C, group * a.MERGE // a.BLOCK_C
-    k_tiles = pointwise + 8 * per_tap
+    k_tiles = pointwise + (8 if a.STRIDE == 1 else 9) * per_tap
     rows, columns = _starts(a.SLICES * a.slice_height, a.BLOCK_H), _starts(a.W, a.BLOCK_W)
+    shifts = (-1, 0, 1) if a.STRIDE == 1 else (-1, 0, 0)
     inside = np.outer(
-        [_boxes(rows + tap - 1, a.BLOCK_H, height) for tap in range(3)],
-        [_boxes(columns + tap - 1, a.BLOCK_W, a.W) for tap in range(3)],
+        [_boxes(rows + shift, a.BLOCK_H, height) for shift in shifts],
+        [_boxes(columns + shift, a.BLOCK_W, a.W) for shift in shifts],
     )
-    centre = int(inside[1, 1])
+    centre, taps = int(inside[1, 1]), int(inside.sum())
     t.load("grad_desc", k_tiles * batch * a.CO * centre)
-    t.load("x_desc", batch * co_blocks * a.BLOCK_C * (pointwise * centre + per_tap * (int(inside.sum()) - centre)))
+    of_a_tile = batch * co_blocks * a.BLOCK_C
+    if a.STRIDE == 1:
+        t.load("x_desc", of_a_tile * (pointwise * centre + per_tap * (taps - centre)))
+        t.load("pooled_desc", 0)
+    else:
+        t.load("x_desc", of_a_tile * per_tap * taps, batch * a.CR * 4 * centre)
+        t.load("pooled_desc", of_a_tile * pointwise * centre)
     for name, width in {"gwc_ptr": 9 * group, "pwc_ptr": a.CR, "redundant_ptr": a.C - a.CR}.items():
         t.load(name, splits * a.CO * width)
     t.load("ratio_ptr", k_tiles * a.units * a.CO)
@@ -505,6 +545,7 @@ FORMULAS: dict[str, Callable[[SimpleNamespace, Tally], int]] = {
         _fusion_blend,
         _fusion_blend_grad,
         _input_grad,
+        _pool_windows,
         _weight_grad,
         _gate_grad,
         _finish_weights,

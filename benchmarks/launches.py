@@ -93,7 +93,7 @@ def recording(capability: tuple[int, int] | None) -> Iterator[list[Launch]]:
         note(kernel, self.early_config_prune(self.configs, named, **values), args, grid, values)
 
     def plain(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **values: Any) -> None:  # noqa: ARG001
-        options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
+        options = {name: values.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in values}
         note(self, [triton.Config({}, **options)], args, grid, values)
 
     with (

@@ -27,6 +27,10 @@ SPLIT_PIXELS = 1024
 """A part of the weight gradient's sums is over at least so many pixels: parts are written, and added up afterwards."""
 
 
+REGISTERS = 128
+"""Of a thread of the weight gradient at stride 2: with four more a processor runs three programs, not four."""
+
+
 class Packing(NamedTuple):
     """How the weights become the one matrix that the input gradient reads; by channels alone, not by size.
 
@@ -225,6 +229,7 @@ def weight_grad(
         BLOCK_C=tile.block_c,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=REGISTERS if stride == 2 and tile.block_co * tile.block_c <= 64 * 64 else None,
     )
     return partial, parts
 

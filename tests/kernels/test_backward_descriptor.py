@@ -10,11 +10,12 @@ import pytest
 import torch
 from cases import SMALL, Case, Inputs, assert_agrees, assert_within_budget, make_inputs, output_grad, run
 from torch import Tensor
-from torch.nn.functional import unfold
+from torch.nn.functional import avg_pool2d, unfold
 
 from spconv_triton import functional, launch, reference
 from spconv_triton.dispatch import INTERPRETED
 from spconv_triton.geometry import Geometry, resolve
+from spconv_triton.launch import gradients
 from spconv_triton.launch import gradients_descriptor as descriptor
 from spconv_triton.launch.common import has_tile_hardware
 
@@ -40,6 +41,17 @@ SHARED = (
     Case("wide-groups", 2, 96, 128, (5, 4), alpha=2 / 3),
     Case("alpha-1/4", 2, 128, 64, (5, 9), alpha=0.25),
     Case("alpha-3/4", 2, 64, 64, (6, 5), alpha=0.75),
+)
+STRIDED = (
+    Case("phases-of-weights", 2, 128, 128, (8, 62), stride=(2, 2)),
+    Case("phases-mixed", 3, 64, 64, (14, 128), stride=(2, 2)),
+    Case("phases-few", 2, 128, 256, (30, 28), stride=(2, 2)),
+    Case("phases-of-samples", 3, 128, 128, (14, 16), stride=(2, 2)),
+    Case("phases-pairs", 17, 64, 64, (4, 4), stride=(2, 2)),
+    Case("phases-one-pixel", 3, 64, 64, (2, 2), stride=(2, 2)),
+    Case("phases-single-pixels", 100, 48, 64, (2, 4), alpha=1 / 3, stride=(2, 2)),
+    Case("phases-four-groups", 2, 64, 128, (10, 8), groups=4, stride=(2, 2)),
+    Case("phases-1/4", 2, 128, 64, (10, 18), alpha=0.25, stride=(2, 2)),
 )
 
 
@@ -69,8 +81,9 @@ def backward(inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
     tensors = {name: t.detach() for name, t in inputs.tensors().items() if name != "bias"}
     x, *weights = (tensors[name] for name in ("x", "weight_gwc", "weight_pwc", "weight_redundant"))
     aL, groups = weights[1].shape[1], inputs.window["groups"]
-    windows = unfold(x[:, :aL].double(), 3, padding=1).mean(2).view(len(x), aL, 9)
-    pooled = x.double().mean((2, 3))
+    stride = inputs.window["stride"]
+    windows = unfold(x[:, :aL].double(), 3, padding=1, stride=stride).mean(2).view(len(x), aL, 9)
+    pooled = avg_pool2d(x.double(), stride).mean((2, 3))
     by_group = (t.double().unflatten(axis, (groups, -1)) for axis, t in ((1, windows), (0, weights[0].flatten(2))))
     s3 = torch.einsum("ngct,gmct->ngm", *by_group).flatten(1) + pooled[:, :aL] @ weights[1].double().flatten(1).T
     difference = s3 - pooled[:, aL:] @ weights[2].double().flatten(1).T
@@ -79,7 +92,7 @@ def backward(inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
         difference = difference + bias[0].double() - bias[1].double()
     ratio = torch.exp(-difference.clamp(min=-60)).float()
     kept = ratio, windows.transpose(1, 2).to(x.dtype).contiguous(), pooled.to(x.dtype)
-    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), groups)
+    geometry = Geometry((3, 3), stride, (1, 1), (1, 1), groups)
     grads = launch.spconv2d_backward(grad, x, *weights, bias, *kept, geometry, path="descriptor")
     return dict(zip(("x", "weight_gwc", "weight_pwc", "weight_redundant", "branch_bias"), grads, strict=True))
 
@@ -100,44 +113,48 @@ def check(case: Case, dtype: torch.dtype, device: str, *, condition: float = 1.0
 
 def tile_of(case: Case) -> descriptor.InputTile:
     plan = descriptor.packing(case.in_channels, case.representative, case.out_channels, case.groups)
-    shape = (case.batch, case.in_channels, *case.size)
-    return descriptor.input_tile(plan, shape, case.representative, case.groups)
+    shape = (case.batch, case.in_channels, *case.output_size())
+    return descriptor.input_tile(plan, shape, case.representative, case.groups, case.stride[0])
 
 
-@pytest.mark.parametrize("case", TRANSPOSED + SHARED, ids=str)
+@pytest.mark.parametrize("case", TRANSPOSED + SHARED + STRIDED, ids=str)
 def test_agrees_with_float64(case: Case, device: str) -> None:
-    assert tile_of(case).transposed == (case in TRANSPOSED)
+    assert tile_of(case).transposed == (case in TRANSPOSED + STRIDED[:3])
     check(case, torch.float16, device)
 
 
-@pytest.mark.parametrize("case", [TRANSPOSED[1], SHARED[0]], ids=str)
+@pytest.mark.parametrize("case", [TRANSPOSED[1], SHARED[0], STRIDED[1]], ids=str)
 def test_bfloat16(case: Case, device: str) -> None:
     check(case, torch.bfloat16, device)
 
 
-@pytest.mark.parametrize("case", [TRANSPOSED[0], SHARED[1]], ids=str)
+@pytest.mark.parametrize("case", [TRANSPOSED[0], SHARED[1], STRIDED[4]], ids=str)
 def test_large_mean_and_branch_bias(case: Case, device: str) -> None:
     check(case, torch.float16, device, mean=5.0, branch_bias=True)
 
 
 @pytest.mark.parametrize("gate", [-50.0, 50.0])
-def test_saturated_gate(gate: float, device: str) -> None:
-    check(SHARED[0], torch.float16, device, condition=abs(gate), gate=gate)
+@pytest.mark.parametrize("case", [SHARED[0], STRIDED[3]], ids=str)
+def test_saturated_gate(case: Case, gate: float, device: str) -> None:
+    check(case, torch.float16, device, condition=abs(gate), gate=gate)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_samples_in_slices(batch: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_in_slices(batch: int, stride: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large map of few samples: the weight gradient splits each, the last slice running out of rows."""
     monkeypatch.setattr(descriptor, "PROGRAMS", 4 * descriptor.PROGRAMS)
-    case = Case("sliced", batch, 64, 64, (39, 67))
+    case = Case("sliced", batch, 64, 64, (39 * stride, 67 * stride), stride=(stride, stride))
     inputs = make_inputs(case, torch.float16, device=device)
-    weights = [w.detach() for w in (inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant)]
+    x, *weights = (t.detach() for t in (inputs.x, inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant))
     ratio = torch.rand(batch, 64, device=device)
-    grad = torch.randn(batch, 64, *case.size, device=device).half().contiguous(memory_format=torch.channels_last)
-    partial, parts = descriptor.weight_grad(grad, inputs.x.detach(), *weights, ratio, case.groups)
+    grad = torch.randn(batch, 64, 39, 67, device=device).half().contiguous(memory_format=torch.channels_last)
+    geometry = Geometry((3, 3), case.stride, (1, 1), (1, 1), case.groups)
+    pooled = gradients.pooled_windows(x, (39, 67), geometry)
+    partial, parts = descriptor.weight_grad(grad, x, pooled, *weights, ratio, case.groups, stride)
     assert parts.shape[2] > 1
     assert partial.shape[0] > batch
-    redundant = torch.einsum("nmhw,nchw->nmc", grad.double(), inputs.x.detach().double()[:, 32:])
+    redundant = torch.einsum("nmhw,nchw->nmc", grad.double(), (x if pooled is None else pooled).double()[:, 32:])
     a1 = (redundant * weights[2].double()[:, :, 0, 0]).sum(2)
     tiles = descriptor.redundant_tiles(inputs.x, weights[1], case.groups)
     torch.testing.assert_close(parts[:tiles].double().sum((0, 2)), a1, rtol=1e-4, atol=1e-2)
@@ -146,9 +163,9 @@ def test_samples_in_slices(batch: int, device: str, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(partial.double().sum(0)[: exact.numel()], exact, rtol=1e-4, atol=1e-2)
 
 
-def test_channel_slice_and_weights_of_any_layout(device: str) -> None:
+@pytest.mark.parametrize("case", [SHARED[4], STRIDED[5]], ids=str)
+def test_channel_slice_and_weights_of_any_layout(case: Case, device: str) -> None:
     """x is a slice that starts off a 16-byte boundary; the weights' gradients keep their strides."""
-    case = SHARED[4]
     inputs = make_inputs(case, torch.float16, device=device)
     wide = torch.randn(case.batch, case.in_channels + 3, *case.size, device=device).half()
     inputs.x = wide.contiguous(memory_format=torch.channels_last)[:, 3:].requires_grad_()
@@ -158,8 +175,9 @@ def test_channel_slice_and_weights_of_any_layout(device: str) -> None:
         assert got[name].stride() == torch.empty_like(getattr(inputs, name)).stride(), name
 
 
-def test_the_same_bits_every_time(device: str) -> None:
-    inputs = make_inputs(SHARED[0], torch.float16, device=device, branch_bias=True)
+@pytest.mark.parametrize("case", [SHARED[0], STRIDED[4]], ids=str)
+def test_the_same_bits_every_time(case: Case, device: str) -> None:
+    inputs = make_inputs(case, torch.float16, device=device, branch_bias=True)
     grad = output_grad(inputs)
     first, second = (backward(inputs, grad) for _ in range(2))
     for name, value in first.items():
@@ -175,7 +193,17 @@ def test_which_layers_are_supported(device: str) -> None:
     case = SHARED[0]
     assert supported(case)
     assert not supported(case, torch.float32)
-    for change in ({"stride": (2, 2)}, {"padding": (0, 1)}, {"kernel_size": (1, 3)}, {"dilation": (2, 2)}):
+    assert supported(STRIDED[0])
+    odd = dataclasses.replace(STRIDED[0], size=(7, 62))
+    assert not supported(odd), "at a stride, rows come in pairs"
+    assert not supported(dataclasses.replace(odd, size=(8, 61))), "and so do columns"
+    for change in (
+        {"stride": (3, 3)},
+        {"stride": (1, 2)},
+        {"padding": (0, 1)},
+        {"kernel_size": (1, 3)},
+        {"dilation": (2, 2)},
+    ):
         assert not supported(dataclasses.replace(case, **change)), change
     assert not supported(dataclasses.replace(case, out_channels=96)), "no 64 output channels in a tile"
     assert not supported(dataclasses.replace(case, in_channels=48)), "24 representative channels, a tile takes 16"
@@ -188,19 +216,22 @@ def test_a_layer_takes_the_kernels_where_they_run(device: str, forced: mock.Mock
     forced.assert_called_once()
 
 
+@pytest.mark.parametrize("case", [SHARED[4], STRIDED[5]], ids=str)
 @pytest.mark.usefixtures("forced")
-def test_operator_passes_opcheck(device: str) -> None:
-    case = SHARED[4]
+def test_operator_passes_opcheck(case: Case, device: str) -> None:
     inputs = make_inputs(case, torch.float16, device=device)
     tensors = [t.detach() for t in (inputs.x, inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant)]
     ratio, tap_mean, pool_mean = (
         torch.rand(case.batch, *shape, device=device) for shape in ((64,), (9, case.representative), (64,))
     )
-    grad = torch.randn_like(tensors[0])
-    arguments = (grad, *tensors, None, ratio, tap_mean.half(), pool_mean.half(), [1, 1], [1, 1], [1, 1], case.groups)
+    grad = torch.randn(case.batch, 64, 1, 1, device=device).half()
+    kept = (ratio, tap_mean.half(), pool_mean.half())
+    arguments = (grad, *tensors, None, *kept, case.stride, [1, 1], [1, 1], case.groups)
     torch.library.opcheck(torch.ops.spconv_triton.spconv2d_backward, arguments)
-    weights = tensors[1:]
-    torch.library.opcheck(launch.opaque.weight_grad.operator, (grad, tensors[0], *weights, ratio, case.groups))
+    x, *weights = tensors
+    pooled = None if case.stride == (1, 1) else avg_pool2d(x, 2)
+    arguments = (grad, x, pooled, *weights, ratio, case.groups, case.stride[0])
+    torch.library.opcheck(launch.opaque.weight_grad.operator, arguments)
 
 
 @pytest.mark.parametrize(("path", "message"), [("portable", "path must be"), ("descriptor", "does not take a layer")])

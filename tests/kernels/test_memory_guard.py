@@ -39,6 +39,7 @@ KERNELS = {
         *("weight_grad", "finish_weights", "input_grad"),
     },
     "flat": {*STATISTICS_AND_GATE, "onepass_forward"},
+    "pooling": {"pool_windows"},
     "flat backward": {"weight_grad", "gate_grad", "finish_weights", "input_grad"},
     "descriptor": {*STATISTICS_AND_GATE, "onepass_descriptor"},
     "descriptor backward": {"weight_grad_descriptor", "gate_grad", "finish_weights", "input_grad_descriptor"},
@@ -103,6 +104,11 @@ def backward(
     return list(grads), report
 
 
+def pooling(case: Case) -> set[str]:
+    """What the backward of a layer at a stride runs besides."""
+    return set() if case.stride == (1, 1) else KERNELS["pooling"]
+
+
 def sliced(x: Tensor, before: int, behind: int) -> Tensor:
     """The same values as a slice of the channels of a wider tensor."""
     wide = torch.nn.functional.pad(x, (0, 0, 0, 0, before, behind)).contiguous(memory_format=torch.channels_last)
@@ -114,7 +120,7 @@ def check_flat(case: Case) -> list[Launch]:
     (_, *kept), report = forward(tensors, geometry, "flat")
     assert report.kernels == KERNELS["flat"]
     _, of_backward = backward(grad, tensors, kept, geometry, "flat")
-    assert of_backward.kernels == KERNELS["flat backward"]
+    assert of_backward.kernels == KERNELS["flat backward"] | pooling(case)
     return report.launches + of_backward.launches
 
 
@@ -125,7 +131,7 @@ def check_branch(case: Case) -> list[Launch]:
     with guarded() as report, set_wrap_triton_enabled(False):
         launch.representative_branch(x3, gwc, pwc, geometry)
         launch.representative_branch_backward(grad, x3, gwc, pwc, geometry)
-    assert report.kernels == KERNELS["branch"]
+    assert report.kernels == KERNELS["branch"] | pooling(case)
     assert report.of("branch_forward")[0].scalars["x_stride"] == case.in_channels
     return report.launches
 
@@ -139,7 +145,7 @@ def check_batch_norm(case: Case, dtype: torch.dtype = torch.float32) -> list[Lau
     assert report.kernels == KERNELS["batch norm"]
     with guarded() as of_backward, set_wrap_triton_enabled(False):
         launch.spconv2d_batch_norm_backward(grad, x, *weights, norms, kept, geometry)
-    assert of_backward.kernels == KERNELS["batch norm backward"]
+    assert of_backward.kernels == KERNELS["batch norm backward"] | pooling(case)
     return report.launches + of_backward.launches
 
 
@@ -206,7 +212,8 @@ def test_sliced_input_and_scattered_gradient() -> None:
     (_, *kept), report = forward(tensors, geometry, "flat")
     scattered = grad.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
     _, of_backward = backward(scattered, tensors, kept, geometry, "flat")
-    for launched in (*report.of("window_statistics"), *report.of("onepass_forward"), *of_backward.of("weight_grad")):
+    read = [*report.of("window_statistics"), *report.of("onepass_forward")]
+    for launched in (*read, *of_backward.of("weight_grad"), *of_backward.of("pool_windows")):
         assert launched.scalars["x_stride"] == case.in_channels + 8
 
 
@@ -266,6 +273,8 @@ def test_boxes(box: tuple[int, int, int], taps: int, case: Case, monkeypatch: py
         Case("gate-on-the-weights", 1, 64, 64, (7, 62)),
         Case("gate-on-g", 2, 48, 64, (9, 7), groups=1, alpha=1 / 3),
         Case("eight-groups", 3, 64, 64, (3, 2), groups=8, alpha=0.25),
+        Case("phases-of-weights", 1, 64, 64, (14, 124), stride=(2, 2)),
+        Case("phases-of-g", 2, 48, 64, (10, 6), groups=1, alpha=1 / 3, stride=(2, 2)),
     ],
     ids=str,
 )
@@ -279,12 +288,17 @@ def test_descriptor_backward(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
         torch.randn(case.batch, case.in_channels).half(),
     ]
     _, report = backward(grad, tensors, kept, geometry, "descriptor")
-    assert report.kernels == KERNELS["descriptor backward"]
+    assert report.kernels == KERNELS["descriptor backward"] | pooling(case)
 
 
 @pytest.mark.parametrize(
     "case",
-    [Case("single-pixels", 130, 48, 64, (1, 2), alpha=1 / 3), Case("gate-on-the-weights", 2, 128, 128, (4, 31))],
+    [
+        Case("single-pixels", 130, 48, 64, (1, 2), alpha=1 / 3),
+        Case("gate-on-the-weights", 2, 128, 128, (4, 31)),
+        Case("phases-of-single-pixels", 130, 48, 64, (2, 4), alpha=1 / 3, stride=(2, 2)),
+        Case("phases-of-weights", 2, 128, 128, (8, 62), stride=(2, 2)),
+    ],
     ids=str,
 )
 def test_input_gradient_over_descriptors(case: Case) -> None:
@@ -294,7 +308,8 @@ def test_input_gradient_over_descriptors(case: Case) -> None:
     for tensor in prepared[1:]:
         tensor.normal_()
     with guarded() as report:
-        dx = gradients_descriptor.input_grad(grad, *prepared[1:], case.representative, geometry.groups)
+        window = (case.representative, geometry.groups, case.stride[0])
+        dx = gradients_descriptor.input_grad(grad, *prepared[1:], *window)
     (launched,) = report.of("input_grad_descriptor")
     assert launched.stored_bytes == {"dx_desc": 2 * dx.numel()}
     assert launched.unique_loaded_bytes["grad_desc"] == 2 * grad.numel()
@@ -305,7 +320,7 @@ def test_module_forward_and_backward() -> None:
     x = torch.randn(2, 8, 3, 4, requires_grad=True)
     with guarded() as report:
         layer(x).square().sum().backward()
-    assert report.kernels == KERNELS["flat"] | KERNELS["flat backward"]
+    assert report.kernels == KERNELS["flat"] | KERNELS["flat backward"] | KERNELS["pooling"]
     assert all(tensor.grad is not None for tensor in (x, *layer.parameters()))
 
 

@@ -59,6 +59,12 @@ DESCRIPTOR_BACKWARD = (
     (InputTile(False, 16, 2, 4, 16, 64, 4, 3), Case("four-groups", 2, 64, 128, (5, 3), groups=4)),
     (InputTile(False, 4, 1, 1, 16, 64, 4, 3), Case("single-pixels", 5, 48, 64, (2, 1), alpha=1 / 3)),
     (InputTile(False, 16, 1, 1, 32, 64, 4, 3), Case("one-pixel", 2, 64, 64, (1, 1))),
+    (InputTile(True, 1, 4, 64, 64, 64, 4, 3), Case("mixed-2", 2, 64, 64, (10, 124), alpha=1 / 4, stride=(2, 2))),
+    (InputTile(False, 2, 8, 8, 32, 64, 4, 3), Case("mixed-apart-2", 3, 64, 64, (18, 6), stride=(2, 2))),
+    (InputTile(True, 1, 8, 16, 64, 64, 4, 3), Case("one-group-2", 2, 128, 64, (18, 34), groups=1, stride=(2, 2))),
+    (InputTile(False, 16, 2, 4, 16, 64, 4, 3), Case("four-groups-2", 2, 64, 128, (10, 6), groups=4, stride=(2, 2))),
+    (InputTile(False, 4, 1, 1, 16, 64, 4, 3), Case("single-2", 5, 48, 64, (4, 2), alpha=1 / 3, stride=(2, 2))),
+    (InputTile(False, 16, 1, 1, 32, 64, 4, 3), Case("one-pixel-2", 2, 64, 64, (2, 2), stride=(2, 2))),
 )
 
 SLOTS = ("branches_forward.mean_ptr", "branches_forward.square_ptr")
@@ -149,6 +155,11 @@ def forward(
     check(lambda: launch.spconv2d(*arguments, path=path, **options), *before, *(kernels or ("onepass_forward",)))
 
 
+def pooling(case: Case) -> tuple[str, ...]:
+    """What averages windows before the weight gradient: nothing at stride 1."""
+    return () if case.stride == (1, 1) else ("pool_windows",)
+
+
 def backward(
     case: Case, device: str, path: str = "flat", dtype: torch.dtype = torch.float16, *, branch_bias: bool = False
 ) -> None:
@@ -156,7 +167,7 @@ def backward(
     grad = torch.randn(case.batch, case.out_channels, *case.output_size(), device=device).to(dtype)
     if i.weight_redundant is None:
         weights = (i.weight_gwc, i.weight_pwc, geometry(case))
-        kernels = ("input_grad", "weight_grad", "finish_weights")
+        kernels = ("input_grad", *pooling(case), "weight_grad", "finish_weights")
         check(lambda: launch.representative_branch_backward(grad, i.x, *weights), *kernels)
         return
     ratio = torch.rand(case.batch, case.out_channels, device=device)
@@ -164,7 +175,7 @@ def backward(
     kept = (ratio, tap_mean, i.x.new_zeros(case.batch, case.in_channels), geometry(case))
     weights = (i.weight_gwc, i.weight_pwc, i.weight_redundant, i.branch_bias)
     suffix = "_descriptor" if path == "descriptor" else ""
-    kernels = (f"weight_grad{suffix}", "gate_grad", "finish_weights", f"input_grad{suffix}")
+    kernels = (*pooling(case), f"weight_grad{suffix}", "gate_grad", "finish_weights", f"input_grad{suffix}")
     check(lambda: launch.spconv2d_backward(grad, i.x, *weights, *kept, path=path), *kernels)
 
 
@@ -240,7 +251,8 @@ def test_batch_norms(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -
     check(
         lambda: kept.append(launch.spconv2d_batch_norm(i.x, *weights, i.bias, norms, eps, geometry(case))[1]), *kernels
     )
-    kernels = ("norm_sums", "norm_coefficients", "norm_blend_grad", "weight_grad", "finish_weights", "input_grad")
+    kernels = ("norm_sums", "norm_coefficients", "norm_blend_grad", *pooling(case), "weight_grad", "finish_weights")
+    kernels += ("input_grad",)
     check(lambda: launch.spconv2d_batch_norm_backward(grad, i.x, *weights, norms, kept[0], geometry(case)), *kernels)
 
 
