@@ -45,7 +45,7 @@ class Call:
 
 def calls(source: str) -> list[Call]:
     """What the generated code launches of ours, in order: Triton kernels, and operators that it does not see into."""
-    defined = r"^(\w+) = async_compile\.triton\(.*?inductor_meta=({.*?})\n"
+    defined = r"^(\w+) = async_compile\.triton\(.*?inductor_meta=({.*?)\n"
     tables = {
         name: ", ".join(re.findall(r"'python': (\[.*?\])", meta))
         for name, meta in re.findall(defined, source, re.M | re.S)

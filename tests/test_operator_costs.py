@@ -139,16 +139,19 @@ def test_onepass_descriptor(stride: int) -> None:
     assert total == layer.flops
 
 
-def test_gradient_descriptors() -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradient_descriptors(stride: int) -> None:
     """What a compiled layer keeps of the backward: either has as many as the forward."""
-    layer = Layer(CASES[0])
+    layer = Layer(Case("", 3, 128, 192, (10, 12), stride=(stride, stride)))
+    pooled = None if stride == 1 else meta(3, 128, 5, 6)
     batch, outputs = layer.output[:2]
     y, ratio = meta(*layer.output), meta(batch, outputs, dtype=torch.float32)
-    _, by_weights = flops(lambda: OPERATORS.weight_grad_descriptor(y, layer.x, *layer.weights, ratio, 2))
-    constant = meta(9, batch, 128, dtype=torch.float32)
-    dx, by_x = flops(
-        lambda: OPERATORS.input_grad_descriptor(y, meta(1000, 128), torch.stack((ratio, ratio)), constant, 64, 2)
+    _, by_weights = flops(
+        lambda: OPERATORS.weight_grad_descriptor(y, layer.x, pooled, *layer.weights, ratio, 2, stride)
     )
+    constant = meta(9, batch, 128, dtype=torch.float32)
+    gate = torch.stack((ratio, ratio))
+    dx, by_x = flops(lambda: OPERATORS.input_grad_descriptor(y, meta(1000, 128), gate, constant, 64, 2, stride))
     assert dx.shape == layer.x.shape
     assert by_weights == by_x == layer.flops
 

@@ -59,6 +59,7 @@ CHECKED = (
         for case in (
             Case("wide", 3, 64, 64, (7, 6)),
             Case("wide-stride-2", 2, 64, 128, (6, 8), stride=(2, 2)),
+            Case("wide-phases", 2, 128, 128, (16, 62), stride=(2, 2)),
             Case("wide-groups", 2, 128, 128, (9, 8), groups=4),
             Case("wide-alpha-1/4", 2, 128, 64, (5, 9), alpha=0.25),
         )
@@ -76,7 +77,10 @@ def checked(*, rehearsal: bool) -> Sequence[Entry]:
 def layers(*, rehearsal: bool) -> list[Entry]:
     """The layers that the speed claims are made on."""
     found = _sized(RESNET50, LARGE, torch.float16, FEW, rehearsal)
-    return found if rehearsal else found + _sized(RESNET50, MIDDLE, torch.float16, FEW, rehearsal)
+    if rehearsal:
+        return found
+    found += _sized(TRANSITIONS, LARGE, torch.float16, FEW, rehearsal)
+    return found + _sized(RESNET50, MIDDLE, torch.float16, FEW, rehearsal)
 
 
 def variants(*, rehearsal: bool) -> list[Entry]:
@@ -102,7 +106,8 @@ def parts(*, rehearsal: bool) -> list[Entry]:
     both = ("conv2d", "triton")
     if rehearsal:
         return [Entry(TINY, torch.float32, both)]
-    return [e for batch in (LARGE, 1) for e in _sized(RESNET50, batch, torch.float16, both, rehearsal)]
+    layers = ((RESNET50, LARGE), (TRANSITIONS, LARGE), (RESNET50, 1))
+    return [e for cases, batch in layers for e in _sized(cases, batch, torch.float16, both, rehearsal)]
 
 
 def tiles(*, rehearsal: bool) -> list[Entry]:
@@ -140,7 +145,7 @@ def input_tiles(packed: gradients_descriptor.Packing, case: Case) -> Iterator[gr
         block_cs = [64] if packed.mixed else [c for c in (64, 128) if c <= most]
         boxes = ((4, 64), (8, 32), (16, 16), (2, 64), (4, 32), (8, 16), (4, 16), (8, 8), (16, 8))
         for rows, columns in boxes:
-            if rows <= 2 * case.size[0] and columns <= 2 * case.size[1]:
+            if rows <= 2 * case.output_size()[0] and columns <= 2 * case.output_size()[1]:
                 for block_c in block_cs:
                     for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4)):
                         yield gradients_descriptor.InputTile(True, 1, rows, columns, block_c, 64, warps, stages)

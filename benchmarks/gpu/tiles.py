@@ -86,22 +86,20 @@ def kernels(case: Case, dtype: torch.dtype, device: str) -> Iterator[Kernel]:
         list(plan.forward_tiles(packing, outputs, case.groups)),
         lambda tile: mock.patch.object(descriptor, "best_tile", return_value=tile),
     )
-    if stride != 1:
-        return
-
     backward = gradients_descriptor.packing(*window)
     assert backward is not None
     weights = fresh(backward.rows, case.in_channels)
     gate = fresh(2, case.batch, outputs, kind=torch.float32)
     constant = fresh(9, case.batch, case.in_channels, kind=torch.float32)
+    shape = (case.batch, case.in_channels, *output)
 
     def input_grad() -> Tensor:
-        return gradients_descriptor.input_grad(grad, weights, gate, constant, representative, case.groups)
+        return gradients_descriptor.input_grad(grad, weights, gate, constant, representative, case.groups, stride)
 
     yield Kernel(
         "input gradient",
         input_grad,
-        gradients_descriptor.input_tile(backward, tuple(x.shape), representative, case.groups),
+        gradients_descriptor.input_tile(backward, shape, representative, case.groups, stride),
         list(plan.input_tiles(backward, case)),
         lambda tile: mock.patch.object(gradients_descriptor, "input_tile", return_value=tile),
     )
@@ -109,8 +107,10 @@ def kernels(case: Case, dtype: torch.dtype, device: str) -> Iterator[Kernel]:
     gwc = fresh(outputs, 3, 3, representative // case.groups).permute(0, 3, 1, 2)
     pwc, redundant = fresh(outputs, representative, 1, 1), fresh(outputs, case.in_channels - representative, 1, 1)
 
+    pooled = None if stride == 1 else image(case.in_channels, *output)
+
     def weight_grad() -> tuple[Tensor, Tensor]:
-        return gradients_descriptor.weight_grad(grad, x, gwc, pwc, redundant, ratio, case.groups)
+        return gradients_descriptor.weight_grad(grad, x, pooled, gwc, pwc, redundant, ratio, case.groups, stride)
 
     yield Kernel(
         "weight gradient",
