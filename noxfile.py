@@ -51,6 +51,7 @@ QUICK = (
     "tests/test_weight_updates.py",
     "tests/test_convert.py",
     "tests/test_fuse.py",
+    "tests/test_fuse_questions.py",
     "tests/test_summary.py",
     "tests/test_errors.py",
     "tests/test_explain.py",
@@ -69,6 +70,7 @@ QUICK_KERNELS = (
     "tests/kernels/test_layer.py",
     "tests/kernels/test_operators.py",
     "tests/kernels/test_reduction.py",
+    "tests/kernels/test_backward_descriptor.py",
     "tests/kernels/test_epilogue.py",
 )
 

@@ -54,7 +54,6 @@ EXEMPT = (
     Exempt("input_grad", ("sm_120",), ("tf32", "float32"), 16, 8, 2, STEP),
     Exempt("input_grad", ("gfx942",), TENSOR, 46, 0, 0, SCALAR),
     Exempt("onepass_forward", ("gfx942",), TENSOR, 2, 0, 0, SCALAR),
-    Exempt("weight_grad", ("sm_120",), HALVES, 24, 12, 0, STEP),
     Exempt("weight_grad", ("gfx942",), TENSOR, 7, 0, 0, SCALAR),
     Exempt("window_statistics", ("gfx942",), HALVES, 41, 0, 0, SCALAR),
 )

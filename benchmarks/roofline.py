@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cases import RESNET50
+from cases import RESNET50, TRANSITIONS
 
 from benchmarks.floors import DEVICES, PATHS, Device, chosen, floor_seconds, useful_flops
 from benchmarks.networks import IMAGES, Convolution, convolutions
@@ -170,13 +170,13 @@ def report(networks: Sequence[str], batches: Sequence[int]) -> str:
     lines += ["## Backward", "", BACKWARD]
     for batch in batches:
         for kind in KINDS:
-            found = [row(Convolution(case, 1, True), batch, kind, "backward") for case in RESNET50]
+            found = [row(Convolution(case, 1, True), batch, kind, "backward") for case in (*RESNET50, *TRANSITIONS)]
             lines += [f"Batch {batch}:", "", *table(found, kind), ""]
     return "\n".join(lines)
 
 
 BACKWARD = """\
-Gradients of the input and of all weights, of ResNet-50's 3 x 3 convolutions at stride 1, without a forward.
+Gradients of the input and of all weights, of ResNet-50's 3 x 3 convolutions, without a forward.
 """
 
 

@@ -69,6 +69,11 @@ class Case:
 # The 3 x 3 convolutions of ResNet-50's four stages: what the speed claims are made on.
 RESNET50 = tuple(Case(f"resnet50-{c}@{s}", 8, c, c, (s, s)) for c, s in ((64, 56), (128, 28), (256, 14), (512, 7)))
 
+TRANSITIONS = tuple(
+    Case(f"resnet50-{c}@{s}/2", 8, c, c, (s, s), stride=(2, 2)) for c, s in ((128, 56), (256, 28), (512, 14))
+)
+"""ResNet-50's 3 x 3 convolutions at a stride."""
+
 # Small enough for the interpreter; each breaks one assumption that a kernel could make.
 SMALL = (
     Case("plain", 2, 32, 32, (8, 8)),

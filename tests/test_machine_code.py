@@ -339,7 +339,10 @@ def test_loops_over_descriptors_load_boxes_and_multiply(rows: dict[str, Row]) ->
         name = "HGMMA" if row.target == "sm_90" else "UTCHMMA"
         assert row.tensor_products, f"{row}: no product in the loop"
         assert all(product.startswith(name) for product in row.tensor_products), f"{row}: {row.loop_products}"
-        assert row.loop_tma_loads == loads, f"{row}: {row.loop_tma_loads} boxes a step"
+        # A phase of 64 channels has four steps at most, all of which four stages load before the first.
+        few_steps = "MIXED" in row.flags and "stride 2" in row.layer and row.tma_loads == 4 * loads
+        at_once = few_steps and row.loop_tma_loads == 0
+        assert row.loop_tma_loads == loads or at_once, f"{row}: {row.loop_tma_loads} boxes a step"
         assert row.loop_pointer_loads == 0, f"{row}: pointers in the loop"
         assert row.tma_loads >= 2 * loads, f"{row}: nothing is loaded ahead"
         assert row.tma_stores > 0 or row.kernel == "weight_grad_descriptor", f"{row}: the output is no box"
@@ -388,12 +391,15 @@ def test_backward_steps_are_as_short_as_the_sketches(rows: dict[str, Row]) -> No
         flags = "TRANSPOSED HOPPER" if transposed else "HOPPER"
         row = of_tile(rows, "input_grad_descriptor", 512, warps, stages, flags, N=n, H=h, W=w, C=c, K=k)
         assert row.loop <= 1.05 * instructions, str(row)
-    (row,) = (
+    found = [
         row
         for row in of_kernel(rows, "weight_grad_descriptor")
         if (row.target, row.precision) == ("sm_90", "float16") and row.layer.startswith("resnet50-512@7")
-    )
-    assert row.loop <= 1.05 * WEIGHT_SKETCH
+    ]
+    assert {"stride 2" in row.layer for row in found} == {False, True}
+    for row in found:
+        assert row.loop <= 1.05 * WEIGHT_SKETCH, str(row)
+        assert row.programs == 4, str(row)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from cases import RESNET50, SMALL, Case
+from cases import RESNET50, SMALL, TRANSITIONS, Case
 
 from spconv_triton.launch import descriptor, gradients_descriptor
 
@@ -22,11 +22,6 @@ NETWORK = 64
 
 TINY = Case("tiny", 1, 4, 4, (2, 3), kernel_size=(1, 3), padding=(0, 1))
 """Rehearses for all that is timed."""
-
-TRANSITIONS = tuple(
-    Case(f"resnet50-{c}@{s}/2", 1, c, c, (s, s), stride=(2, 2)) for c, s in ((128, 56), (256, 28), (512, 14))
-)
-"""ResNet-50's 3 x 3 convolutions at a stride."""
 
 OTHERS = (
     Case("resnet20-16@32", 1, 16, 16, (32, 32)),
