@@ -232,6 +232,9 @@ def test_operator_passes_opcheck(case: Case, device: str) -> None:
     pooled = None if case.stride == (1, 1) else avg_pool2d(x, 2)
     arguments = (grad, x, pooled, *weights, ratio, case.groups, case.stride[0])
     torch.library.opcheck(launch.opaque.weight_grad.operator, arguments)
+    prepared = [t.normal_() for t in descriptor.prepare(x, weights[1], case.groups)[1:]]
+    arguments = (grad, *prepared, case.representative, case.groups, case.stride[0])
+    torch.library.opcheck(launch.opaque.input_grad.operator, arguments)
 
 
 @pytest.mark.parametrize(("path", "message"), [("portable", "path must be"), ("descriptor", "does not take a layer")])
