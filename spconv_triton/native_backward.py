@@ -17,6 +17,8 @@ few channels :mod:`spconv_triton.native_backward_merged`), or A comes from the w
 (:mod:`spconv_triton.native_backward_products`).
 
 gamma is sigmoid(-d), not 1 - beta, and E1 is not g - E3: where the gate is saturated they would be all rounding error.
+
+A batch of many samples goes backward in parts, as it went forward (:mod:`spconv_triton.native_parts`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from .native_backward_merged import Merged
 from .native_backward_operands import Operands, operands
 from .native_backward_products import Products
 from .native_gate import bias_difference, sums_of_maps
+from .native_parts import pay_in_training, samples_together
 
 
 def gradients(
@@ -50,6 +53,38 @@ def gradients(
     Returns:
         Six tensors of the arguments' shapes and dtypes, None where not needed.
     """
+    x, *others = inputs
+    samples = samples_together(x, grad.numel())
+    if samples >= x.shape[0] or not pay_in_training(x.dtype):
+        dx, *sums = _of_part(inputs, geometry, d, grad, needed)
+    else:
+        dx = torch.empty_like(x, memory_format=torch.channels_last) if needed[0] else None
+        parts = [whole.split(samples) for whole in (x, d, grad)]
+        outs = [None] * len(parts[0]) if dx is None else dx.split(samples)
+        sums = [None] * len(others)
+        for of_x, of_d, of_grad, out in zip(*parts, outs, strict=True):
+            of_others = _of_part([of_x, *others], geometry, of_d, of_grad, needed, out)[1:]
+            sums = [_plus(total, of_part, d.dtype) for total, of_part in zip(sums, of_others, strict=True)]
+    return dx, *(None if s is None else s.to(argument.dtype) for s, argument in zip(sums, others, strict=True))
+
+
+def _plus(total: Tensor | None, of_part: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A sum over parts in the gate's dtype, in the memory of the first part where that has it."""
+    if of_part is None:
+        return None
+    return of_part.to(dtype) if total is None else total.add_(of_part)
+
+
+def _of_part(
+    inputs: list[Any],
+    geometry: Geometry,
+    d: Tensor,
+    grad: Tensor,
+    needed: tuple[bool, ...],
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of samples that go backward together; that of x is written into ``out``, if it is given. Those of
+    the biases are in the gate's dtype."""
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = inputs
     given = operands(x, weight_gwc, weight_pwc, weight_redundant, geometry, d, grad)
     g, beta, gamma = given.g, given.beta, given.gamma
@@ -58,19 +93,21 @@ def gradients(
     if bias is not None or branch_bias is not None:
         total = sums_of_maps(g)
         if bias is not None:
-            dbias = total.sum((0, 2, 3)).to(bias.dtype)
+            dbias = total.sum((0, 2, 3))
         if branch_bias is not None:
             a += total * bias_difference(branch_bias, d.dtype)
             to_s3 = beta * gamma * a
             dbranch_bias = torch.stack(((beta * total + to_s3).sum((0, 2, 3)), (gamma * total - to_s3).sum((0, 2, 3))))
-            dbranch_bias = dbranch_bias.to(branch_bias.dtype)
     delta = beta * gamma * a / (g.shape[2] * g.shape[3])
     if isinstance(made, Merged):
         of_layer = native_backward_merged.gradients(given, made, delta, needed)
     elif isinstance(made, Products):
         of_layer = native_backward_products.gradients(given, made, delta, needed)
     else:
-        of_layer = native_backward_maps.gradients(given, made, delta, needed)
+        of_layer = native_backward_maps.gradients(given, made, delta, needed, out)
+    dx = of_layer[0]
+    if out is not None and dx is not None and dx is not out:
+        out.copy_(dx)
     return (*of_layer, dbias, dbranch_bias)
 
 

@@ -13,8 +13,7 @@ but where oneDNN multiplies wider than ATen: there two more maps take less time 
 
 In inference a is the scale of a norm that follows, and a residual and an activation follow in place; else a is 1. There
 weights are prepared (:mod:`spconv_triton.native_weights`), with which the branches take less time, so that maps are
-large only later; and a batch of very large ones goes through the branches in parts, so that their memory stays with the
-process. With gradients x should still be in the cache when the backward begins.
+large only later. A batch of many samples goes through the branches in parts (:mod:`spconv_triton.native_parts`).
 
 The backward is :mod:`spconv_triton.native_backward`.
 """
@@ -45,15 +44,12 @@ from .native_gate import (
     sums_of_maps,
 )
 from .native_inference import Inference
+from .native_parts import pay_in_training, samples_together
 from .native_products import pixels
 from .native_weights import MergedWeights, Plan, PreparedWeights, Weights, for_one_call
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
-
-
-CACHED = 16 << 20
-"""Bytes of x and Y that samples which go through the layer together have at most, unless it is a single one."""
 
 
 class Memory(NamedTuple):
@@ -187,26 +183,41 @@ def forward(
         joins = bias is not None and bias.dtype == x.dtype and branch_bias is None and after.norm_scale is None
         y = weights.u3(x, weights.pointwise_input(x), bias if joins else None)
         return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
-    if isinstance(weights, MergedWeights):
-        return _by_prepared_weights(x, weights, None, bias, branch_bias, after)
-    if not isinstance(weights, PreparedWeights):
-        first = gate_comes_first(x, weights.geometry)
-        return (_gate_first if first else _by_given_weights)(x, weights, bias, branch_bias, after)
-    plan = weights.plan(x.shape)
-    if plan.gate_first:
+    plan = weights.plan(x.shape) if isinstance(weights, PreparedWeights) else None
+    if plan is None:
+        comes_first = not isinstance(weights, MergedWeights) and gate_comes_first(x, weights.geometry)
+    else:
+        comes_first = plan.gate_first
+    if comes_first:
         return _gate_first(x, weights, bias, branch_bias, after)
     batch, outputs = x.shape[0], weights.gwc.shape[0]
-    parts = min(batch, -(-(x.numel() + plan.rows * outputs) * x.itemsize // CACHED))
-    if parts == 1:
-        return _by_prepared_weights(x, weights, plan, bias, branch_bias, after)
-    samples = -(-batch // parts)
-    y = torch.empty((batch, outputs, *plan.size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    size = weights.geometry.output_size(x.shape[2], x.shape[3]) if plan is None else plan.size
+    samples = samples_together(x, batch * outputs * size[0] * size[1])
+    if samples >= batch or (plan is None and not pay_in_training(x.dtype)):
+        return _by_branches(x, weights, plan, bias, branch_bias, after)
+    y = torch.empty((batch, outputs, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    parts = -(-batch // samples)
     residuals = [None] * parts if after.residual is None else after.residual.split(samples)
     differences = [
-        _by_prepared_weights(of_x, weights, plan, bias, branch_bias, after._replace(residual=residual), of_y)[1]
-        for of_x, of_y, residual in zip(x.split(samples), y.split(samples), residuals, strict=False)
+        _by_branches(of_x, weights, plan, bias, branch_bias, after._replace(residual=residual), of_y)[1]
+        for of_x, of_y, residual in zip(x.split(samples), y.split(samples), residuals, strict=True)
     ]
     return y, torch.cat(differences)
+
+
+def _by_branches(
+    x: Tensor,
+    weights: Weights,
+    plan: Plan | None,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    after: Epilogue,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Y, written into ``out`` if that is given, and d."""
+    if isinstance(weights, MergedWeights | PreparedWeights):
+        return _by_prepared_weights(x, weights, plan, bias, branch_bias, after, out)
+    return _by_given_weights(x, weights, bias, branch_bias, after, out)
 
 
 def _by_prepared_weights(
@@ -218,7 +229,7 @@ def _by_prepared_weights(
     after: Epilogue,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y, written into ``out`` if that is given, and d. On small maps the calls take the time, so there are few."""
+    """As :func:`_by_branches`. On small maps the calls take the time, so there are few."""
     # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
     joins = branch_bias is None and after.norm_scale is None and bias is not None and bias.dtype == x.dtype
     joined = bias if joins else None
@@ -229,8 +240,7 @@ def _by_prepared_weights(
     if branch_bias is not None:
         d += bias_difference(branch_bias, d.dtype)
     if not math.isfinite(d.sum()):
-        y, d = _by_given_weights(x, weights.given, bias, branch_bias, after)
-        return (y if out is None else out.copy_(y)), d
+        return _by_given_weights(x, weights.given, bias, branch_bias, after, out)
     offset = None if joins else _offset(d, bias, branch_bias, after, d.dtype)
     return _finish(_blend(u3, u1, d, out), offset, after, x.dtype), d
 
@@ -259,9 +269,14 @@ def _gate_first(
 
 
 def _by_given_weights(
-    x: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue
+    x: Tensor,
+    weights: Weights,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    after: Epilogue,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y and d, on any device and of anything, finite or not."""
+    """As :func:`_by_branches`, on any device and of anything, finite or not."""
     z = weights.pointwise_input(x)
     u3, u1 = weights.u3(x, z), weights.u1(z)
     s3, s1 = means_of_maps(u3), means_of_maps(u1)
@@ -269,7 +284,7 @@ def _by_given_weights(
         s3 += branch_bias[0, :, None, None]
         s1 += branch_bias[1, :, None, None]
     d = exponent(s3, s1)
-    return _finish(_blend(u3, u1, d), _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
+    return _finish(_blend(u3, u1, d, out), _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
 
 
 def _blend(u3: Tensor, u1: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:

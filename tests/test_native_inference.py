@@ -33,6 +33,7 @@ from spconv_triton import (
     fuse,
     native_folding,
     native_onepass,
+    native_parts,
     native_products,
     native_weights,
     reference,
@@ -128,7 +129,7 @@ def test_prepared_weights_agree_over_many_draws(
 @pytest.mark.parametrize("name", ["plain", "stride-2", "stride-2-odd", "alpha-1"])
 def test_samples_may_go_one_by_one(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As large maps do."""
-    monkeypatch.setattr(native_onepass, "CACHED", 1)
+    monkeypatch.setattr(native_parts, "CACHED", 1)
     case = replace(BY_NAME[name], batch=5)
     assert_within_budget_over_draws(judged(make_inputs(case, dtype, branch_bias=True), case) for _ in range(3))
 
@@ -167,7 +168,7 @@ def test_any_share_of_the_samples_may_go_together(samples: int, monkeypatch: pyt
         together.append(x.shape[0])
         return by_prepared_weights(x, *arguments)
 
-    monkeypatch.setattr(native_onepass, "CACHED", samples * (inputs.x[0].nbytes + expected[0].nbytes))
+    monkeypatch.setattr(native_parts, "CACHED", samples * (inputs.x[0].nbytes + expected[0].nbytes))
     monkeypatch.setattr(native_onepass, "_by_prepared_weights", counted)
     monkeypatch.setattr(native_onepass, "for_one_call", native_weights.prepare)
     torch.testing.assert_close(layer(*inputs.positional(), **inputs.window, backend="native"), expected)

@@ -13,7 +13,7 @@ from nonfinite import assert_spreads_as_in_the_reference
 from strategies import NOT_FINITE, calls_with_what_is_not_finite
 from torch import Tensor
 
-from spconv_triton import SPConv2d, native_folding, native_onepass, native_weights, reference
+from spconv_triton import SPConv2d, native_folding, native_onepass, native_parts, native_weights, reference
 from spconv_triton.functional import gap_softmax_fusion, spconv2d, spconv2d_inference
 from spconv_triton.geometry import resolve
 
@@ -66,7 +66,7 @@ def test_compiled(backend: str) -> None:
 def test_inference(value: float, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The activations keep NaN, the gate makes it: as :func:`functional.spconv2d`. Also of one sample among others."""
     monkeypatch.setattr(native_weights, "can_merge", lambda *_: merged)
-    monkeypatch.setattr(native_onepass, "CACHED", 1)
+    monkeypatch.setattr(native_parts, "CACHED", 1)
     inputs = make_inputs(Case("plain", 2, 8, 8, (5, 4)))
     inputs.x.data[0, int(torch.randint(8, ())), 2, 2] = value
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_without_a_gate_zeros_spread_nothing(value: float, training: bool) -> No
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_one_sample_among_others_by_prepared_weights(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_onepass, "CACHED", 1)
+    monkeypatch.setattr(native_parts, "CACHED", 1)
     layer = SPConv2d(8, 8, 3, padding=1, backend="native").eval()
     x = torch.randn(3, 8, 5, 4)
     x[1, 3, 2, 2] = value
