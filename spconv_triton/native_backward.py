@@ -54,7 +54,7 @@ def gradients(
         Six tensors of the arguments' shapes and dtypes, None where not needed.
     """
     x, *others = inputs
-    samples = samples_together(x, grad.numel())
+    samples = samples_together(x, grad.shape[1], (grad.shape[2], grad.shape[3]))
     if samples >= x.shape[0] or not pay_in_training(x.dtype):
         dx, *sums = _of_part(inputs, geometry, d, grad, needed)
     else:

@@ -183,23 +183,39 @@ def forward(
         joins = bias is not None and bias.dtype == x.dtype and branch_bias is None and after.norm_scale is None
         y = weights.u3(x, weights.pointwise_input(x), bias if joins else None)
         return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
-    plan = weights.plan(x.shape) if isinstance(weights, PreparedWeights) else None
-    if plan is None:
-        comes_first = not isinstance(weights, MergedWeights) and gate_comes_first(x, weights.geometry)
-    else:
-        comes_first = plan.gate_first
-    if comes_first:
+    if isinstance(weights, PreparedWeights):
+        plan = weights.plan(x.shape)
+        if plan.gate_first:
+            return _gate_first(x, weights, bias, branch_bias, after)
+        if plan.samples >= x.shape[0]:
+            return _by_prepared_weights(x, weights, bias, branch_bias, after, plan=plan)
+        return _in_parts(x, weights, bias, branch_bias, after, plan.samples, plan.size)
+    merged = isinstance(weights, MergedWeights)
+    if not merged and gate_comes_first(x, weights.geometry):
         return _gate_first(x, weights, bias, branch_bias, after)
+    size = weights.geometry.output_size(x.shape[2], x.shape[3])
+    samples = samples_together(x, weights.gwc.shape[0], size)
+    if samples < x.shape[0] and pay_in_training(x.dtype):
+        return _in_parts(x, weights, bias, branch_bias, after, samples, size)
+    return _by_branches(x, weights, bias, branch_bias, after)
+
+
+def _in_parts(
+    x: Tensor,
+    weights: Weights,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    after: Epilogue,
+    samples: int,
+    size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Y and d, so many samples at a time."""
     batch, outputs = x.shape[0], weights.gwc.shape[0]
-    size = weights.geometry.output_size(x.shape[2], x.shape[3]) if plan is None else plan.size
-    samples = samples_together(x, batch * outputs * size[0] * size[1])
-    if samples >= batch or (plan is None and not pay_in_training(x.dtype)):
-        return _by_branches(x, weights, plan, bias, branch_bias, after)
     y = torch.empty((batch, outputs, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     parts = -(-batch // samples)
     residuals = [None] * parts if after.residual is None else after.residual.split(samples)
     differences = [
-        _by_branches(of_x, weights, plan, bias, branch_bias, after._replace(residual=residual), of_y)[1]
+        _by_branches(of_x, weights, bias, branch_bias, after._replace(residual=residual), of_y)[1]
         for of_x, of_y, residual in zip(x.split(samples), y.split(samples), residuals, strict=True)
     ]
     return y, torch.cat(differences)
@@ -208,7 +224,6 @@ def forward(
 def _by_branches(
     x: Tensor,
     weights: Weights,
-    plan: Plan | None,
     bias: Tensor | None,
     branch_bias: Tensor | None,
     after: Epilogue,
@@ -216,20 +231,20 @@ def _by_branches(
 ) -> tuple[Tensor, Tensor]:
     """Y, written into ``out`` if that is given, and d."""
     if isinstance(weights, MergedWeights | PreparedWeights):
-        return _by_prepared_weights(x, weights, plan, bias, branch_bias, after, out)
+        return _by_prepared_weights(x, weights, bias, branch_bias, after, out)
     return _by_given_weights(x, weights, bias, branch_bias, after, out)
 
 
 def _by_prepared_weights(
     x: Tensor,
     weights: PreparedWeights | MergedWeights,
-    plan: Plan | None,
     bias: Tensor | None,
     branch_bias: Tensor | None,
     after: Epilogue,
     out: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_by_branches`. On small maps the calls take the time, so there are few."""
+    """As :func:`_by_branches`. On small maps the calls take the time, so there are few, and some are planned."""
     # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
     joins = branch_bias is None and after.norm_scale is None and bias is not None and bias.dtype == x.dtype
     joined = bias if joins else None

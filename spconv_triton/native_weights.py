@@ -28,6 +28,7 @@ from .native_convolution import (
 )
 from .native_folding import Block, can_fold, can_merge, fold, folding_pays, merge, merging_pays, other_blocks, whole
 from .native_gate import gate_comes_first
+from .native_parts import samples_of_shape
 from .native_products import (
     can_be_matrix_product,
     columns,
@@ -157,22 +158,22 @@ class Plan(NamedTuple):
             None where that does not take less time.
         view: shape and strides of x3 in x; None for a slice of channels, which oneDNN copies.
         window: stride, padding and dilation of that view's convolution.
-        rows: N H_out W_out.
         size: (H_out, W_out).
         pixels: H_out W_out, as a tensor, since ATen makes one of a number in every call.
         is_z: whether the point-wise convolutions read x itself.
         gate_first: whether the gate comes first.
+        samples: how many go through the branches together.
     """
 
     form: Form
     exchanged: Tensor | None
     view: tuple[Any, Any] | None
     window: tuple[Any, Any, Any]
-    rows: int
     size: tuple[int, int]
     pixels: Tensor
     is_z: bool
     gate_first: bool
+    samples: int
 
 
 class PreparedWeights(Weights):
@@ -255,7 +256,8 @@ class PreparedWeights(Weights):
         if by_convolutions and self._packs and len(form.rest) == 2 and form.rest[0][0].inputs >= EXCHANGED_CHANNELS:
             blocks = torch.cat([block.of(self.pwc) for block, _ in form.rest])[:, :, None, None]
             exchanged = _packed(blocks, (batch, self.pwc.shape[1], *size), (1, 1), (0, 0), (1, 1), 2)
-        return Plan(form, exchanged, view, window[:3], rows, size, pixels, is_z, gate_first)
+        samples = samples_of_shape(shape, self.gwc.itemsize, self.gwc.shape[0], size)
+        return Plan(form, exchanged, view, window[:3], size, pixels, is_z, gate_first, samples)
 
     def _form(self, height: int, width: int, gate_first: bool) -> Form:
         groups = self.geometry.groups

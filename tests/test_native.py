@@ -178,7 +178,7 @@ def test_agrees_in_parts(case: Case, backward: str, samples: int, monkeypatch: p
     monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
     monkeypatch.setattr(native_backward_products, "pay", lambda given: backward == "products")
     for module in (native_onepass, native_backward):
-        monkeypatch.setattr(module, "samples_together", lambda x, outputs: samples)
+        monkeypatch.setattr(module, "samples_together", lambda x, outputs, size: samples)
     case = replace(case, batch=3)
     for options in ({"bias": False}, {"branch_bias": True}, {"memory_format": torch.contiguous_format}):
         assert_agrees(native, make_inputs(case, torch.float64, **options))

@@ -164,9 +164,9 @@ def test_any_share_of_the_samples_may_go_together(samples: int, monkeypatch: pyt
     layer, expected = functional.spconv2d_inference, reference.spconv2d(*inputs.positional(), **inputs.window)
     together, by_prepared_weights = [], native_onepass._by_prepared_weights
 
-    def counted(x: Tensor, *arguments: Any) -> Any:
+    def counted(x: Tensor, *arguments: Any, **plan: Any) -> Any:
         together.append(x.shape[0])
-        return by_prepared_weights(x, *arguments)
+        return by_prepared_weights(x, *arguments, **plan)
 
     monkeypatch.setattr(native_parts, "CACHED", samples * (inputs.x[0].nbytes + expected[0].nbytes))
     monkeypatch.setattr(native_onepass, "_by_prepared_weights", counted)
