@@ -41,8 +41,8 @@ matrix: $(READY) ## the suite on other versions of Python, PyTorch, Triton and N
 bench: $(READY) ## compare SPConv2d with its peers and write benchmarks/REPORT.md; FULL=1 takes 20 minutes, not 5
 	$(BIN)/python -m benchmarks.comparison --mode $(if $(FULL),full,quick)
 
-bench-compare: $(READY) ## time the library against revision BASE, and fail where it is slower by more than noise
-	$(BIN)/python -m benchmarks.comparison.compare $(or $(BASE),$(error say which revision: make bench-compare BASE=REV))
+bench-compare: $(READY) ## time the library against revision BASE, and fail where it is slower by more than noise; LARGE=1: batches of 64
+	$(BIN)/python -m benchmarks.comparison.compare $(if $(LARGE),--large) $(or $(BASE),$(error say which revision: make bench-compare BASE=REV))
 
 # Installs nothing: it is for machines with a GPU, a PyTorch of their own and maybe no network.
 gpu: ## check and time the kernels on a GPU, without installing anything; DRY=1 rehearses on a CPU

@@ -1,6 +1,7 @@
 """``python -m benchmarks.comparison.compare BASE``: is the working tree slower than revision BASE?
 
-Both libraries are timed by this tree's benchmarks, each in a process of its own, on the layers of the quick mode.
+Both libraries are timed by this tree's benchmarks, each in a process of its own, on the layers of the quick mode, or
+on ResNet-50's at batches of 64.
 Within each round both run once, in turns, and ratios are taken within it. ``nn.Conv2d`` is the same in both: how it
 differs is noise.
 """
@@ -120,9 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("base", help="a revision, as git knows it")
     parser.add_argument("--rounds", type=int, default=15, help="of each layer (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
+    parser.add_argument("--large", action="store_true", help="ResNet-50's layers at batches of 64: five minutes")
     parser.add_argument("--rehearse", action="store_true", help="few layers, two rounds: shows that it runs")
     options = parser.parse_args(arguments)
-    plan, rounds, sample = "quick", options.rounds, SAMPLE_SECONDS
+    plan, rounds, sample = "large" if options.large else "quick", options.rounds, SAMPLE_SECONDS
     if options.rehearse:
         plan, rounds, sample = "rehearsal", 2, 0.0
     slower = []

@@ -78,6 +78,12 @@ def quick() -> Plan:
     )
 
 
+def large() -> Plan:
+    """Layers of large batches, for two revisions."""
+    found = cells(("resnet50",), (64,), DIRECTIONS, torch.float32, stages_only=False)
+    return replace(quick(), name="large", cells=found)
+
+
 def full() -> Plan:
     """Under forty minutes on two cores."""
     networks = ("resnet50", "resnet20", "vgg16")

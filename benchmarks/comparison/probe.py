@@ -18,10 +18,10 @@ import torch
 
 import spconv_triton
 from benchmarks.comparison import subjects
-from benchmarks.comparison.plan import quick, rehearsal
+from benchmarks.comparison.plan import large, quick, rehearsal
 from benchmarks.comparison.rounds import SAMPLE_SECONDS
 
-PLANS = {"quick": quick, "rehearsal": rehearsal}
+PLANS = {"quick": quick, "large": large, "rehearsal": rehearsal}
 
 NAMES = ("conv2d", "spconv")
 """The first is the same code in both revisions: how it differs is noise."""
