@@ -43,6 +43,7 @@ ALL = ("build", "wheel", "timm>=1.0", "onnx", "onnxscript", "onnxruntime")
 QUICK = (
     "tests/test_reference.py",
     "tests/test_native.py",
+    "tests/test_native_parts.py",
     "tests/test_native_compiled.py",
     "tests/test_modules.py",
     "tests/test_precision.py",

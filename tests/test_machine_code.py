@@ -268,41 +268,48 @@ def test_every_kernel_is_compiled_in_every_dtype(recorded: dict[tuple[str, str, 
         assert ((name, target, precision) in recorded) == wanted, (name, target, precision)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("channels", [64, 512])
-def test_every_tile_is_compiled(channels: int, stride: int) -> None:
-    """Each that some size leads to is in the matrix, which is all that the forward has."""
-    case = next(case for case in RESNET50 if case.in_channels == channels)
+def compiled_outputs(channels: int, stride: int) -> list[tuple[int, int, int]]:
+    """N, H_out and W_out of the matrix's layers over descriptors of so many channels."""
     precision = "tf32" if stride == 1 else "float16"  # at a stride the tiles are the same, and compiled in that alone
-    sized = [
-        layer.case
+    return [
+        (layer.case.batch, *layer.case.output_size())
         for layer in matrix.layers()
         if (layer.case.in_channels, layer.case.stride) == (channels, (stride, stride))
         and layer.case.size[0] % stride == layer.case.size[1] % stride == 0
         and ("sm_90", precision) in layer.on
     ]
-    forward = descriptor.packing(channels, channels // 2, channels, 2)
-    backward = gradients_descriptor.packing(channels, channels // 2, channels, 2)
-    assert forward is not None
-    assert backward is not None
 
-    def forward_tile(batch: int, height: int, width: int) -> Any:
-        return descriptor.best_tile(forward, 2, stride, (batch, height, width, channels))
 
-    def backward_tile(batch: int, height: int, width: int) -> Any:
-        shape = (batch, channels, height, width)
-        return gradients_descriptor.input_tile(backward, shape, case.representative, 2, stride)
+def forward_tile(channels: int, stride: int, batch: int, height: int, width: int) -> Any:
+    plan = descriptor.packing(channels, channels // 2, channels, 2)
+    assert plan is not None
+    return descriptor.best_tile(plan, 2, stride, (batch, height, width, channels))
 
+
+def backward_tile(channels: int, stride: int, batch: int, height: int, width: int) -> Any:
+    plan = gradients_descriptor.packing(channels, channels // 2, channels, 2)
+    assert plan is not None
+    return gradients_descriptor.input_tile(plan, (batch, channels, height, width), channels // 2, 2, stride)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [64, 512])
+def test_every_tile_is_compiled(channels: int, stride: int) -> None:
+    """Each that some size leads to is in the matrix."""
     sizes = [(n, h, w) for n in (1, 3, 8, 64, 300) for h in (*range(1, 17), 28, 56, 65, 130) for w in (h, 2 * h, 8, 64)]
-    compiled = [(layer.batch, *layer.output_size()) for layer in sized]
+    compiled = compiled_outputs(channels, stride)
     for tile in (forward_tile, backward_tile):
-        assert {tile(*size) for size in sizes} <= {tile(*size) for size in compiled}
-    if stride > 1:
-        return
-    found = {forward_tile(*size) for size in compiled}
+        assert {tile(channels, stride, *size) for size in sizes} <= {tile(channels, stride, *size) for size in compiled}
+
+
+@pytest.mark.parametrize("channels", [64, 512])
+def test_the_forward_has_no_other_tiles(channels: int) -> None:
+    plan = descriptor.packing(channels, channels // 2, channels, 2)
+    assert plan is not None
+    found = {forward_tile(channels, 1, *size) for size in compiled_outputs(channels, 1)}
     # Where programs are few, the smallest load further ahead.
     ahead = {tile._replace(num_stages=4) for tile in found if tile.num_stages == 6}
-    assert set(descriptor.tiles(forward, channels, 2)) == {tile for tile in found if tile.num_stages < 6} | ahead
+    assert set(descriptor.tiles(plan, channels, 2)) == {tile for tile in found if tile.num_stages < 6} | ahead
 
 
 # What the kernels over descriptors are made for.

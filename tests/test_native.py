@@ -31,14 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import (
     SPConv2d,
-    native_backward,
     native_backward_maps,
     native_backward_products,
     native_convolution,
     native_folding,
     native_gate,
     native_onepass,
-    native_parts,
     native_products,
     native_weights,
     reference,
@@ -167,52 +165,6 @@ def test_merged_weights_with_some_gradients_only(name: str, frozen: str, monkeyp
         for layer in (native, reference.spconv2d)
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("backward", ["maps", "products", "merged"])
-@pytest.mark.parametrize("case", GATED, ids=str)
-def test_agrees_in_parts(case: Case, backward: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many samples at a time, and at the end those that are left."""
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if backward == "merged" else 0)
-    monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
-    monkeypatch.setattr(native_backward_products, "pay", lambda given: backward == "products")
-    for module in (native_onepass, native_backward):
-        monkeypatch.setattr(module, "samples_together", lambda x, outputs, size: samples)
-    case = replace(case, batch=3)
-    for options in ({"bias": False}, {"branch_bias": True}, {"memory_format": torch.contiguous_format}):
-        assert_agrees(native, make_inputs(case, torch.float64, **options))
-        assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 3)
-
-
-@pytest.mark.parametrize("frozen", ["weight_gwc", "weight_pwc", "weight_redundant", "bias", "x"])
-def test_parts_with_some_gradients_only(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_parts, "CACHED", 1)
-    inputs = make_inputs(BY_NAME["stride-2"], torch.float64)
-    inputs = replace(inputs, **{frozen: inputs.tensors()[frozen].detach()})
-    wanted = [t for t in inputs.tensors().values() if t.requires_grad]
-    found, expected = (
-        torch.autograd.grad(layer(*inputs.positional(), **inputs.window).square().sum(), wanted)
-        for layer in (native, reference.spconv2d)
-    )
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_how_many_samples_go_together(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as fit, forward and backward; in half precision all of them."""
-    inputs = make_inputs(replace(BY_NAME["plain"], batch=5, size=(4, 4)), dtype)  # else the gate comes first
-    y = run(reference.spconv2d, inputs)["y"]
-    of_two = (inputs.x[:2].numel() + y[:2].numel()) * 4
-    monkeypatch.setattr(native_parts, "CACHED", of_two)
-    forward = mock.Mock(side_effect=native_onepass._by_branches)
-    backward = mock.Mock(side_effect=native_backward._of_part)
-    monkeypatch.setattr(native_onepass, "_by_branches", forward)
-    monkeypatch.setattr(native_backward, "_of_part", backward)
-    run(native, inputs, output_grad(inputs))
-    parts = [2, 2, 1] if dtype == torch.float32 else [5]
-    assert [len(call.args[0]) for call in forward.call_args_list] == parts
-    assert [len(call.args[0][0]) for call in backward.call_args_list] == parts
 
 
 @pytest.mark.parametrize("thin", [1, 1 << 30], ids=("products", "convolutions"))
