@@ -77,13 +77,18 @@ def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geomet
     """
     if x.dtype not in DTYPES and dot_precision(x) != "tf32":
         return False
-    if geometry.kernel_size != (3, 3) or geometry.padding != (1, 1) or geometry.dilation != (1, 1):
-        return False
-    if geometry.stride not in ((1, 1), (2, 2)):
-        return False
-    if geometry.stride == (2, 2) and (x.shape[2] % 2 or x.shape[3] % 2):
+    if not are_boxes(x, geometry):
         return False
     return packing(x.shape[1], weight_pwc.shape[1], weight_gwc.shape[0], geometry.groups) is not None
+
+
+def are_boxes(x: Tensor, geometry: Geometry) -> bool:
+    """Whether what each tap reads of ``x`` is a moved box: 3 x 3, padding 1, stride 1, or 2 on even sizes."""
+    if (geometry.kernel_size, geometry.padding, geometry.dilation) != ((3, 3), (1, 1), (1, 1)):
+        return False
+    if geometry.stride == (2, 2):
+        return x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+    return geometry.stride == (1, 1)
 
 
 @remembered

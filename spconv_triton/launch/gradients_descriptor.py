@@ -13,7 +13,7 @@ from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.backward_descriptor import input_grad_descriptor, weight_grad_descriptor
 from .common import channels_last, empty_channels_last, has_tile_hardware, is_hopper, remembered
-from .descriptor import DTYPES, PROGRAMS, adjacent, aligned, boxes, strided_boxes
+from .descriptor import DTYPES, PROGRAMS, adjacent, aligned, are_boxes, boxes, strided_boxes
 from .launching import launch_untraced
 
 WASTE = 1.35
@@ -80,10 +80,7 @@ def can_run(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometr
 
 def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> bool:
     """Whether the kernels compute this layer's gradients, on whatever device; what is unaligned is copied."""
-    stride = geometry.stride
-    if x.dtype not in DTYPES or geometry[:4] != ((3, 3), stride, (1, 1), (1, 1)) or stride not in ((1, 1), (2, 2)):
-        return False
-    if stride == (2, 2) and (x.shape[2] % 2 or x.shape[3] % 2):
+    if x.dtype not in DTYPES or not are_boxes(x, geometry):
         return False
     return packing(x.shape[1], weight_pwc.shape[1], weight_gwc.shape[0], geometry.groups) is not None
 
@@ -205,7 +202,7 @@ def weight_grad(
         (k_tiles * outputs // tile.block_co, splits),
         boxes(*aligned(grad), [1, block_h, block_w, tile.block_co]),
         read,
-        read if pooled is None else boxes(pooled, channels, box),
+        read if pooled is None else boxes(*aligned(pooled), box),
         channels_last(weight_gwc),
         weight_pwc.contiguous(),
         weight_redundant.contiguous(),
