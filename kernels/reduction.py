@@ -20,6 +20,9 @@ import triton.language as tl
 
 from .tiles import dot_any_range, dot_float32
 
+PLANE_COLUMNS = tl.constexpr(16)
+"""A power of two of at least ten: the taps, and the point-wise convolution."""
+
 
 @triton.jit(do_not_specialize=["N", "P", "SLICES"])
 def gate_grad(
@@ -170,56 +173,73 @@ def _constant_planes(
 ):
     """The nine planes of the constant, of a block of samples and of channels of a group, or of the redundant ones.
 
-    All taps at once, next to each other as columns of one product: one after the other they would wait for memory nine
-    times as often.
+    All weights that a channel has are columns of one product: next to each other the nine taps' and the point-wise
+    one's of BLOCK_C channels, or the redundant ones' of as many channels as that makes. A loop for each would wait for
+    memory as often again.
     """
     CG: tl.constexpr = CR // G
     COG: tl.constexpr = CO // G
     CRED: tl.constexpr = C - CR
+    COLUMNS: tl.constexpr = PLANE_COLUMNS * BLOCK_C
     GROUP_BLOCKS: tl.constexpr = (CG + BLOCK_C - 1) // BLOCK_C
-    C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (CRED + BLOCK_C - 1) // BLOCK_C
-    TAPS: tl.constexpr = 16  # a power of two of at least nine
+    C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (CRED + COLUMNS - 1) // COLUMNS
+    POINTWISE: tl.constexpr = 9  # the column behind the taps
+    SHARE: tl.constexpr = 1.0 / (STRIDE * STRIDE)
     block = program % C_BLOCKS
     redundant = block >= G * GROUP_BLOCKS
     group = tl.where(redundant, 0, block // GROUP_BLOCKS)
-    c = tl.where(redundant, block - G * GROUP_BLOCKS, block % GROUP_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_mask = c < tl.where(redundant, CRED, CG)
     n = program // C_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < N
-    m = tl.arange(0, BLOCK_CO)
     shifts = shift_ptr + n[:, None] * CO
 
-    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    weight_ptr = tl.where(redundant, redundant_ptr, pwc_ptr + group * CG)
-    weight_stride = tl.where(redundant, CRED, CR)
+    column = tl.arange(0, COLUMNS)
+    tap = column // BLOCK_C
+    within = block % GROUP_BLOCKS * BLOCK_C + column % BLOCK_C  # its group
+    beyond = (block - G * GROUP_BLOCKS) * COLUMNS + column  # the representative channels
+    is_tap = ~redundant & (tap < POINTWISE)
+    column_mask = tl.where(redundant, beyond < CRED, (tap <= POINTWISE) & (within < CG))
+    weight_ptr = tl.where(is_tap, gwc_ptr + tap * CG + within, pwc_ptr + group * CG + within)
+    weight_ptr = tl.where(redundant, redundant_ptr + beyond, weight_ptr)
+    weight_stride = tl.where(redundant, CRED, tl.where(is_tap, 9 * CG, CR))
+    sums = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
     for m0 in range(0, CO, BLOCK_CO):
-        m_mask = m0 + m < CO
-        shift = tl.load(shifts + (m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
-        rows = weight_ptr + (m0 + m)[:, None] * weight_stride
-        w = tl.load(rows + c[None, :], mask=m_mask[:, None] & c_mask[None, :], other=0.0)
-        total = dot_any_range(shift, w, total)
-    total *= tl.where(redundant, -1.0, 1.0) * (1.0 / (STRIDE * STRIDE))
+        m = m0 + tl.arange(0, BLOCK_CO)
+        m_mask = m < CO
+        shift = tl.load(shifts + m[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
+        held = column_mask[None, :] & (~is_tap[None, :] | (m // COG == group)[:, None])
+        w = tl.load(weight_ptr[None, :] + m[:, None] * weight_stride[None, :], mask=m_mask[:, None] & held, other=0.0)
+        sums = dot_any_range(shift, w, sums)
 
-    tap = tl.arange(0, TAPS)
-    column = (tap * CG)[None, :, None] + c[None, None, :]
-    column_mask = (tap < 9)[None, :, None] & c_mask[None, None, :]
-    taps = tl.zeros((BLOCK_N, TAPS * BLOCK_C), tl.float32)
-    for m0 in range(0, tl.where(redundant, 0, COG), BLOCK_CO):
-        m_mask = m0 + m < COG
-        shift = tl.load(shifts + (group * COG + m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
-        rows = gwc_ptr + (group * COG + m0 + m)[:, None, None] * (9 * CG)
-        w = tl.load(rows + column, mask=m_mask[:, None, None] & column_mask, other=0.0)
-        taps = dot_any_range(shift, w.reshape(BLOCK_CO, TAPS * BLOCK_C), taps)
-    taps = taps.reshape(BLOCK_N, TAPS, BLOCK_C)
-    out = constant_ptr + n[:, None] * C + (tl.where(redundant, CR, group * CG) + c)[None, :]
-    mask = n_mask[:, None] & c_mask[None, :]
+    first = constant_ptr + n[:, None] * C
     plane = tl.cast(N, tl.int64) * C
-    if STRIDE == 2:
-        taps += tl.where(_reads_window(tap, STRIDE)[None, :, None], total[:, None, :], 0.0)
-        out = out[:, None, :] + (tap * plane)[None, :, None]
-        tl.store(out, taps, mask=mask[:, None, :] & (tap < 9)[None, :, None])
+    if redundant:
+        _sums_of_redundant(
+            first + (CR + beyond)[None, :], sums * -SHARE, plane, n_mask[:, None] & column_mask[None, :], STRIDE
+        )
     else:
-        _sums_of_taps(out, total, taps, tap, plane, mask)
+        t = tl.arange(0, PLANE_COLUMNS)
+        columns = sums.reshape(BLOCK_N, PLANE_COLUMNS, BLOCK_C)
+        total = tl.sum(tl.where((t == POINTWISE)[None, :, None], columns, 0.0), 1) * SHARE
+        taps = tl.where((t < POINTWISE)[None, :, None], columns, 0.0)
+        c = block % GROUP_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+        out = first + (group * CG + c)[None, :]
+        mask = n_mask[:, None] & (c < CG)[None, :]
+        if STRIDE == 2:
+            taps += tl.where(_reads_window(t, STRIDE)[None, :, None], total[:, None, :], 0.0)
+            mask_of_taps = mask[:, None, :] & (t < POINTWISE)[None, :, None]
+            tl.store(out[:, None, :] + (t * plane)[None, :, None], taps, mask=mask_of_taps)
+        else:
+            _sums_of_taps(out, total, taps, t, plane, mask)
+
+
+@triton.jit
+def _sums_of_redundant(out, total, plane, mask, STRIDE: tl.constexpr):
+    """The planes of redundant channels: the first at stride 1, those of the taps that read the window at stride 2."""
+    for tap in tl.static_range(9):
+        if (STRIDE == 1 and tap == 0) or (STRIDE == 2 and tap >= 3 and tap % 3 >= 1):
+            tl.store(out + tap * plane, total, mask=mask)
+        else:
+            tl.store(out + tap * plane, tl.zeros_like(total), mask=mask)
 
 
 @triton.jit
@@ -304,6 +324,17 @@ def _finish_weights(
     c_mask = c < tl.where(redundant, CRED, tl.where(pointwise, CR, CG))
     mask = co_mask[:, None] & c_mask[None, :]
 
+    stored = tap
+    if CENTRE >= 0:
+        stored = tl.where(tap > CENTRE, tap - 1, tap)
+    weight_stride = tl.where(redundant, CRED, tl.where(pointwise, CR, STORED_TAPS * CG))
+    region = tl.where(redundant, 0, tl.where(pointwise, CO * CRED, CO * (CRED + CR) + stored * CG))
+    if tap == CENTRE:
+        region = CO * CRED + group * CG
+        weight_stride = CR
+    partial = partial_ptr + region + co[:, None] * weight_stride + c[None, :]
+    first = tl.load(partial, mask=mask, other=0.0)  # here, so that the product does not wait for it
+
     total = tl.zeros((BLOCK_CO, BLOCK_C), tl.float32)
     if GATED:
         mean_ptr = tl.where(pointwise, pool_mean_ptr, tap_mean_ptr + tap * CR + group * CG)
@@ -317,21 +348,16 @@ def _finish_weights(
             mean = tl.load(
                 mean_ptr + n[:, None] * mean_stride + c[None, :], mask=(n < N)[:, None] & c_mask[None, :], other=0.0
             )
-            total = dot_float32(tl.trans(shift), mean.to(tl.float32), total, PRECISION)
+            if PRECISION != "ieee" and mean.dtype != tl.float32:
+                total = dot_any_range(tl.trans(shift), mean, total)
+            else:
+                total = dot_float32(tl.trans(shift), mean.to(tl.float32), total, PRECISION)
         total *= tl.cast(P, tl.float32) * tl.where(redundant, -1.0, 1.0)
 
-    stored = tap
-    if CENTRE >= 0:
-        stored = tl.where(tap > CENTRE, tap - 1, tap)
-    weight_stride = tl.where(redundant, CRED, tl.where(pointwise, CR, STORED_TAPS * CG))
-    region = tl.where(redundant, 0, tl.where(pointwise, CO * CRED, CO * (CRED + CR) + stored * CG))
-    if tap == CENTRE:
-        region = CO * CRED + group * CG
-        weight_stride = CR
-    partial = partial_ptr + region + co[:, None] * weight_stride + c[None, :]
-    for _ in tl.range(0, SPLITS, num_stages=4):
-        total += tl.load(partial, mask=mask, other=0.0)
+    total += first
+    for _ in tl.range(1, SPLITS, num_stages=4):
         partial += WEIGHTS
+        total += tl.load(partial, mask=mask, other=0.0)
 
     out_ptr = tl.where(pointwise, d_pwc_ptr, d_gwc_ptr + tap // KW * gwc_stride_kh + tap % KW * gwc_stride_kw)
     stride_co = tl.where(pointwise, pwc_stride_co, gwc_stride_co)
@@ -394,10 +420,12 @@ def finish_weights(
     STRIDE: tl.constexpr,  # this and the three before are read only if PREPARE
     CENTRE: tl.constexpr,  # the tap whose partial sums are left out, being the point-wise ones; -1 if none is
     PRECISION: tl.constexpr,  # see dot_float32
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # samples of a step
     BLOCK_CO: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_PLANE: tl.constexpr,  # channels of a block of the constant's planes
+    BLOCK_PLANE_N: tl.constexpr,  # samples of a block of the constant's planes
+    BLOCK_PLANE: tl.constexpr,  # and channels, of the representative ones
+    BLOCK_PLANE_CO: tl.constexpr,  # output channels of a step of such a block
     BLOCK_ROWS: tl.constexpr,  # this and the next are of the packed weights
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -412,13 +440,14 @@ def finish_weights(
     packed = 0
     if PREPARE:
         GROUP_BLOCKS: tl.constexpr = (CR // G + BLOCK_PLANE - 1) // BLOCK_PLANE
-        C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (C - CR + BLOCK_PLANE - 1) // BLOCK_PLANE
-        planes = C_BLOCKS * tl.cdiv(N, BLOCK_N)
+        COLUMNS: tl.constexpr = PLANE_COLUMNS * BLOCK_PLANE
+        C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (C - CR + COLUMNS - 1) // COLUMNS
+        planes = C_BLOCKS * tl.cdiv(N, BLOCK_PLANE_N)
         packed = tl.cdiv(ROWS, BLOCK_ROWS) * tl.cdiv(C, BLOCK_COLUMNS)
         if program < planes:
             _constant_planes(
                 program, shift_ptr, gwc_ptr, pwc_ptr, redundant_ptr, constant_ptr, N, C, CR, CO, G, STRIDE,
-                BLOCK_N, BLOCK_PLANE, BLOCK_CO,
+                BLOCK_PLANE_N, BLOCK_PLANE, BLOCK_PLANE_CO,
             )  # fmt: skip
         elif program < planes + packed:
             _pack_weights(

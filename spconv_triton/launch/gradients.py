@@ -12,7 +12,7 @@ from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv, next_power_of_2
 from ..kernels.backward import input_grad, weight_grad
 from ..kernels.pooling import pool_windows
-from ..kernels.reduction import finish_weights, gate_grad
+from ..kernels.reduction import PLANE_COLUMNS, finish_weights, gate_grad
 from ..kernels.tuning import weight_block, weight_grad_channels
 from . import gradients_descriptor as descriptor
 from . import opaque
@@ -29,11 +29,18 @@ from .common import (
 from .gradients_descriptor import Prepared
 from .launching import launch
 
-BLOCK_PLANE = 16
-"""Channels of a program that makes the constant of :mod:`..kernels.backward_descriptor`: it has nine taps of each."""
+BLOCK_PLANE = 8
+"""Representative channels of a program that makes the constant of :mod:`..kernels.backward_descriptor`; it has ten
+weights of each, or one of sixteen times as many redundant channels."""
 
-BLOCK_N = 16
-"""Samples of such a program, and of a step of those that finish weights."""
+BLOCK_PLANE_N = 16
+"""Samples of such a program."""
+
+BLOCK_PLANE_CO = 64
+"""Output channels of its steps, each of which waits for memory."""
+
+BLOCK_N = 32
+"""Samples of a step of the programs that finish weights; fewer without tensor cores, to which they are work."""
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
 """Of a program that packs weights."""
@@ -264,11 +271,13 @@ def finish_weight_grads(
     k_blocks += geometry.taps * cdiv(group_channels, block_c)
     programs = cdiv(group_outputs, block_co) * geometry.groups * k_blocks
     channels = representative + redundant
+    precision = statistics_precision(weight_pwc)
     kept = (weight_pwc, weight_pwc, weight_pwc)
     if prepared is not None and weight_redundant is not None:
         kept = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
-        c_blocks = geometry.groups * cdiv(group_channels, BLOCK_PLANE) + cdiv(redundant, BLOCK_PLANE)
-        programs += c_blocks * cdiv(prepared.constant.shape[1], BLOCK_N)
+        c_blocks = geometry.groups * cdiv(group_channels, BLOCK_PLANE)
+        c_blocks += cdiv(redundant, PLANE_COLUMNS.value * BLOCK_PLANE)
+        programs += c_blocks * cdiv(prepared.constant.shape[1], BLOCK_PLANE_N)
         programs += cdiv(prepared.plan.rows, BLOCK_ROWS) * cdiv(channels, BLOCK_COLUMNS)
     launch(
         finish_weights,
@@ -306,11 +315,13 @@ def finish_weight_grads(
         MIXED=prepared is not None and prepared.plan.mixed,
         STRIDE=1 if prepared is None else geometry.stride[0],
         CENTRE=4 if prepared is not None and geometry.stride == (1, 1) else -1,
-        PRECISION=statistics_precision(weight_pwc),
-        BLOCK_N=BLOCK_N,
+        PRECISION=precision,
+        BLOCK_N=16 if precision == "ieee" else BLOCK_N,
         BLOCK_CO=block_co,
         BLOCK_C=block_c,
+        BLOCK_PLANE_N=BLOCK_PLANE_N,
         BLOCK_PLANE=BLOCK_PLANE,
+        BLOCK_PLANE_CO=BLOCK_PLANE_CO,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_COLUMNS=BLOCK_COLUMNS,
     )
