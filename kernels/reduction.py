@@ -20,9 +20,6 @@ import triton.language as tl
 
 from .tiles import dot_any_range, dot_float32
 
-PLANE_COLUMNS = tl.constexpr(16)
-"""A power of two of at least ten: the taps, and the point-wise convolution."""
-
 
 @triton.jit(do_not_specialize=["N", "P", "SLICES"])
 def gate_grad(
@@ -154,6 +151,25 @@ def _pack_weights(
 
 
 @triton.jit
+def _scales(shifts, mask, CO: tl.constexpr):
+    """By which power of two each sample's shifts are about 1 at most, and its inverse: half precision holds them then.
+
+    Args:
+        shifts: pointers to its first, [BLOCK_N, 1].
+        mask: which samples there are.
+    """
+    BLOCK: tl.constexpr = 128
+    largest = tl.zeros((mask.shape[0], BLOCK), tl.float32)
+    for m0 in tl.range(0, CO, BLOCK, num_stages=4):
+        m = m0 + tl.arange(0, BLOCK)
+        shift = tl.load(shifts + m[None, :], mask=mask[:, None] & (m < CO)[None, :], other=0.0)
+        largest = tl.maximum(largest, tl.abs(shift))
+    exponent = tl.max(largest, 1).to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
+    return ((254 << 23) - exponent).to(tl.float32, bitcast=True), exponent.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _constant_planes(
     program,
     shift_ptr,
@@ -173,73 +189,60 @@ def _constant_planes(
 ):
     """The nine planes of the constant, of a block of samples and of channels of a group, or of the redundant ones.
 
-    All weights that a channel has are columns of one product: next to each other the nine taps' and the point-wise
-    one's of BLOCK_C channels, or the redundant ones' of as many channels as that makes. A loop for each would wait for
-    memory as often again.
+    All taps at once, next to each other as columns of one product: one after the other they would wait for memory nine
+    times as often. A step loads rows of BLOCK_C channels; shorter ones would be as many lines of the cache.
     """
     CG: tl.constexpr = CR // G
     COG: tl.constexpr = CO // G
     CRED: tl.constexpr = C - CR
-    COLUMNS: tl.constexpr = PLANE_COLUMNS * BLOCK_C
     GROUP_BLOCKS: tl.constexpr = (CG + BLOCK_C - 1) // BLOCK_C
-    C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (CRED + COLUMNS - 1) // COLUMNS
-    POINTWISE: tl.constexpr = 9  # the column behind the taps
-    SHARE: tl.constexpr = 1.0 / (STRIDE * STRIDE)
+    C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (CRED + BLOCK_C - 1) // BLOCK_C
+    TAPS: tl.constexpr = 16  # a power of two of at least nine
     block = program % C_BLOCKS
     redundant = block >= G * GROUP_BLOCKS
     group = tl.where(redundant, 0, block // GROUP_BLOCKS)
+    c = tl.where(redundant, block - G * GROUP_BLOCKS, block % GROUP_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < tl.where(redundant, CRED, CG)
     n = program // C_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < N
+    m = tl.arange(0, BLOCK_CO)
     shifts = shift_ptr + n[:, None] * CO
 
-    column = tl.arange(0, COLUMNS)
-    tap = column // BLOCK_C
-    within = block % GROUP_BLOCKS * BLOCK_C + column % BLOCK_C  # its group
-    beyond = (block - G * GROUP_BLOCKS) * COLUMNS + column  # the representative channels
-    is_tap = ~redundant & (tap < POINTWISE)
-    column_mask = tl.where(redundant, beyond < CRED, (tap <= POINTWISE) & (within < CG))
-    weight_ptr = tl.where(is_tap, gwc_ptr + tap * CG + within, pwc_ptr + group * CG + within)
-    weight_ptr = tl.where(redundant, redundant_ptr + beyond, weight_ptr)
-    weight_stride = tl.where(redundant, CRED, tl.where(is_tap, 9 * CG, CR))
-    sums = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
-    for m0 in range(0, CO, BLOCK_CO):
-        m = m0 + tl.arange(0, BLOCK_CO)
-        m_mask = m < CO
-        shift = tl.load(shifts + m[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
-        held = column_mask[None, :] & (~is_tap[None, :] | (m // COG == group)[:, None])
-        w = tl.load(weight_ptr[None, :] + m[:, None] * weight_stride[None, :], mask=m_mask[:, None] & held, other=0.0)
-        sums = dot_any_range(shift, w, sums)
+    scale, unscale = _scales(shifts, n_mask, CO)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    weight_ptr = tl.where(redundant, redundant_ptr, pwc_ptr + group * CG)
+    weight_stride = tl.where(redundant, CRED, CR)
+    m = tl.arange(0, 2 * BLOCK_CO)
+    for m0 in tl.range(0, CO, 2 * BLOCK_CO, num_stages=4):
+        m_mask = m0 + m < CO
+        shift = tl.load(shifts + (m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
+        rows = weight_ptr + (m0 + m)[:, None] * weight_stride
+        w = tl.load(rows + c[None, :], mask=m_mask[:, None] & c_mask[None, :], other=0.0)
+        total = dot_float32(shift * scale[:, None], w, total, "ieee")
+    total *= tl.where(redundant, -1.0, 1.0) * (1.0 / (STRIDE * STRIDE)) * unscale[:, None]
 
-    first = constant_ptr + n[:, None] * C
+    tap = tl.arange(0, TAPS)
+    column = (tap * CG)[None, :, None] + c[None, None, :]
+    column_mask = (tap < 9)[None, :, None] & c_mask[None, None, :]
+    taps = tl.zeros((BLOCK_N, TAPS * BLOCK_C), tl.float32)
+    m = tl.arange(0, BLOCK_CO)
+    for m0 in tl.range(0, tl.where(redundant, 0, COG), BLOCK_CO, num_stages=3):
+        m_mask = m0 + m < COG
+        shift = tl.load(shifts + (group * COG + m0 + m)[None, :], mask=n_mask[:, None] & m_mask[None, :], other=0.0)
+        rows = gwc_ptr + (group * COG + m0 + m)[:, None, None] * (9 * CG)
+        w = tl.load(rows + column, mask=m_mask[:, None, None] & column_mask, other=0.0)
+        taps = dot_float32(shift * scale[:, None], w.reshape(BLOCK_CO, TAPS * BLOCK_C), taps, "ieee")
+    taps *= unscale[:, None]
+    taps = taps.reshape(BLOCK_N, TAPS, BLOCK_C)
+    out = constant_ptr + n[:, None] * C + (tl.where(redundant, CR, group * CG) + c)[None, :]
+    mask = n_mask[:, None] & c_mask[None, :]
     plane = tl.cast(N, tl.int64) * C
-    if redundant:
-        _sums_of_redundant(
-            first + (CR + beyond)[None, :], sums * -SHARE, plane, n_mask[:, None] & column_mask[None, :], STRIDE
-        )
+    if STRIDE == 2:
+        taps += tl.where(_reads_window(tap, STRIDE)[None, :, None], total[:, None, :], 0.0)
+        for one in tl.static_range(9):  # all at once are as many pointers
+            tl.store(out + one * plane, tl.sum(tl.where((tap == one)[None, :, None], taps, 0.0), 1), mask=mask)
     else:
-        t = tl.arange(0, PLANE_COLUMNS)
-        columns = sums.reshape(BLOCK_N, PLANE_COLUMNS, BLOCK_C)
-        total = tl.sum(tl.where((t == POINTWISE)[None, :, None], columns, 0.0), 1) * SHARE
-        taps = tl.where((t < POINTWISE)[None, :, None], columns, 0.0)
-        c = block % GROUP_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-        out = first + (group * CG + c)[None, :]
-        mask = n_mask[:, None] & (c < CG)[None, :]
-        if STRIDE == 2:
-            taps += tl.where(_reads_window(t, STRIDE)[None, :, None], total[:, None, :], 0.0)
-            mask_of_taps = mask[:, None, :] & (t < POINTWISE)[None, :, None]
-            tl.store(out[:, None, :] + (t * plane)[None, :, None], taps, mask=mask_of_taps)
-        else:
-            _sums_of_taps(out, total, taps, t, plane, mask)
-
-
-@triton.jit
-def _sums_of_redundant(out, total, plane, mask, STRIDE: tl.constexpr):
-    """The planes of redundant channels: the first at stride 1, those of the taps that read the window at stride 2."""
-    for tap in tl.static_range(9):
-        if (STRIDE == 1 and tap == 0) or (STRIDE == 2 and tap >= 3 and tap % 3 >= 1):
-            tl.store(out + tap * plane, total, mask=mask)
-        else:
-            tl.store(out + tap * plane, tl.zeros_like(total), mask=mask)
+        _sums_of_taps(out, total, taps, tap, plane, mask)
 
 
 @triton.jit
@@ -324,17 +327,6 @@ def _finish_weights(
     c_mask = c < tl.where(redundant, CRED, tl.where(pointwise, CR, CG))
     mask = co_mask[:, None] & c_mask[None, :]
 
-    stored = tap
-    if CENTRE >= 0:
-        stored = tl.where(tap > CENTRE, tap - 1, tap)
-    weight_stride = tl.where(redundant, CRED, tl.where(pointwise, CR, STORED_TAPS * CG))
-    region = tl.where(redundant, 0, tl.where(pointwise, CO * CRED, CO * (CRED + CR) + stored * CG))
-    if tap == CENTRE:
-        region = CO * CRED + group * CG
-        weight_stride = CR
-    partial = partial_ptr + region + co[:, None] * weight_stride + c[None, :]
-    first = tl.load(partial, mask=mask, other=0.0)  # here, so that the product does not wait for it
-
     total = tl.zeros((BLOCK_CO, BLOCK_C), tl.float32)
     if GATED:
         mean_ptr = tl.where(pointwise, pool_mean_ptr, tap_mean_ptr + tap * CR + group * CG)
@@ -354,10 +346,18 @@ def _finish_weights(
                 total = dot_float32(tl.trans(shift), mean.to(tl.float32), total, PRECISION)
         total *= tl.cast(P, tl.float32) * tl.where(redundant, -1.0, 1.0)
 
-    total += first
-    for _ in tl.range(1, SPLITS, num_stages=4):
-        partial += WEIGHTS
+    stored = tap
+    if CENTRE >= 0:
+        stored = tl.where(tap > CENTRE, tap - 1, tap)
+    weight_stride = tl.where(redundant, CRED, tl.where(pointwise, CR, STORED_TAPS * CG))
+    region = tl.where(redundant, 0, tl.where(pointwise, CO * CRED, CO * (CRED + CR) + stored * CG))
+    if tap == CENTRE:
+        region = CO * CRED + group * CG
+        weight_stride = CR
+    partial = partial_ptr + region + co[:, None] * weight_stride + c[None, :]
+    for _ in tl.range(0, SPLITS, num_stages=4):
         total += tl.load(partial, mask=mask, other=0.0)
+        partial += WEIGHTS
 
     out_ptr = tl.where(pointwise, d_pwc_ptr, d_gwc_ptr + tap // KW * gwc_stride_kh + tap % KW * gwc_stride_kw)
     stride_co = tl.where(pointwise, pwc_stride_co, gwc_stride_co)
@@ -424,7 +424,7 @@ def finish_weights(
     BLOCK_CO: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_PLANE_N: tl.constexpr,  # samples of a block of the constant's planes
-    BLOCK_PLANE: tl.constexpr,  # and channels, of the representative ones
+    BLOCK_PLANE: tl.constexpr,  # and channels
     BLOCK_PLANE_CO: tl.constexpr,  # output channels of a step of such a block
     BLOCK_ROWS: tl.constexpr,  # this and the next are of the packed weights
     BLOCK_COLUMNS: tl.constexpr,
@@ -440,8 +440,7 @@ def finish_weights(
     packed = 0
     if PREPARE:
         GROUP_BLOCKS: tl.constexpr = (CR // G + BLOCK_PLANE - 1) // BLOCK_PLANE
-        COLUMNS: tl.constexpr = PLANE_COLUMNS * BLOCK_PLANE
-        C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (C - CR + COLUMNS - 1) // COLUMNS
+        C_BLOCKS: tl.constexpr = G * GROUP_BLOCKS + (C - CR + BLOCK_PLANE - 1) // BLOCK_PLANE
         planes = C_BLOCKS * tl.cdiv(N, BLOCK_PLANE_N)
         packed = tl.cdiv(ROWS, BLOCK_ROWS) * tl.cdiv(C, BLOCK_COLUMNS)
         if program < planes:

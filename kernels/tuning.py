@@ -201,17 +201,13 @@ def prune_channels(configs: list[triton.Config], named_args: dict, **kwargs) -> 
 
 
 def prune_statistics(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
-    """As :func:`prune_channels`, less what float32 spills: on sm_80 128 channels that are no multiple of 16, and of
-    windows whose taps are several blocks, on sm_100, 16 channels."""
+    """As :func:`prune_channels`, those of the most elements a step, for each step waits for memory: of half precision
+    from 2048 to 8192, more than 64 channels only in multiples of 16. Float32 spills more than 2048, or 64 channels."""
     arguments = {**named_args, **kwargs}
-    channels, single = arguments["C"], arguments["x_ptr"].dtype.itemsize == 4
-    smallest = 32 if single and arguments["ROWS"] > arguments["BLOCK_ROWS"] else 16
-    largest = 64 if single and channels % 16 else 128
-
-    def suits(block: int) -> bool:
-        return smallest <= block <= largest and fits(block, channels, smallest)
-
-    return [c for c in configs if suits(c.kwargs["BLOCK_C"])] or configs
+    channels, columns, single = arguments["C"], arguments["BLOCK_W"], arguments["x_ptr"].dtype.itemsize == 4
+    widest = min(64 if single or channels % 16 else 128, (2048 if single else 8192) // columns)
+    fitting = [c for c in configs if c.kwargs["BLOCK_C"] <= widest and fits(c.kwargs["BLOCK_C"], channels, 16)]
+    return [c for c in fitting if c.kwargs["BLOCK_C"] * columns >= 2048] or fitting[:1]
 
 
 def prune_gate(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
@@ -318,21 +314,25 @@ def weight_grad_channels(channels_per_group: int) -> int:
     return min(64, max(16, next_power_of_2(channels_per_group)))
 
 
-def weight_block(channels_per_group: int) -> int:
-    """BLOCK_CO and BLOCK_C of the reductions over weights: small, for they are many and each waits for memory."""
-    return min(32, max(16, next_power_of_2(channels_per_group)))
+def weight_blocks(outputs: int, channels: int) -> tuple[int, int]:
+    """BLOCK_CO and BLOCK_C of the reductions over weights, for a group's channels: small, for each waits for memory,
+    until there would be more of them than run at a time."""
+    most = 64 if min(outputs, channels) >= 128 else 32
+    block_co, block_c = (min(most, max(16, next_power_of_2(size))) for size in (outputs, channels))
+    return block_co, block_c
 
 
-STATISTICS_KEY = ("C", "KH", "KW", "STRIDE_H", "STRIDE_W")
+STATISTICS_KEY = ("C", "KH", "KW", "STRIDE_H", "STRIDE_W", "BLOCK_W")
 
-STATISTICS = (
-    config(8, 3, BLOCK_PIX=32, BLOCK_C=128),
-    config(4, 3, BLOCK_PIX=64, BLOCK_C=64),
-    config(4, 3, BLOCK_PIX=64, BLOCK_C=32),
-    config(4, 3, BLOCK_PIX=64, BLOCK_C=16),
-)
+STATISTICS = tuple(config(4, 4, BLOCK_C=channels) for channels in (128, 64, 32, 16))
 
-GATE_KEY = ("C", "CR", "CO", "G", "TAPS", "POOL_ROW", "PACK", "PRECISION")
+
+def statistics_columns(width: int) -> int:
+    """BLOCK_W of the statistics. Not tuned: it is compiled in, and so few are."""
+    return 64 if width > 32 else 32 if width > 16 else 16
+
+
+GATE_KEY = ("C", "CR", "CO", "G", "TAPS", "POOL_ROW", "PRECISION")
 
 # A step takes as long as memory takes to answer, so the longer ones the better: an H200 is three times as fast with 128
 # channels a step as with 16.

@@ -12,8 +12,8 @@ from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv, next_power_of_2
 from ..kernels.backward import input_grad, weight_grad
 from ..kernels.pooling import pool_windows
-from ..kernels.reduction import PLANE_COLUMNS, finish_weights, gate_grad
-from ..kernels.tuning import weight_block, weight_grad_channels
+from ..kernels.reduction import finish_weights, gate_grad
+from ..kernels.tuning import weight_blocks, weight_grad_channels
 from . import gradients_descriptor as descriptor
 from . import opaque
 from .common import (
@@ -29,20 +29,19 @@ from .common import (
 from .gradients_descriptor import Prepared
 from .launching import launch
 
-BLOCK_PLANE = 8
-"""Representative channels of a program that makes the constant of :mod:`..kernels.backward_descriptor`; it has ten
-weights of each, or one of sixteen times as many redundant channels."""
+BLOCK_PLANE = 16
+"""Channels of a program that makes the constant of :mod:`..kernels.backward_descriptor`: it has nine taps of each."""
 
 BLOCK_PLANE_N = 16
 """Samples of such a program."""
 
-BLOCK_PLANE_CO = 64
+BLOCK_PLANE_CO = 32
 """Output channels of its steps, each of which waits for memory."""
 
-BLOCK_N = 32
+BLOCK_N = 16
 """Samples of a step of the programs that finish weights; fewer without tensor cores, to which they are work."""
 
-BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
+BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
 """Of a program that packs weights."""
 
 BLOCK_PIX = 32
@@ -266,7 +265,7 @@ def finish_weight_grads(
     if gate is not None and gate.branch_bias is not None:
         d_branch_bias, terms = torch.empty_like(gate.branch_bias), gate.terms
     group_outputs, group_channels = outputs // geometry.groups, representative // geometry.groups
-    block_co, block_c = weight_block(group_outputs), weight_block(group_channels)
+    block_co, block_c = weight_blocks(group_outputs, group_channels)
     k_blocks = cdiv(redundant, block_c) + cdiv(representative, block_c)
     k_blocks += geometry.taps * cdiv(group_channels, block_c)
     programs = cdiv(group_outputs, block_co) * geometry.groups * k_blocks
@@ -275,8 +274,7 @@ def finish_weight_grads(
     kept = (weight_pwc, weight_pwc, weight_pwc)
     if prepared is not None and weight_redundant is not None:
         kept = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
-        c_blocks = geometry.groups * cdiv(group_channels, BLOCK_PLANE)
-        c_blocks += cdiv(redundant, PLANE_COLUMNS.value * BLOCK_PLANE)
+        c_blocks = geometry.groups * cdiv(group_channels, BLOCK_PLANE) + cdiv(redundant, BLOCK_PLANE)
         programs += c_blocks * cdiv(prepared.constant.shape[1], BLOCK_PLANE_N)
         programs += cdiv(prepared.plan.rows, BLOCK_ROWS) * cdiv(channels, BLOCK_COLUMNS)
     launch(
