@@ -37,7 +37,8 @@ CASES = (RESNET50[0], RESNET50[3], replace(RESNET50[1], name="resnet50-128@56/2"
 CALLS = 50
 
 Launched = Callable[..., None]
-"""Called for every launch with its kernel's name and hash, its grid, and its arguments, constants too."""
+"""Called for every launch with its kernel's name and hash and whether it may begin early, its grid, and its arguments,
+constants too."""
 
 
 class Utilities:
@@ -65,7 +66,7 @@ class IdleDriver(CompileOnlyDriver):
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:  # noqa: ARG002
         def launch(x: int, y: int, z: int, stream: Any, function: Any, *rest: Any) -> None:  # noqa: ARG001
             _packed, _metadata, _enter, _exit, *arguments = rest
-            self.launched((metadata.name, metadata.hash), (x, y, z), arguments)
+            self.launched((metadata.name, metadata.hash, metadata.launch_pdl), (x, y, z), arguments)
 
         return launch
 

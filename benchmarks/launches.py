@@ -75,6 +75,7 @@ def recording(capability: tuple[int, int] | None) -> Iterator[list[Launch]]:
     found: list[Launch] = []
 
     def note(kernel: JITFunction, configs: list[triton.Config], args: Any, grid: Any, values: dict[str, Any]) -> None:
+        values.pop("launch_pdl", None)  # says what OVERLAP does, a constant
         named = dict(zip(kernel.arg_names, args, strict=False)) | values
         constexprs = {p.name for p in kernel.params if p.is_constexpr}
         constants = {name: value for name, value in named.items() if name in constexprs}

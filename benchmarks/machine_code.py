@@ -99,7 +99,8 @@ def compile_kernel(
             stack.callback(function.device_caches.pop, triton.runtime.driver.active.get_current_device(), None)
         else:
             stack.enter_context(compiling_for(target))
-        return function.warmup(*args, grid=(1,), **constants, **config.all_kwargs())
+        options = {"launch_pdl": True} if constants.get("OVERLAP") else {}  # as launched; a key of Triton's cache
+        return function.warmup(*args, grid=(1,), **constants, **options, **config.all_kwargs())
 
 
 @dataclass(frozen=True)

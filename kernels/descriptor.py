@@ -3,12 +3,16 @@ Hopper and data-centre Blackwell.
 
 The same equation as :mod:`.onepass`, as a transposed implicit GEMM
 
-    acc[m, pixel] = packed[m, K] . X^T[K, pixel],        K = [W1 | off-group Wp | taps]  (see :mod:`.packing`)
+    acc[m, pixel] = packed[m, K] . X^T[K, pixel],        K = [off-group Wp | taps | W1]  (see :mod:`.packing`)
 
 over host tensor descriptors of channels_last activations. A tile of pixels is a box BLOCK_N x BLOCK_H x BLOCK_W, each
 tap's operand is that box moved by the tap, and the zeros that the hardware fills in outside the tensor are the padding:
 the loop over K has no masks and no pointers. Transposed, because the box then is the second operand, which the tensor
 cores read from shared memory as it lies; as the first it would pass through registers.
+
+The representative channels come first, for their sum needs no gate. It is divided by ratio before the redundant ones
+are added, and all of it multiplied by ratio in the end. With OVERLAP a program begins while the gate is still being
+computed, and waits for it where it needs it.
 
 At stride 2, for even H and W, x is viewed as [N, H/2, 2, W/2, 2C], where every tap is again a moved box, and the four
 pixels that the point-wise convolutions average are four taps.
@@ -18,7 +22,17 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate
+from .overlap import wait_for_previous
 from .tiles import dot, tap_box
+
+LEAST = tl.constexpr(1e-26)
+"""Of a ratio that is divided by: its gate is closed to what no output can show, as where :mod:`.gate` clamps it."""
+
+
+@triton.jit
+def inverse(ratio):
+    """1 / ratio, finite. NaN may become anything: the scale is NaN there too."""
+    return 1.0 / tl.maximum(ratio, LEAST)
 
 
 @triton.jit
@@ -57,7 +71,7 @@ def plus(acc, plane, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, PIXELS: tl.c
 @triton.jit(do_not_specialize=["N", "HO", "WO"])
 def onepass_descriptor(
     x_desc,  # [N, H, W, C] in boxes [BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K]; at stride 2 see tap_box
-    packed_desc,  # [CO, (C - CR) + (CR - CG') + 9 CG'] in boxes [BLOCK_CO, BLOCK_K], CG' = MERGE CR / G
+    packed_desc,  # [CO, (CR - CG') + 9 CG' + (C - CR)] in boxes [BLOCK_CO, BLOCK_K], CG' = MERGE CR / G
     ratio_ptr,  # [N, CO] float32
     scale_ptr,  # [N, CO] float32
     offset_ptr,  # [N, CO] float32
@@ -75,6 +89,7 @@ def onepass_descriptor(
     PRECISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,  # see epilogue
+    OVERLAP: tl.constexpr,  # see overlap
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -91,11 +106,11 @@ def onepass_descriptor(
     PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
     BLOCK_PIX: tl.constexpr = BLOCK_N * PIXELS
     WINDOW: tl.constexpr = STRIDE * STRIDE  # pixels that a point-wise convolution averages
-    CRED: tl.constexpr = C - CR
-    RED_STEPS: tl.constexpr = CRED // BLOCK_K
-    PW_STEPS: tl.constexpr = (CR - CG) // BLOCK_K
-    TAP_STEPS: tl.constexpr = CG // BLOCK_K
-    TAPS_FROM: tl.constexpr = (RED_STEPS + PW_STEPS) * WINDOW  # the step at which the taps begin
+    POINTWISE: tl.constexpr = CR - CG
+    REDUNDANT: tl.constexpr = POINTWISE + 9 * CG  # the column at which the redundant channels' weights begin
+    PW_STEPS: tl.constexpr = POINTWISE // BLOCK_K * WINDOW
+    RED_FROM: tl.constexpr = PW_STEPS + 9 * CG // BLOCK_K  # the step at which those channels begin
+    STEPS: tl.constexpr = RED_FROM + (C - CR) // BLOCK_K * WINDOW
 
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     block = tile // CO_BLOCKS
@@ -109,36 +124,43 @@ def onepass_descriptor(
     co = co0 + tl.arange(0, BLOCK_CO)
 
     acc = tl.zeros((BLOCK_CO, BLOCK_PIX), tl.float32)
-    for step in range(0, TAPS_FROM + 9 * TAP_STEPS):
-        redundant = step < RED_STEPS * WINDOW
-        of_tap = step - TAPS_FROM
-        pointwise = of_tap < 0
-        tap = of_tap // TAP_STEPS
-        tap_k = (of_tap - tap * TAP_STEPS) * BLOCK_K
-        tap_row = tap // 3
+    ratio = tl.zeros((BLOCK_CO, BLOCK_N), tl.float32)  # with OVERLAP
+    for step in range(0, STEPS):
+        redundant = step >= RED_FROM
+        averaged = redundant  # by a point-wise convolution
+        if PW_STEPS > 0:
+            averaged |= step < PW_STEPS
+        of_tap = (step - PW_STEPS) * BLOCK_K
+        k = POINTWISE + of_tap
+        window_tap = 4
+        if STRIDE == 2:
+            k = tl.where(averaged, step // WINDOW * BLOCK_K, k)
+            k = tl.where(redundant, REDUNDANT + (step - RED_FROM) // WINDOW * BLOCK_K, k)
+            window_tap += step % 4 + step % 4 // 2  # 4, 5, 7 or 8, in whatever order
+        tap = tl.where(averaged, window_tap, of_tap // CG)
+        tap_row = tap * 11 >> 5  # a third
         tap_column = tap - tap_row * 3
-        if STRIDE == 1:
-            pw_k = step * BLOCK_K
-            tap_row = tl.where(pointwise, 1, tap_row)
-            tap_column = tl.where(pointwise, 1, tap_column)
-        else:
-            pw_k = step // WINDOW * BLOCK_K
-            tap_row = tl.where(pointwise, 1 + step % WINDOW // STRIDE, tap_row)
-            tap_column = tl.where(pointwise, 1 + step % STRIDE, tap_column)
-        channel = tl.where(redundant, CR + pw_k, (pw_k - CRED + (group + 1) * CG) % CR)
-        channel = tl.where(pointwise, channel, group * CG + tap_k)
-        if STRIDE == 1:
-            k = step * BLOCK_K
-        else:
-            k = tl.where(pointwise, pw_k, CRED + CR - CG + (tap_row * 3 + tap_column) * CG + tap_k)
+        channel = group * CG
+        if CG > BLOCK_K:
+            channel += k % CG
+        if PW_STEPS > 0:
+            channel = tl.where(averaged, (k + (group + 1) * CG) % CR, channel)
+        channel = tl.where(redundant, k - (REDUNDANT - CR), channel)
+        if OVERLAP:
+            if step == RED_FROM - 2:  # so that it is there when it is wanted
+                wait_for_previous(OVERLAP)
+                ratio = gate_plane(ratio_ptr, n0, co, N, CO, BLOCK_N)
+            if step == RED_FROM:
+                acc = times(acc, inverse(ratio), BLOCK_CO, BLOCK_N, PIXELS)
+        elif step == RED_FROM:
+            acc = times(acc, inverse(gate_plane(ratio_ptr, n0, co, N, CO, BLOCK_N)), BLOCK_CO, BLOCK_N, PIXELS)
         x = tap_box(x_desc, n0, row0, column0, tap_row, tap_column, channel, C, STRIDE, BLOCK_PIX, BLOCK_K)
         w = packed_desc.load([co0, k])
         acc = dot(w, x.T, acc, PRECISION)
-        if step == RED_STEPS * WINDOW - 1:
-            ratio = gate_plane(ratio_ptr, n0, co, N, CO, BLOCK_N)
-            acc = times(acc, ratio, BLOCK_CO, BLOCK_N, PIXELS)
 
-    acc = times(acc, gate_plane(scale_ptr, n0, co, N, CO, BLOCK_N), BLOCK_CO, BLOCK_N, PIXELS)
+    scale = gate_plane(scale_ptr, n0, co, N, CO, BLOCK_N)
+    scale /= inverse(gate_plane(ratio_ptr, n0, co, N, CO, BLOCK_N))
+    acc = times(acc, scale, BLOCK_CO, BLOCK_N, PIXELS)
     acc = plus(acc, gate_plane(offset_ptr, n0, co, N, CO, BLOCK_N), BLOCK_CO, BLOCK_N, PIXELS)
     if RESIDUAL:
         acc += residual_desc.load([n0, row0, column0, co0]).reshape(BLOCK_PIX, BLOCK_CO).T.to(tl.float32)

@@ -8,7 +8,7 @@ GAP is linear, so S3 and S1 are the layer's weights applied to the mean of what 
 with P output pixels. beta = 1 / (1 + r) and gamma = r / (1 + r) with r = exp(S1 - S3). The planes that the convolution
 applies are
 
-    ratio  = min(r, e^60)                      what the redundant sum is multiplied by before the rest is added
+    ratio  = min(r, e^60)                      what the redundant sum counts beside the representative one
     scale  = a beta                            what the total is multiplied by
     offset = a (beta b3 + gamma b1) + bias
 
@@ -18,9 +18,6 @@ The clamp keeps ratio finite; at it beta is 1e-26, far below what any output can
 finite is NaN, as a softmax over an infinite mean is. (If the mean is -inf, the softmax makes the branch 0 and keeps the
 plane's finite pixels; one accumulator cannot.)
 
-With PACK further programs of the same launch write the weights as the one matrix that the descriptor kernel reads
-(:mod:`.packing` says which and why here).
-
 A layer of one image waits for this launch, which has little to do but to wait for memory. So every one of few samples
 has programs of its own for every few output channels, which load all that they need before they multiply; more samples
 share what is loaded, in a product for a block of them, and K is walked in long steps.
@@ -29,7 +26,7 @@ share what is loaded, in a product for a block of them, and K is walked in long 
 import triton
 import triton.language as tl
 
-from .packing import packed_weight
+from .overlap import let_next_begin, wait_for_previous
 from .tiles import dot_float32
 from .tuning import GATE, GATE_KEY, autotuned, prune_gate
 
@@ -290,7 +287,6 @@ def gate_planes(
     offset_ptr,  # [N, CO] float32
     tap_mean_ptr,  # [N, KH KW, CR], for the backward
     pool_mean_ptr,  # [N, C], for the backward
-    packed_ptr,  # [CO, (C - CR) + (CR - CG') + 9 CG'], CG' = MERGE CR / G; written only if PACK
     N,
     P,
     C: tl.constexpr,
@@ -304,48 +300,35 @@ def gate_planes(
     BIAS: tl.constexpr,
     BRANCH_BIAS: tl.constexpr,
     NORM_SCALE: tl.constexpr,
-    PACK: tl.constexpr,
-    MERGE: tl.constexpr,  # groups merged into one, if PACK
-    STRIDE: tl.constexpr,  # of the layer, if PACK
     PRECISION: tl.constexpr,  # see dot_float32
     FEW: tl.constexpr,  # samples
     FEW_CO: tl.constexpr,  # output channels of a program, of so few
+    OVERLAP: tl.constexpr,  # see overlap
     BLOCK_N: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: (output-channel blocks of a group x groups x (sample blocks + blocks of packed columns),), output channels
-    fastest, the packing programs last.
+    """Grid: (output-channel blocks of a group x groups x sample blocks,), output channels fastest.
 
     Up to FEW samples, each has as many sample blocks as there are FEW_CO in BLOCK_CO. A group's first program of a
     sample block, or of a sample, also stores the means of the group's channels, and that of the first group those of
     pool.
     """
-    CG: tl.constexpr = CR // G
     COG: tl.constexpr = CO // G
     CO_BLOCKS: tl.constexpr = (COG + BLOCK_CO - 1) // BLOCK_CO
     PARTS: tl.constexpr = BLOCK_CO // FEW_CO
     # Columns that a program of few samples loads at a time: of FEW_CO rows 16 or 32 a thread, and where sums come in
     # many parts, each of which is loaded too, half as many.
     FEW_K: tl.constexpr = max(512, 8 * BLOCK_C) // (2 if SPLITS > 4 else 1)
+    wait_for_previous(OVERLAP)
     pid = tl.program_id(0)
     co_block = pid % CO_BLOCKS
     group = pid // CO_BLOCKS % G
     block = pid // (CO_BLOCKS * G)
-    sample_blocks = tl.where(N <= FEW, N * PARTS, tl.cdiv(N, BLOCK_N))
     split_stride = tl.cast(N, tl.int64) * ROWS * C
     share = 1.0 / tl.cast(P, tl.float32)
-    if block >= sample_blocks:
-        if PACK:
-            COLUMNS: tl.constexpr = C + (TAPS - 1) * MERGE * CG
-            in_group = co_block * BLOCK_CO + tl.arange(0, BLOCK_CO)
-            co = group * COG + in_group
-            k = (block - sample_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-            held = (in_group < COG)[:, None] & (k < COLUMNS)[None, :]
-            packed = packed_weight(gwc_ptr, pwc_ptr, redundant_ptr, co, k, held, group, C, CR, G, MERGE, STRIDE)
-            pointers = packed_ptr + co[:, None] * COLUMNS + k[None, :]
-            tl.store(pointers, packed.to(packed_ptr.dtype.element_ty), mask=held)
-    elif FEW > 0 and N <= FEW:
+    if FEW > 0 and N <= FEW:
+        let_next_begin(OVERLAP)
         one = block // PARTS
         sample = one.to(tl.int64) * ROWS * C
         within = co_block * BLOCK_CO + block % PARTS * FEW_CO + tl.arange(0, FEW_CO)

@@ -12,7 +12,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.descriptor import onepass_descriptor as kernel
-from .common import channels_last, dot_precision, empty_channels_last, has_tile_hardware, pixel_major, remembered
+from .common import (
+    can_overlap,
+    channels_last,
+    dot_precision,
+    empty_channels_last,
+    has_tile_hardware,
+    pixel_major,
+    remembered,
+)
 from .launching import launch_untraced
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -103,7 +111,7 @@ def packing(channels: int, representative: int, outputs: int, groups: int) -> Pa
         group = representative // groups * merge
         if groups % merge or outputs // groups * merge % 64 or redundant == 0:
             continue
-        for block_k in (64, 32, 16):
+        for block_k in (128, 64, 32, 16):
             if not (group % block_k or redundant % block_k or (representative - group) % block_k):
                 return Packing(merge, block_k, channels - group, group)
     return None
@@ -148,12 +156,16 @@ def cycles(tile: Tile, packed: Packing, stride: int, output: tuple[int, int, int
 def best_tile(packed: Packing, groups: int, stride: int, output: tuple[int, int, int, int]) -> Tile:
     """The tile of the fewest cycles, the larger of equals, for N, H_out, W_out, M.
 
-    A program that has its processor almost to itself has time to wait for memory, and room to load further ahead.
+    A program that has its processor almost to itself has time to wait for memory, and room to load further ahead; one
+    that has it all to itself, for longer steps: an H200 takes a fifth less for 512 channels, whose steps wait longest.
     """
     best = min(tiles(packed, output[3], groups), key=lambda tile: cycles(tile, packed, stride, output))
-    if best.pixels == best.block_co == 64 and best.programs(*output) <= PROGRAMS:
-        best = best._replace(num_stages=6)
-    return best
+    programs = best.programs(*output)
+    if not best.pixels == best.block_co == 64 or programs > PROGRAMS:
+        return best
+    if packed.block_k == 128 and programs <= PROGRAMS // 2:
+        return best._replace(block_k=128, num_stages=4)
+    return best._replace(num_stages=6)
 
 
 def convolve(
@@ -172,8 +184,8 @@ def convolve(
 
     Args:
         x: [N, L, H, W].
-        packed: [M, columns], as the gate kernel wrote it.
-        ratio, scale, offset: [N, M] float32, likewise.
+        packed: [M, columns], as the statistics' launch wrote it.
+        ratio, scale, offset: [N, M] float32, as the gate's did, right before.
         residual: [N, M, H_out, W_out], added to the output.
         representative, groups, stride: alpha L, G and the stride of the layer.
         activation: ``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"``, after the residual.
@@ -210,6 +222,7 @@ def convolve(
         PRECISION=dot_precision(x),
         RESIDUAL=residual is not None,
         ACTIVATION=activation,
+        OVERLAP=can_overlap(x),
         BLOCK_N=tile.block_n,
         BLOCK_H=tile.block_h,
         BLOCK_W=tile.block_w,

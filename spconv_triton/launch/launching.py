@@ -47,9 +47,12 @@ def launch(kernel: Any, grid: Grid | tuple[int, ...], *args: Any, **constants: A
         kernel: a ``triton.jit`` function, with a tuner or without.
         grid: programs, or how many there are by the constants and the tuner's choice.
         args: tensors, descriptors of tensors, and ints.
-        constants: of the ``tl.constexpr`` parameters; they come behind the others.
+        constants: of the ``tl.constexpr`` parameters; they come behind the others. ``OVERLAP`` is also how it is
+            launched, see :mod:`..kernels.overlap`.
     """
     if not INTERPRETED and is_wrap_triton_enabled():
+        if "OVERLAP" in constants:
+            constants["OVERLAP"] = False  # a graph would take a kernel that waits to write whatever it is given
         torch.library.wrap_triton(kernel)[grid](*args, **constants)
     else:
         launch_untraced(kernel, grid, *args, **constants)
@@ -63,7 +66,8 @@ def launch_untraced(kernel: Any, grid: Grid | tuple[int, ...], *args: Any, **con
         programs = grid(found.meta) if callable(grid) else grid
         found.kernel[(*programs, 1, 1)[:3]](*args, *found.values)
         return
-    compiled = kernel[grid](*args, **constants)
+    options = {"launch_pdl": True} if constants.get("OVERLAP") else {}
+    compiled = kernel[grid](*args, **constants, **options)
     if kind is not None:
         if len(_compiled) >= REMEMBERED:
             _compiled.clear()

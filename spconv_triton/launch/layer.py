@@ -11,9 +11,14 @@ from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.gate import gate_planes
 from ..kernels.onepass import onepass_forward
+from ..kernels.packing import BLOCK_COLUMNS as COLUMNS
+from ..kernels.packing import BLOCK_ROWS as ROWS
 from ..kernels.statistics import window_statistics
+from ..kernels.tuning import statistics_columns
 from . import descriptor, opaque
 from .common import (
+    FEW,
+    can_overlap,
     channels_last,
     check_samples,
     empty_output,
@@ -31,12 +36,8 @@ from .launching import launch
 BLOCK_ROWS = 16
 """Taps whose sums a program of the statistics makes: all of 3 x 3. With 32, each with its weights, some spill."""
 
-FEW = 8
-"""Up to so many samples each has programs of its own for its gate, which wait for memory once and not in every step of
-a loop."""
-
 FEW_CO = 4
-"""Output channels of such a program."""
+"""Output channels of a program that makes the gate of one of few samples."""
 
 LONGEST = 8192
 """Weights of an output channel, up to which there are such programs: they are compiled without a loop."""
@@ -90,12 +91,12 @@ def spconv2d(
         return empty_output(x, weight_gwc, geometry), *gate.kept
     weights = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
     plan = _plan(path, x, weight_gwc, weight_pwc, geometry)
-    packed = x.new_empty((outputs, plan.columns)) if plan else None
-    statistics = _window_statistics(x, spacing, output_size, geometry)
-    _launch_gate(gate, packed, plan, statistics, weights, (bias, branch_bias, norm_scale), output_size, geometry)
-    if packed is not None:
+    packing = None if plan is None else _Packing(x.new_empty((outputs, plan.columns)), plan.merge)
+    statistics = _window_statistics(x, spacing, weights, packing, output_size, geometry)
+    _launch_gate(gate, statistics, weights, (bias, branch_bias, norm_scale), output_size, geometry)
+    if packing is not None:
         window = (representative, geometry.groups, geometry.stride[0])
-        y = opaque.convolve(x, packed, gate.ratio, gate.scale, gate.offset, residual, *window, activation)
+        y = opaque.convolve(x, packing.packed, gate.ratio, gate.scale, gate.offset, residual, *window, activation)
         return y, *gate.kept
     y = empty_output(x, weight_gwc, geometry)
     launch(
@@ -134,17 +135,22 @@ class _Gate(NamedTuple):
         return self.ratio, self.tap_mean, self.pool_mean
 
 
+class _Packing(NamedTuple):
+    """The weights as one matrix [M, columns], and how many groups are merged in it."""
+
+    packed: Tensor
+    merge: int
+
+
 def _launch_gate(
     gate: _Gate,
-    packed: Tensor | None,
-    plan: descriptor.Packing | None,
     statistics: tuple[Tensor, int],
     weights: tuple[Tensor, Tensor, Tensor],
     vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
     output_size: tuple[int, int],
     geometry: Geometry,
 ) -> None:
-    """Write ``gate``, and the weights as ``plan`` says into ``packed``.
+    """Write ``gate``.
 
     Args:
         statistics: as of :func:`_window_statistics`.
@@ -158,8 +164,7 @@ def _launch_gate(
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         per_group = cdiv(outputs // geometry.groups, meta["BLOCK_CO"])
-        blocks = _gate_blocks(batch, few, meta) + cdiv(plan.columns if plan else 0, meta["BLOCK_C"])
-        return (per_group * geometry.groups * blocks,)
+        return (per_group * geometry.groups * _gate_blocks(batch, few, meta),)
 
     launch(
         gate_planes,
@@ -168,7 +173,6 @@ def _launch_gate(
         *weights,
         *(gate.ratio if vector is None else vector.contiguous() for vector in vectors),
         *gate,
-        gate.ratio if packed is None else packed,
         batch,
         output_size[0] * output_size[1],
         C=channels,
@@ -182,17 +186,15 @@ def _launch_gate(
         BIAS=vectors[0] is not None,
         BRANCH_BIAS=vectors[1] is not None,
         NORM_SCALE=vectors[2] is not None,
-        PACK=plan is not None,
-        MERGE=plan.merge if plan else 1,
-        STRIDE=geometry.stride[0],
         PRECISION=statistics_precision(gate.pool_mean),
         FEW=few,
         FEW_CO=FEW_CO,
+        OVERLAP=can_overlap(gate.pool_mean),
     )
 
 
 def _gate_blocks(batch: int, few: int, meta: dict[str, Any]) -> int:
-    """Programs of the gate that a block of output channels takes, but for those that pack.
+    """Programs of the gate that a block of output channels takes.
 
     By arithmetic, not by a branch: in a graph for every batch ``batch`` is a symbol, and may not be asked.
     """
@@ -204,30 +206,46 @@ def _gate_blocks(batch: int, few: int, meta: dict[str, Any]) -> int:
 def _plan(
     path: str, x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry
 ) -> descriptor.Packing | None:
-    """How the gate kernel packs the weights for the descriptor kernel; None on the flat path."""
+    """How the weights are packed for the descriptor kernel; None on the flat path."""
     if not use_descriptors(path, descriptor, x, weight_gwc, weight_pwc, geometry):
         return None
     return descriptor.packing(x.shape[1], weight_pwc.shape[1], weight_gwc.shape[0], geometry.groups)
 
 
-def _window_statistics(x: Tensor, spacing: int, output_size: tuple[int, int], geometry: Geometry) -> tuple[Tensor, int]:
-    """Sums over what the taps read, [splits, N, rows, L] float32, and the row of what the point-wise ones read."""
+def _window_statistics(
+    x: Tensor,
+    spacing: int,
+    weights: tuple[Tensor, Tensor, Tensor],
+    packing: _Packing | None,
+    output_size: tuple[int, int],
+    geometry: Geometry,
+) -> tuple[Tensor, int]:
+    """Sums over what the taps read, [splits, N, rows, L] float32, and the row of what the point-wise ones read.
+
+    Args:
+        weights: group-wise, point-wise and redundant, which are packed.
+    """
     batch, channels, height, width = x.shape
     kh, kw = geometry.kernel_size
+    outputs, representative = weights[1].shape[:2]
     pooled = geometry.stride != (1, 1)
     rows = geometry.taps + (2 if pooled else 0)
     pool_row = geometry.taps if pooled else (kh // 2) * kw + kw // 2
-    splits = pixel_splits(batch, channels, height * width, 8)
+    # The gate's program has no registers left to load that many parts of float32 at a time.
+    splits = pixel_splits(batch, channels, height * width, 8, 64 if x.itemsize < 4 else 256)
     partial = x.new_empty((splits, batch, rows, channels), dtype=torch.float32)
+    packs = 0 if packing is None else cdiv(outputs, ROWS.value) * cdiv(packing.packed.shape[1], COLUMNS.value)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
-        return batch * cdiv(channels, meta["BLOCK_C"]), splits, cdiv(rows, BLOCK_ROWS)
+        return batch * cdiv(channels, meta["BLOCK_C"]) + cdiv(packs, splits), splits, cdiv(rows, BLOCK_ROWS)
 
     launch(
         window_statistics,
         grid,
         x,
         partial,
+        *weights,
+        partial if packing is None else packing.packed,
         batch,
         height,
         width,
@@ -236,6 +254,13 @@ def _window_statistics(x: Tensor, spacing: int, output_size: tuple[int, int], ge
         C=channels,
         ROWS=rows,
         BLOCK_ROWS=BLOCK_ROWS,
+        PACK=packing is not None,
+        CR=representative,
+        CO=outputs,
+        G=geometry.groups,
+        MERGE=1 if packing is None else packing.merge,
+        OVERLAP=can_overlap(x),
+        BLOCK_W=statistics_columns(width),
         **window_constants(geometry),
     )
     return partial, pool_row

@@ -65,8 +65,8 @@ def eager_packing(inputs: Inputs, case: Case) -> Tensor:
         taps[:, :, group * per_group : (group + 1) * per_group] = gwc[m].permute(1, 2, 0).cpu()
         taps[1 : 1 + stride, 1 : 1 + stride, merged] += pwc[m, merged, 0, 0].cpu() * share
         behind = [(first + plan.per_tap + i) % case.representative for i in range(case.representative - plan.per_tap)]
-        pointwise = torch.cat([redundant[m, :, 0, 0], pwc[m, behind, 0, 0]]).cpu() * share
-        rows.append(torch.cat([pointwise, taps[:, :, merged].flatten()]))
+        pointwise = pwc[m, behind, 0, 0].cpu() * share
+        rows.append(torch.cat([pointwise, taps[:, :, merged].flatten(), redundant[m, :, 0, 0].cpu() * share]))
     return torch.stack(rows).to(gwc.device, inputs.x.dtype)
 
 
@@ -99,7 +99,7 @@ def test_bfloat16(device: str) -> None:
     check(make_inputs(CASES[1], torch.bfloat16, device=device, bias=False), CASES[1])
 
 
-@pytest.mark.parametrize("gate", [-50.0, 50.0])
+@pytest.mark.parametrize("gate", [-500.0, -50.0, 50.0, 500.0])
 def test_saturated_gate(gate: float, device: str) -> None:
     check(make_inputs(PLAIN, torch.float16, device=device, gate=gate), PLAIN)
 

@@ -241,15 +241,12 @@ def test_descriptor_layer(case: Case) -> None:
     assert report.kernels == KERNELS["descriptor"]
 
 
-def test_packing_in_blocks_that_do_not_divide_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """176 columns in blocks of 64, where the interpreter's own choice is 16."""
-    (config,) = (row for row in tuning.GATE if row.kwargs["BLOCK_C"] == 64)
-    monkeypatch.setattr(launch.layer.gate_planes, "configs", [config])
+def test_packing_in_blocks_that_do_not_divide_the_columns() -> None:
+    """176 columns in blocks of 128."""
     case = Case("columns", 1, 48, 64, (2, 1), groups=1, alpha=1 / 3)
     tensors, _, geometry = layer_inputs(case, torch.float16)
-    (gate,) = forward(tensors, geometry, "descriptor")[1].of("gate_planes")
-    assert gate.scalars["BLOCK_C"] == 64
-    assert gate.stored_bytes["packed_ptr"] == 2 * 64 * 176
+    (statistics,) = forward(tensors, geometry, "descriptor")[1].of("window_statistics")
+    assert statistics.stored_bytes["packed_ptr"] == 2 * 64 * 176
 
 
 @pytest.mark.parametrize(("box", "taps", "case"), BOXES, ids=lambda value: str(getattr(value, "size", value)))

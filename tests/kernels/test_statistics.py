@@ -35,7 +35,8 @@ CASES = (
 def test_sums_of_what_each_tap_reads(case: Case, dtype: torch.dtype, device: str) -> None:
     x = torch.randn(case.batch, *case.size, case.in_channels, device=device).to(dtype).permute(0, 3, 1, 2)
     geometry = Geometry(case.kernel_size, case.stride, case.padding, case.dilation, 1)
-    partial, pool_row = layer._window_statistics(x, case.in_channels, case.output_size(), geometry)
+    weights = tuple(torch.empty(1, 1, device=device) for _ in range(3))  # which are packed elsewhere
+    partial, pool_row = layer._window_statistics(x, case.in_channels, weights, None, case.output_size(), geometry)
     got = partial.double().sum(0)
 
     window = {"dilation": case.dilation, "padding": case.padding, "stride": case.stride}
