@@ -13,6 +13,7 @@ import numpy as np
 from triton import cdiv
 
 from benchmarks.tally import Tally, tensor_of
+from spconv_triton.kernels import packing
 
 
 class Reach(NamedTuple):
@@ -175,27 +176,17 @@ def _window_statistics(a: SimpleNamespace, t: Tally) -> int:
     splits = a.partial_ptr.shape[0]
     row_blocks = cdiv(a.ROWS, a.BLOCK_ROWS)
     columns = a.N * cdiv(a.C, a.BLOCK_C) * row_blocks
-    pixels = weighed = a.H * a.W
-    if a.STRIDE_H * a.STRIDE_W == 1:
-        inner = 1
-        for size, out, k, pad, dilation in (
-            (a.H, a.HO, a.KH, a.PAD_H, a.DILATION_H),
-            (a.W, a.WO, a.KW, a.PAD_W, a.DILATION_W),
-        ):
-            first = min(max(dilation * (k - 1) - pad, 0), size)
-            inner *= max(min(out - pad, size), first) - first
-        edges = pixels - inner
-        if 2 * edges <= pixels and pixels > 2 * a.BLOCK_PIX:
-            weighed = edges
-    summed = pixels if weighed < pixels else 0
-    t.load("x_ptr", row_blocks * a.N * a.C * (summed + weighed), a.N * a.C * pixels)
+    t.load("x_ptr", row_blocks * a.N * a.C * a.H * a.W, a.N * a.C * a.H * a.W)
     t.store("partial_ptr")
-    steps = 0
-    for number in (summed, weighed):
-        share = cdiv(number, splits)
-        steps += sum(cdiv(max(min(share, number - split * share), 0), a.BLOCK_PIX) for split in range(splits))
-    t.multiply(_precision(a.x_ptr), columns * steps, a.BLOCK_ROWS, a.BLOCK_C, a.BLOCK_PIX)
-    return columns * splits
+    steps = columns * a.H * cdiv(a.W, a.BLOCK_W)
+    t.multiply(_precision(a.x_ptr), steps, a.BLOCK_ROWS, a.BLOCK_C, a.BLOCK_W)
+    group, redundant, packs = a.CR // a.G, a.C - a.CR, int(a.PACK)
+    folded = (a.STRIDE_H**2 - 1) * a.MERGE * group  # into taps, after the first
+    for name, weights in (("gwc_ptr", 9 * group), ("pwc_ptr", a.CR + folded), ("redundant_ptr", redundant)):
+        t.load(name, packs * a.CO * weights)
+    blocks = packs * cdiv(a.CO, packing.BLOCK_ROWS.value) * cdiv(a.packed_ptr.shape[-1], packing.BLOCK_COLUMNS.value)
+    t.store("packed_ptr", None if a.PACK else 0)
+    return (columns + cdiv(blocks, splits)) * splits
 
 
 def _gate_planes(a: SimpleNamespace, t: Tally) -> int:
@@ -213,22 +204,19 @@ def _gate_planes(a: SimpleNamespace, t: Tally) -> int:
         a.N * a.SPLITS * (pool_rows * a.C + (a.TAPS - (not pooled)) * a.CR),
     )
     weights = {"gwc_ptr": a.TAPS * group, "pwc_ptr": a.CR, "redundant_ptr": redundant}
-    packed = {"gwc_ptr": 9 * group, "pwc_ptr": a.CR + (a.STRIDE**2 - 1) * a.MERGE * group, "redundant_ptr": redundant}
     for name, columns in weights.items():
-        t.load(name, a.CO * (reads * columns + (packed[name] if a.PACK else 0)))
+        t.load(name, a.CO * reads * columns)
     t.load("bias_ptr", reads * a.CO if a.BIAS else 0)
     t.load("branch_bias_ptr", 2 * reads * a.CO if a.BRANCH_BIAS else 0)
     t.load("norm_scale_ptr", reads * a.CO if a.NORM_SCALE else 0)
     for name in ("ratio_ptr", "scale_ptr", "offset_ptr", "tap_mean_ptr", "pool_mean_ptr"):
         t.store(name)
-    t.store("packed_ptr", None if a.PACK else 0)
     if not few:
         steps = sum(cdiv(columns, a.BLOCK_C) for columns in weights.values())
         halves = tensor_of(a.pwc_ptr).element_size() < 4
         precision = "halfx2" if halves else a.PRECISION
         t.multiply(precision, co_blocks * sample_blocks * steps, a.BLOCK_N, a.BLOCK_CO, a.BLOCK_C)
-    packing = cdiv(a.packed_ptr.shape[1], a.BLOCK_C) if a.PACK else 0
-    return co_blocks * (sample_blocks + packing)
+    return co_blocks * sample_blocks
 
 
 def _onepass_descriptor(a: SimpleNamespace, t: Tally) -> int:
@@ -249,8 +237,8 @@ def _onepass_descriptor(a: SimpleNamespace, t: Tally) -> int:
     t.load("x_desc", co_blocks * a.N * (pointwise * window_reads + group * tap_reads))
     depth = (pointwise * a.STRIDE**2 + 9 * group) * places
     t.load("packed_desc", sample_blocks * a.CO * depth, a.CO * (pointwise + 9 * group))
-    for plane in ("ratio_ptr", "scale_ptr", "offset_ptr"):
-        t.load(plane, places * a.N * a.CO)
+    for plane, reads in (("ratio_ptr", 2), ("scale_ptr", 1), ("offset_ptr", 1)):
+        t.load(plane, reads * places * a.N * a.CO)
     outputs = a.N * a.HO * a.WO * a.CO
     t.load("residual_desc", outputs if a.RESIDUAL else 0)
     t.store("y_desc")
@@ -424,7 +412,9 @@ def _finish_weights(a: SimpleNamespace, t: Tally) -> int:
     t.store("d_redundant_ptr", None if redundant else 0)
     t.store("d_branch_bias_ptr", None if a.BRANCH_BIAS else 0)
     if a.GATED:
-        t.multiply(a.PRECISION, programs * cdiv(a.N, a.BLOCK_N), a.BLOCK_CO, a.BLOCK_C, a.BLOCK_N)
+        halves = a.PRECISION != "ieee" and tensor_of(a.tap_mean_ptr).element_size() < 4
+        precision = "tf32x2" if halves else a.PRECISION
+        t.multiply(precision, programs * cdiv(a.N, a.BLOCK_N), a.BLOCK_CO, a.BLOCK_C, a.BLOCK_N)
 
     weights = {"gwc_ptr": taps * group, "pwc_ptr": a.CR, "redundant_ptr": redundant}
     reads, again = 0, dict.fromkeys(weights, 0)
@@ -432,12 +422,14 @@ def _finish_weights(a: SimpleNamespace, t: Tally) -> int:
         folded = a.STRIDE**2 - 1  # taps that a weight is folded into, after the first
         again["pwc_ptr"] = folded * outputs * a.MERGE * a.CR
         again["redundant_ptr"] = folded * a.CO * redundant if a.MIXED else 0
-        sample_blocks = cdiv(a.N, a.BLOCK_N)
+        sample_blocks = cdiv(a.N, a.BLOCK_PLANE_N)
         group_blocks, redundant_blocks = a.G * cdiv(group, a.BLOCK_PLANE), cdiv(redundant, a.BLOCK_PLANE)
         planes = sample_blocks * (group_blocks + redundant_blocks)
-        shifts += a.N * ((group_blocks + redundant_blocks) * a.CO + group_blocks * outputs)
-        steps = planes * cdiv(a.CO, a.BLOCK_CO) + sample_blocks * group_blocks * 16 * cdiv(outputs, a.BLOCK_CO)
-        t.multiply("tf32x2", steps, a.BLOCK_N, a.BLOCK_PLANE, a.BLOCK_CO)
+        shifts += a.N * ((group_blocks + redundant_blocks) * 2 * a.CO + group_blocks * outputs)
+        step = a.BLOCK_PLANE_CO
+        t.multiply("halfx2", planes * cdiv(a.CO, 2 * step), a.BLOCK_PLANE_N, a.BLOCK_PLANE, 2 * step)
+        steps = sample_blocks * group_blocks * cdiv(outputs, step)
+        t.multiply("halfx2", steps, a.BLOCK_PLANE_N, 16 * a.BLOCK_PLANE, step)
         programs += planes + cdiv(a.ROWS, a.BLOCK_ROWS) * cdiv(a.C, a.BLOCK_COLUMNS)
         reads = sample_blocks + 1  # of the weights: for the planes of every block of samples, and for packing
     t.load("shift_ptr", shifts)

@@ -30,6 +30,7 @@ from benchmarks.launches import (
 )
 from benchmarks.machine_code import TARGETS, MachineCode, compile_kernel, compiling_for, read
 from spconv_triton.launch import descriptor, gradients_descriptor
+from spconv_triton.launch.common import FEW
 
 PRECISIONS = {
     "float16": (torch.float16, "ieee"),
@@ -46,7 +47,7 @@ SOMEWHERE = (("sm_80", "tf32"), ("sm_90", "float16"), ("gfx942", "bfloat16"))
 
 DESCRIPTOR_TARGETS = ("sm_90", "sm_100")
 
-BATCHES = (1, 8, 32, 128, 256)
+BATCHES = (1, 8, 32, 64, 128, 256, 320)
 
 SIDES = (7, 14, 28, 56, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 112, 224)
 SIZES = (*((side, side) for side in SIDES), (4, 8), (8, 16), (8, 4), (16, 8), (2, 64), (4, 64), (7, 64), (64, 4))
@@ -138,6 +139,11 @@ def layers() -> tuple[Layer, ...]:
             EVERYWHERE,
             only=("window_statistics",),
         ),
+        # Steps of other rows: 28 and 56 columns, and few channels.
+        *(
+            Layer(case, EVERYWHERE, only=("window_statistics",))
+            for case in (RESNET50[0], RESNET50[1], strided(RESNET50[1]), Case("resnet20-16@32", 128, 16, 16, (32, 32)))
+        ),
         Layer(replace(dilated(wide), name="dilated"), (*flat_only, SOMEWHERE[0], SOMEWHERE[2])),
         Layer(replace(strided(wide), name="stride 3 x 2", stride=(3, 2), size=(14, 15)), SOMEWHERE),
         Layer(replace(wide, name="one group", groups=1, in_channels=128, out_channels=128), SOMEWHERE),
@@ -205,7 +211,7 @@ def _sizes_of_tiles(case: Case, stride: int, sizes: Sequence[tuple[int, int]] = 
     for height, width in dict.fromkeys(((case.size[0] // stride, case.size[1] // stride), *sizes)):
         for batch in BATCHES:
             output = (batch, height, width, case.out_channels)
-            tiles: list[Any] = [descriptor.best_tile(forward, case.groups, stride, output)]
+            tiles: list[Any] = [(descriptor.best_tile(forward, case.groups, stride, output), batch <= FEW)]
             if backward is not None:
                 shape = (batch, case.in_channels, height, width)
                 tiles.append(gradients_descriptor.input_tile(backward, shape, case.representative, case.groups, stride))

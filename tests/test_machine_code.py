@@ -223,9 +223,15 @@ def choosable(kernel: Any, precision: str, target: str) -> set[Any]:
     tensor = torch.empty(0, dtype=dtype, device="meta")
     found = set()
     with compiling_for(target):
-        for width, groups, stride in itertools.product((1, 3, 8, 16, 24, 32, 64, 100, 128, 256, 512), (1, 2), (1, 2)):
+        widths = (1, 3, 8, 16, 24, 32, 64, 100, 128, 256, 512)
+        for width, groups, stride, columns in itertools.product(widths, (1, 2), (1, 2), (16, 32, 64)):
             sizes = dict.fromkeys(("C", "CR", "CO"), width * groups) | {"G": groups, "PRECISION": setting}
-            sizes |= {"STRIDE_H": stride, "STRIDE_W": stride, "BLOCK_C": weight_grad_channels(width)}
+            sizes |= {
+                "STRIDE_H": stride,
+                "STRIDE_W": stride,
+                "BLOCK_W": columns,
+                "BLOCK_C": weight_grad_channels(width),
+            }
             sizes |= {"TAPS": 9, "POOL_ROW": 4 if stride == 1 else 9}
             named = {name: tensor if name.endswith("_ptr") else sizes.get(name, 16) for name in kernel.arg_names}
             found |= {key(config) for config in kernel.early_config_prune(kernel.configs, named)}
@@ -307,9 +313,10 @@ def test_the_forward_has_no_other_tiles(channels: int) -> None:
     plan = descriptor.packing(channels, channels // 2, channels, 2)
     assert plan is not None
     found = {forward_tile(channels, 1, *size) for size in compiled_outputs(channels, 1)}
-    # Where programs are few, the smallest load further ahead.
-    ahead = {tile._replace(num_stages=4) for tile in found if tile.num_stages == 6}
-    assert set(descriptor.tiles(plan, channels, 2)) == {tile for tile in found if tile.num_stages < 6} | ahead
+    # Where programs are few, the smallest load further ahead, or more at a time.
+    few = {tile for tile in found if tile.num_stages == 6 or tile.block_k == 128}
+    ordinary = {tile._replace(num_stages=4, block_k=min(64, tile.block_k)) for tile in few}
+    assert set(descriptor.tiles(plan, channels, 2)) == found - few | ordinary
 
 
 # What the kernels over descriptors are made for.
@@ -350,7 +357,8 @@ def test_loops_over_descriptors_load_boxes_and_multiply(rows: dict[str, Row]) ->
         few_steps = "MIXED" in row.flags and "stride 2" in row.layer and row.tma_loads == 4 * loads
         at_once = few_steps and row.loop_tma_loads == 0
         assert row.loop_tma_loads == loads or at_once, f"{row}: {row.loop_tma_loads} boxes a step"
-        assert row.loop_pointer_loads == 0, f"{row}: pointers in the loop"
+        # Of few samples the gate's, in one of the steps.
+        assert row.loop_pointer_loads <= ("OVERLAP" in row.flags), f"{row}: pointers in the loop"
         assert row.tma_loads >= 2 * loads, f"{row}: nothing is loaded ahead"
         assert row.tma_stores > 0 or row.kernel == "weight_grad_descriptor", f"{row}: the output is no box"
 
