@@ -27,6 +27,7 @@ HALVES = (
     (
         "layers",
         "variants",
+        "single-variants",
         "graphs",
         "single",
         "parts",

@@ -54,10 +54,19 @@ def _time(record: Record, entries: Sequence[plan.Entry]) -> None:
 
 def single(record: Record) -> None:
     """One image: until its result is there, called from Python and as a CUDA graph, and what the device takes of it."""
+    _time_single(record, plan.single(rehearsal=record.rehearsal))
+
+
+def single_variants(record: Record) -> None:
+    """The same in the other ways to run a layer."""
+    _time_single(record, plan.single_variants(rehearsal=record.rehearsal))
+
+
+def _time_single(record: Record, entries: Sequence[plan.Entry]) -> None:
     device = device_of(record)
     wait = waiting(device)
     with tuning(record):
-        for entry in plan.single(rehearsal=record.rehearsal):
+        for entry in entries:
             field = contestants(record, device, entry)
             for direction in ("forward", "forward+backward"):
                 with record.check(f"{label(entry)}, {direction}: timed", device.synchronize):

@@ -58,9 +58,9 @@ def profiled(device: Device, call: Call) -> Iterator[tuple[str, float]]:
     events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == DeviceType.CUDA]
     events.sort(key=lambda event: event.start_ns())
     names = [event.name() for event in events]
-    # Before each call come the writes that empty the L2 cache, the first events of all.
+    # Before each call come the writes that empty the L2 cache, the first events of all, and a read.
     starts = [i for i, name in enumerate(names) if name == names[0] and events[i].duration_ns() > FLUSH_NS]
-    calls = [events[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True) if b > a + 1]
+    calls = [events[a + 2 : b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True) if b > a + 2]
     length = statistics.mode(map(len, calls))
     for same in zip(*(found for found in calls if len(found) == length), strict=True):
         yield same[0].name(), statistics.median(event.duration_ns() for event in same) / 1e9

@@ -84,8 +84,14 @@ def variants(*, rehearsal: bool) -> list[Entry]:
 
 
 def single(*, rehearsal: bool) -> list[Entry]:
-    """The same for one image."""
-    return _sized(RESNET50, 1, torch.float16, FEW if rehearsal else (*FEW, *COMPILED, "separate"), rehearsal)
+    """One image."""
+    found = _sized(RESNET50, 1, torch.float16, FEW, rehearsal)
+    return found if rehearsal else found + _sized(TRANSITIONS, 1, torch.float16, FEW, rehearsal)
+
+
+def single_variants(*, rehearsal: bool) -> list[Entry]:
+    """The same as :func:`variants` of one."""
+    return _sized(RESNET50, 1, torch.float16, ("conv2d", *COMPILED, "separate"), rehearsal)
 
 
 def others(*, rehearsal: bool) -> list[Entry]:

@@ -112,7 +112,7 @@ def compiled(tasks: Sequence[Task], target: str, processes: int | None) -> Itera
 
 
 def jobs(capability: tuple[int, int]) -> Iterator[Job]:
-    timed = (plan.layers, plan.single, plan.variants, plan.others)
+    timed = (plan.layers, plan.single, plan.variants, plan.single_variants, plan.others)
     entries = [("small", entry) for entry in plan.checked(rehearsal=False)]
     entries += [("layers", entry) for entries_of in timed for entry in entries_of(rehearsal=False)]
     entries += [("layers", entry) for entry in plan.network()]
