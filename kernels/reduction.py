@@ -190,7 +190,7 @@ def _constant_planes(
     """The nine planes of the constant, of a block of samples and of channels of a group, or of the redundant ones.
 
     All taps at once, next to each other as columns of one product: one after the other they would wait for memory nine
-    times as often. A step loads rows of BLOCK_C channels; shorter ones would be as many lines of the cache.
+    times as often.
     """
     CG: tl.constexpr = CR // G
     COG: tl.constexpr = CO // G
@@ -205,7 +205,6 @@ def _constant_planes(
     c_mask = c < tl.where(redundant, CRED, CG)
     n = program // C_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < N
-    m = tl.arange(0, BLOCK_CO)
     shifts = shift_ptr + n[:, None] * CO
 
     scale, unscale = _scales(shifts, n_mask, CO)

@@ -19,7 +19,6 @@ import triton.language as tl
 from .overlap import let_next_begin, wait_for_previous
 from .packing import pack_weights
 from .tiles import dot, window_overlap
-from .tuning import STATISTICS, STATISTICS_KEY, autotuned, prune_statistics
 
 
 @triton.jit
@@ -39,7 +38,68 @@ def _window_share(position, SIZE, OUT, STRIDE: tl.constexpr, CENTRE: tl.constexp
     return tl.where(held, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
 
 
-@autotuned(STATISTICS, STATISTICS_KEY, prune_statistics)
+@triton.jit
+def _window_sums(
+    x_ptr,
+    partial_ptr,
+    N,
+    H,
+    W,
+    HO,
+    WO,
+    x_stride,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A block of the sums; arguments as for the kernel below."""
+    C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    TAPS: tl.constexpr = KH * KW
+    c = tl.program_id(0) % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    sample = tl.program_id(0) // C_BLOCKS
+    split = tl.program_id(1)
+    c_mask = c < C
+    t = tl.arange(0, BLOCK_ROWS)[:, None]
+    if ROWS > BLOCK_ROWS:
+        t += tl.program_id(2) * BLOCK_ROWS
+    per_split = tl.cdiv(H, tl.num_programs(1))
+    first, last = split * per_split, tl.minimum((split + 1) * per_split, H)
+
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    for column0 in range(0, W, BLOCK_W):
+        column = column0 + tl.arange(0, BLOCK_W)
+        across = _tap_reads(column[None, :], t % KW, WO, STRIDE_W, PAD_W, DILATION_W)
+        across = tl.where(across & (t < TAPS), 1.0, 0.0)
+        if ROWS > TAPS:
+            share = _window_share(column, W, WO, STRIDE_W, DILATION_W * (KW - 1) // 2 - PAD_W)
+            high = share.to(x_ptr.dtype.element_ty).to(tl.float32)
+            across = tl.where(t == TAPS, high[None, :], across)
+            across = tl.where(t == TAPS + 1, (share - high)[None, :], across)
+        across = across.to(x_ptr.dtype.element_ty)
+        pixels = x_ptr + (sample.to(tl.int64) * H * W + column) * x_stride
+        mask = (column < W)[:, None] & c_mask[None, :]
+        for row in tl.range(first, last, num_stages=4):
+            x = tl.load((pixels + tl.cast(row * W, tl.int64) * x_stride)[:, None] + c[None, :], mask=mask, other=0.0)
+            sums = dot(across, x, tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32), "ieee")
+            down = tl.where(_tap_reads(row, t // KW, HO, STRIDE_H, PAD_H, DILATION_H), 1.0, 0.0)
+            if ROWS > TAPS:
+                share_of_row = _window_share(row, H, HO, STRIDE_H, DILATION_H * (KH - 1) // 2 - PAD_H)
+                down = tl.where(t < TAPS, down, share_of_row)
+            acc += down * sums
+    out = partial_ptr + ((split * N + sample).to(tl.int64) * ROWS + t) * C + c[None, :]
+    tl.store(out, acc, mask=(t < ROWS) & c_mask[None, :])
+
+
 @triton.jit(do_not_specialize=["N", "H", "W", "HO", "WO"])
 def window_statistics(
     x_ptr,  # [N, H, W, C], pixels x_stride apart
@@ -79,42 +139,11 @@ def window_statistics(
     C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     wait_for_previous(OVERLAP)
     let_next_begin(OVERLAP)
-    if PACK:
-        if tl.program_id(0) >= C_BLOCKS * N:
-            program = (tl.program_id(0) - C_BLOCKS * N) * tl.num_programs(1) + tl.program_id(1)
-            pack_weights(program, gwc_ptr, pwc_ptr, redundant_ptr, packed_ptr, C, CR, CO, G, MERGE, STRIDE_H)
-            return
-    TAPS: tl.constexpr = KH * KW
-    c = tl.program_id(0) % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    sample = tl.program_id(0) // C_BLOCKS
-    split = tl.program_id(1)
-    c_mask = c < C
-    t = tl.arange(0, BLOCK_ROWS)[:, None]
-    if ROWS > BLOCK_ROWS:
-        t += tl.program_id(2) * BLOCK_ROWS
-    per_split = tl.cdiv(H, tl.num_programs(1))
-    first, last = split * per_split, tl.minimum((split + 1) * per_split, H)
-
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    for column0 in range(0, W, BLOCK_W):
-        column = column0 + tl.arange(0, BLOCK_W)
-        across = _tap_reads(column[None, :], t % KW, WO, STRIDE_W, PAD_W, DILATION_W)
-        across = tl.where(across & (t < TAPS), 1.0, 0.0)
-        if ROWS > TAPS:
-            share = _window_share(column, W, WO, STRIDE_W, DILATION_W * (KW - 1) // 2 - PAD_W)
-            high = share.to(x_ptr.dtype.element_ty).to(tl.float32)
-            across = tl.where(t == TAPS, high[None, :], across)
-            across = tl.where(t == TAPS + 1, (share - high)[None, :], across)
-        across = across.to(x_ptr.dtype.element_ty)
-        pixels = x_ptr + (sample.to(tl.int64) * H * W + column) * x_stride
-        mask = (column < W)[:, None] & c_mask[None, :]
-        for row in range(first, last):
-            x = tl.load((pixels + tl.cast(row * W, tl.int64) * x_stride)[:, None] + c[None, :], mask=mask, other=0.0)
-            sums = dot(across, x, tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32), "ieee")
-            down = tl.where(_tap_reads(row, t // KW, HO, STRIDE_H, PAD_H, DILATION_H), 1.0, 0.0)
-            if ROWS > TAPS:
-                share_of_row = _window_share(row, H, HO, STRIDE_H, DILATION_H * (KH - 1) // 2 - PAD_H)
-                down = tl.where(t < TAPS, down, share_of_row)
-            acc += down * sums
-    out = partial_ptr + ((split * N + sample).to(tl.int64) * ROWS + t) * C + c[None, :]
-    tl.store(out, acc, mask=(t < ROWS) & c_mask[None, :])
+    if PACK and tl.program_id(0) >= C_BLOCKS * N:
+        program = (tl.program_id(0) - C_BLOCKS * N) * tl.num_programs(1) + tl.program_id(1)
+        pack_weights(program, gwc_ptr, pwc_ptr, redundant_ptr, packed_ptr, C, CR, CO, G, MERGE, STRIDE_H)
+    else:
+        _window_sums(
+            x_ptr, partial_ptr, N, H, W, HO, WO, x_stride, C, KH, KW, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
+            DILATION_H, DILATION_W, ROWS, BLOCK_ROWS, BLOCK_W, BLOCK_C,
+        )  # fmt: skip

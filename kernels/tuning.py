@@ -1,8 +1,8 @@
 """Config tables, what is pruned from them, and the keys by which a choice is remembered.
 
 Keys name what belongs to a layer (channels, groups, window); batch, height and width are run-time arguments, so a
-new input size tunes nothing. What is compiled in of it is in how many parts sums are made, at most 16, and a descriptor
-kernel's tile, so it compiles a few kernels at most.
+new input size tunes nothing. What is compiled in of it is in how many parts sums are made, at most 16, one of three
+blocks of columns, whether samples are few, and a descriptor kernel's tile, so it compiles a few kernels at most.
 """
 
 from __future__ import annotations
@@ -200,16 +200,6 @@ def prune_channels(configs: list[triton.Config], named_args: dict, **kwargs) -> 
     return [c for c in configs if fits(c.kwargs["BLOCK_C"], channels, 16)]
 
 
-def prune_statistics(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
-    """As :func:`prune_channels`, those of the most elements a step, for each step waits for memory: of half precision
-    from 2048 to 8192, more than 64 channels only in multiples of 16. Float32 spills more than 2048, or 64 channels."""
-    arguments = {**named_args, **kwargs}
-    channels, columns, single = arguments["C"], arguments["BLOCK_W"], arguments["x_ptr"].dtype.itemsize == 4
-    widest = min(64 if single or channels % 16 else 128, (2048 if single else 8192) // columns)
-    fitting = [c for c in configs if c.kwargs["BLOCK_C"] <= widest and fits(c.kwargs["BLOCK_C"], channels, 16)]
-    return [c for c in fitting if c.kwargs["BLOCK_C"] * columns >= 2048] or fitting[:1]
-
-
 def prune_gate(configs: list[triton.Config], named_args: dict, **kwargs) -> list[triton.Config]:
     """The longest steps that there are channels for, 128 only in half precision at stride 1: float32 spills them, and
     at a stride sums are loaded twice; either overflows a small GPU's shared memory.
@@ -322,14 +312,18 @@ def weight_blocks(outputs: int, channels: int) -> tuple[int, int]:
     return block_co, block_c
 
 
-STATISTICS_KEY = ("C", "KH", "KW", "STRIDE_H", "STRIDE_W", "BLOCK_W")
+def statistics_blocks(width: int, channels: int, itemsize: int) -> tuple[int, int]:
+    """BLOCK_W and BLOCK_C of the statistics.
 
-STATISTICS = tuple(config(4, 4, BLOCK_C=channels) for channels in (128, 64, 32, 16))
-
-
-def statistics_columns(width: int) -> int:
-    """BLOCK_W of the statistics. Not tuned: it is compiled in, and so few are."""
-    return 64 if width > 32 else 32 if width > 16 else 16
+    Not tuned, for they depend on the width: an H200 finds this within a twentieth of the fastest, where there was
+    anything to choose. What is scattered spills 128 channels, float32 half as many elements or 64 channels.
+    """
+    columns = 64 if width > 32 else 32 if width > 16 else 16
+    most = 4096 // columns
+    if itemsize == 4:
+        most //= 2
+    widest = min(most, 64 if itemsize == 4 or channels % 16 else 128)
+    return columns, min(widest, max(16, next_power_of_2(channels)))
 
 
 GATE_KEY = ("C", "CR", "CO", "G", "TAPS", "POOL_ROW", "PRECISION")

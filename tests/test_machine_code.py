@@ -223,15 +223,9 @@ def choosable(kernel: Any, precision: str, target: str) -> set[Any]:
     tensor = torch.empty(0, dtype=dtype, device="meta")
     found = set()
     with compiling_for(target):
-        widths = (1, 3, 8, 16, 24, 32, 64, 100, 128, 256, 512)
-        for width, groups, stride, columns in itertools.product(widths, (1, 2), (1, 2), (16, 32, 64)):
+        for width, groups, stride in itertools.product((1, 3, 8, 16, 24, 32, 64, 100, 128, 256, 512), (1, 2), (1, 2)):
             sizes = dict.fromkeys(("C", "CR", "CO"), width * groups) | {"G": groups, "PRECISION": setting}
-            sizes |= {
-                "STRIDE_H": stride,
-                "STRIDE_W": stride,
-                "BLOCK_W": columns,
-                "BLOCK_C": weight_grad_channels(width),
-            }
+            sizes |= {"STRIDE_H": stride, "STRIDE_W": stride, "BLOCK_C": weight_grad_channels(width)}
             sizes |= {"TAPS": 9, "POOL_ROW": 4 if stride == 1 else 9}
             named = {name: tensor if name.endswith("_ptr") else sizes.get(name, 16) for name in kernel.arg_names}
             found |= {key(config) for config in kernel.early_config_prune(kernel.configs, named)}

@@ -39,7 +39,7 @@ BLOCK_PLANE_CO = 32
 """Output channels of its steps, each of which waits for memory."""
 
 BLOCK_N = 16
-"""Samples of a step of the programs that finish weights; fewer without tensor cores, to which they are work."""
+"""Samples of a step of the programs that finish weights."""
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
 """Of a program that packs weights."""
@@ -270,7 +270,6 @@ def finish_weight_grads(
     k_blocks += geometry.taps * cdiv(group_channels, block_c)
     programs = cdiv(group_outputs, block_co) * geometry.groups * k_blocks
     channels = representative + redundant
-    precision = statistics_precision(weight_pwc)
     kept = (weight_pwc, weight_pwc, weight_pwc)
     if prepared is not None and weight_redundant is not None:
         kept = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
@@ -313,8 +312,8 @@ def finish_weight_grads(
         MIXED=prepared is not None and prepared.plan.mixed,
         STRIDE=1 if prepared is None else geometry.stride[0],
         CENTRE=4 if prepared is not None and geometry.stride == (1, 1) else -1,
-        PRECISION=precision,
-        BLOCK_N=16 if precision == "ieee" else BLOCK_N,
+        PRECISION=statistics_precision(weight_pwc),
+        BLOCK_N=BLOCK_N,
         BLOCK_CO=block_co,
         BLOCK_C=block_c,
         BLOCK_PLANE_N=BLOCK_PLANE_N,

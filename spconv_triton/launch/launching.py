@@ -51,11 +51,14 @@ def launch(kernel: Any, grid: Grid | tuple[int, ...], *args: Any, **constants: A
             launched, see :mod:`..kernels.overlap`.
     """
     if not INTERPRETED and is_wrap_triton_enabled():
-        if "OVERLAP" in constants:
-            constants["OVERLAP"] = False  # a graph would take a kernel that waits to write whatever it is given
-        torch.library.wrap_triton(kernel)[grid](*args, **constants)
+        torch.library.wrap_triton(kernel)[grid](*args, **traced(constants))
     else:
         launch_untraced(kernel, grid, *args, **constants)
+
+
+def traced(constants: dict[str, Any]) -> dict[str, Any]:
+    """The constants of a launch that a graph sees: a graph takes a kernel that waits to write whatever it is given."""
+    return {**constants, "OVERLAP": False} if "OVERLAP" in constants else constants
 
 
 def launch_untraced(kernel: Any, grid: Grid | tuple[int, ...], *args: Any, **constants: Any) -> None:

@@ -14,7 +14,7 @@ from ..kernels.onepass import onepass_forward
 from ..kernels.packing import BLOCK_COLUMNS as COLUMNS
 from ..kernels.packing import BLOCK_ROWS as ROWS
 from ..kernels.statistics import window_statistics
-from ..kernels.tuning import statistics_columns
+from ..kernels.tuning import statistics_blocks
 from . import descriptor, opaque
 from .common import (
     FEW,
@@ -236,12 +236,10 @@ def _window_statistics(
     partial = x.new_empty((splits, batch, rows, channels), dtype=torch.float32)
     packs = 0 if packing is None else cdiv(outputs, ROWS.value) * cdiv(packing.packed.shape[1], COLUMNS.value)
 
-    def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
-        return batch * cdiv(channels, meta["BLOCK_C"]) + cdiv(packs, splits), splits, cdiv(rows, BLOCK_ROWS)
-
+    block_w, block_c = statistics_blocks(width, channels, x.itemsize)
     launch(
         window_statistics,
-        grid,
+        (batch * cdiv(channels, block_c) + cdiv(packs, splits), splits, cdiv(rows, BLOCK_ROWS)),
         x,
         partial,
         *weights,
@@ -260,7 +258,8 @@ def _window_statistics(
         G=geometry.groups,
         MERGE=1 if packing is None else packing.merge,
         OVERLAP=can_overlap(x),
-        BLOCK_W=statistics_columns(width),
+        BLOCK_W=block_w,
+        BLOCK_C=block_c,
         **window_constants(geometry),
     )
     return partial, pool_row

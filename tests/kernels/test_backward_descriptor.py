@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import SMALL, Case, Inputs, assert_agrees, assert_within_budget, make_inputs, output_grad, run
 from torch import Tensor
+from torch._library.triton import set_wrap_triton_enabled
 from torch.nn.functional import avg_pool2d, unfold
 
 from spconv_triton import functional, launch, reference
@@ -137,6 +138,29 @@ def test_large_mean_and_branch_bias(case: Case, device: str) -> None:
 @pytest.mark.parametrize("case", [SHARED[0], STRIDED[3]], ids=str)
 def test_saturated_gate(case: Case, gate: float, device: str) -> None:
     check(case, torch.float16, device, condition=abs(gate), gate=gate)
+
+
+def test_a_gate_s_gradient_of_any_size(device: str) -> None:
+    """What is spread over the pixels comes of products in half precision, which holds neither 1e-30 nor 1e30."""
+    case = Case("sizes", 4, 64, 64, (3, 5))
+    inputs = make_inputs(case, torch.float16, device=device)
+    x, *weights = (t.detach() for t in (inputs.x, inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant))
+    shift = torch.randn(4, 64, device=device) * torch.tensor([1e-30, 0.0, 1.0, 1e30], device=device)[:, None]
+    means = torch.zeros(4, 9, 32, device=device).half(), torch.zeros(4, 64, device=device).half()
+    gate = gradients.GateGrad(shift, None, None, *means, pixels=15)
+    prepared = descriptor.prepare(x, weights[1], case.groups)
+    partial = torch.zeros(1, 64 * (64 + 8 * 16), device=device)
+    window = Geometry(case.kernel_size, case.stride, case.padding, case.dilation, case.groups)
+    with set_wrap_triton_enabled(False):
+        gradients.finish_weight_grads(partial, weights, gate, window, prepared)
+
+    gwc, pwc, redundant = (w.double() for w in weights)
+    by_group = gwc.sum((2, 3)).unflatten(0, (case.groups, -1))
+    own = torch.einsum("ngm,gmc->ngc", shift.double().unflatten(1, (case.groups, -1)), by_group).flatten(1)
+    spread = shift.double() @ pwc[:, :, 0, 0] + own, -(shift.double() @ redundant[:, :, 0, 0])
+    largest = shift.abs().amax(1, keepdim=True).double()
+    error = (prepared.constant[0].double() - torch.cat(spread, 1)).abs()
+    assert (error <= 1e-5 * largest).all()
 
 
 @pytest.mark.parametrize("stride", [1, 2])

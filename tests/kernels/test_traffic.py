@@ -73,7 +73,6 @@ SLOTS = ("branches_forward.mean_ptr", "branches_forward.square_ptr")
 TABLES = {
     "branch_forward": tuning.FORWARD,
     "onepass_forward": tuning.FORWARD,
-    "window_statistics": tuning.STATISTICS,
     "gate_planes": tuning.GATE,
     "input_grad": tuning.INPUT_GRAD,
     "weight_grad": tuning.WEIGHT_GRAD,
