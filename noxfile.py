@@ -58,6 +58,8 @@ QUICK = (
     "tests/test_explain.py",
     "tests/test_tuning.py",
     "tests/test_launching.py",
+    "tests/test_overlap.py",
+    "tests/test_traced_kernels.py",
     "tests/test_imports.py",
     "tests/test_reference_checkpoint.py",
     "tests/test_checkpoint.py",
@@ -67,6 +69,7 @@ QUICK = (
 QUICK_KERNELS = (
     "tests/kernels/test_branch.py",
     "tests/kernels/test_fusion.py",
+    "tests/kernels/test_statistics.py",
     "tests/kernels/test_gate.py",
     "tests/kernels/test_layer.py",
     "tests/kernels/test_operators.py",
