@@ -316,9 +316,10 @@ def statistics_blocks(width: int, channels: int, itemsize: int) -> tuple[int, in
     """BLOCK_W and BLOCK_C of the statistics.
 
     Not tuned, for they depend on the width: an H200 finds this within a twentieth of the fastest, where there was
-    anything to choose. What is scattered spills 128 channels, float32 half as many elements or 64 channels.
+    anything to choose. What is scattered spills 128 channels, float32 half as many elements or 64 channels. A symbol is
+    any width: a graph that asked it would be for some widths only.
     """
-    columns = 64 if width > 32 else 32 if width > 16 else 16
+    columns = 64 if not isinstance(width, int) or width > 32 else 32 if width > 16 else 16
     most = 4096 // columns
     if itemsize == 4:
         most //= 2

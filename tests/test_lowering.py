@@ -90,6 +90,7 @@ def test_dynamic_sizes_give_symbolic_grids() -> None:
         (forward,) = inductor_sources(layer, x, dynamic=True)
     assert launches(forward) == FORWARD
     assert all(call.symbolic for call in calls(forward))
+    assert "'BLOCK_W': 64" in forward, "the block of a width that is no symbol: it has been asked"
 
 
 def test_resnet20_launches_three_kernels_a_layer_forward_and_four_or_five_backward() -> None:
