@@ -16,7 +16,7 @@ if not HAS_TRITON or INTERPRETED:
 from lowering import inductor_sources
 
 from benchmarks.host import idle_gpu
-from benchmarks.launches import forward_launches
+from benchmarks.launches import compile_launch, forward_launches
 from spconv_triton import SPConv2d
 from spconv_triton.launch.common import FEW
 
@@ -51,6 +51,18 @@ def test_they_are_launched_so(batch: int) -> None:
         layer(x)
         layer(x)
     assert launched == [batch <= FEW] * 6
+
+
+def test_they_wait_before_they_read_what_the_one_ahead_writes() -> None:
+    """Statistics and gate before they read or write anything, the convolution before it reads the gate; and it alone
+    lets nothing begin: what follows may be any kernel."""
+    for launch in forward_launches(Case("descriptor", 1, 64, 64, (8, 8)), torch.float16, HOPPER):
+        ptx = compile_launch(launch, "sm_90", launch.configs[0]).asm["ptx"]
+        wait = ptx.index("griddepcontrol.wait")
+        accesses = [found.start() for found in re.finditer(r"\b(?:ld|st)\.global|\bcp\.async\.c", ptx)]
+        assert min(accesses) > wait, launch.name
+        lets_begin = ptx.find("griddepcontrol.launch_dependents")
+        assert lets_begin == -1 if launch.name == "onepass_descriptor" else lets_begin > wait, launch.name
 
 
 def test_a_graph_s_kernels_do_not() -> None:
