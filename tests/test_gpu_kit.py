@@ -223,6 +223,7 @@ def test_what_goes_wrong_is_reported_and_the_rest_goes_on(fakes: Path, capfd: py
     assert "illegal memory access" in "\n".join(found["loses_device"]["output"])
     assert found["crashes"]["notes"] == ["about to"]
     assert found["skips"]["reason"] == "nothing to do"
+    assert report["command"] == "python -m benchmarks.gpu --out DIR", "a report names no folder of the machine"
     name = "gpu-imagined-gpu-80gb-2031-02-03"
     assert found["looks"]["rows"][0]["files"] == [f"{name}.json", f"{name}.md"], "saved after every section, and whole"
     assert sorted(path.name for path in fakes.iterdir()) == [f"{name}.json", f"{name}.md"]

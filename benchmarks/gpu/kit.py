@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None, sections: Sequence[Section] = S
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(arguments, sections)
     deadline = time.monotonic() + 60 * options.minutes
-    command = shlex.join(["python", "-m", "benchmarks.gpu", *arguments])
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *without_folders(arguments)])
     report = Report(options.out, rehearsal=options.dry, command=command)
     start = time.monotonic()
     wanted = [s for s in sections if not options.only or s.name in options.only or s.essential]
@@ -106,6 +106,19 @@ def main(arguments: Sequence[str] | None = None, sections: Sequence[Section] = S
                     report.add(section, **found)
                     say(start, f"{section.name}: {found['status']}")
     return conclude(report, start)
+
+
+def without_folders(arguments: Sequence[str]) -> list[str]:
+    """The command line as it helps elsewhere: this machine's folders are nobody's business."""
+    folders = ("--out", "--cache")
+    shown = []
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        option, equals, _ = argument.partition("=")
+        if before in folders:
+            shown.append("DIR")
+        else:
+            shown.append(f"{option}=DIR" if equals and option in folders else argument)
+    return shown
 
 
 def side_by_side(sections: Sequence[Section]) -> list[list[Section]]:
