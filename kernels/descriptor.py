@@ -26,7 +26,7 @@ from .overlap import wait_for_previous
 from .tiles import dot, tap_box
 
 LEAST = tl.constexpr(1e-26)
-"""Of a ratio that is divided by: its gate is closed to what no output can show, as where :mod:`.gate` clamps it."""
+"""The smallest ratio that is divided by. Its gamma, 1e-26, shows in no output; :mod:`.gate` has the other end."""
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def onepass_descriptor(
             k = tl.where(redundant, REDUNDANT + (step - RED_FROM) // WINDOW * BLOCK_K, k)
             window_tap += step % 4 + step % 4 // 2  # 4, 5, 7 or 8, in whatever order
         tap = tl.where(averaged, window_tap, of_tap // CG)
-        tap_row = tap * 11 >> 5  # a third
+        tap_row = tap * 11 >> 5  # tap // 3, for 0 to 8, in fewer instructions
         tap_column = tap - tap_row * 3
         channel = group * CG
         if CG > BLOCK_K:

@@ -20,9 +20,16 @@ no in-place update, ``load_state_dict``, ``.to()``, optimizer step, compiled gra
 import triton
 import triton.language as tl
 
+from .arithmetic import cdiv
+
 BLOCK_ROWS = tl.constexpr(16)
 BLOCK_COLUMNS = tl.constexpr(128)
 """Of a program that packs."""
+
+
+def packing_programs(outputs: int, columns: int) -> int:
+    """How many programs :func:`pack_weights` takes."""
+    return cdiv(outputs, BLOCK_ROWS.value) * cdiv(columns, BLOCK_COLUMNS.value)
 
 
 @triton.jit

@@ -11,8 +11,7 @@ from ..geometry import Geometry
 from ..kernels.arithmetic import cdiv
 from ..kernels.gate import gate_planes
 from ..kernels.onepass import onepass_forward
-from ..kernels.packing import BLOCK_COLUMNS as COLUMNS
-from ..kernels.packing import BLOCK_ROWS as ROWS
+from ..kernels.packing import packing_programs
 from ..kernels.statistics import window_statistics
 from ..kernels.tuning import statistics_blocks
 from . import descriptor, opaque
@@ -234,8 +233,7 @@ def _window_statistics(
     # The gate's program has no registers left to load that many parts of float32 at a time.
     splits = pixel_splits(batch, channels, height * width, 8, 64 if x.itemsize < 4 else 256)
     partial = x.new_empty((splits, batch, rows, channels), dtype=torch.float32)
-    packs = 0 if packing is None else cdiv(outputs, ROWS.value) * cdiv(packing.packed.shape[1], COLUMNS.value)
-
+    packs = 0 if packing is None else packing_programs(*packing.packed.shape)
     block_w, block_c = statistics_blocks(width, channels, x.itemsize)
     launch(
         window_statistics,
