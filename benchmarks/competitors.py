@@ -14,7 +14,9 @@ import torch
 from cases import Case, assert_within_budget
 from torch import Tensor, nn
 
+import spconv_triton
 from benchmarks.allocator import settle
+from benchmarks.peers.catalogue import COMPILED, KEPT, without_variant
 from spconv_triton import SPConv2d, functional, reference
 from spconv_triton.dispatch import HAS_TRITON
 
@@ -29,9 +31,6 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 TF32_ROUNDING = 2.0**13
 """A rounding to TF32, in roundings to float32."""
-
-COMPILED = " compiled"
-"""Ends the name of a competitor that goes through ``torch.compile``."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,9 @@ class Contestant:
         On a GPU it returns before the work is done.
         """
         call = self._call(direction)
-        if self.path == "auto":
-            return call
-
-        def on_path() -> Sequence[Tensor]:
-            with forced(self.path):
-                return call()
-
-        return on_path
+        if self.name.endswith(KEPT):
+            return _within(lambda: spconv_triton.set_recompute(False), call)
+        return call if self.path == "auto" else _within(lambda: forced(self.path), call)
 
     def _call(self, direction: str) -> Callable[[], Sequence[Tensor]]:
         if direction in DIRECTIONS:
@@ -96,6 +90,16 @@ class Contestant:
             return [y]
 
         return step
+
+
+def _within(
+    context: Callable[[], contextlib.AbstractContextManager[None]], call: Callable[[], Sequence[Tensor]]
+) -> Callable[[], Sequence[Tensor]]:
+    def call_within() -> Sequence[Tensor]:
+        with context():
+            return call()
+
+    return call_within
 
 
 class Trial:
@@ -136,7 +140,7 @@ class Trial:
         Args:
             name: ``"conv2d"`` where the layer is dense; else a backend of SPConv2d, ``"separate"`` for a kernel an
                 equation with U3 and U1 in memory, or ``"flat"`` for the kernels that any GPU gets. Behind any of them
-                :data:`COMPILED`.
+                one of :data:`~benchmarks.peers.catalogue.VARIANTS`.
 
         Raises:
             AssertionError: its output or a gradient is outside the error budget.
@@ -144,7 +148,7 @@ class Trial:
         memory_format = LAYOUTS[layout]
         # A layer of its own: nn.Module.to moves parameters in place.
         module = copy.deepcopy(self.layer).to(memory_format=memory_format).train(self.direction != DIRECTIONS[0])
-        base = name.removesuffix(COMPILED)
+        base = without_variant(name)
         if isinstance(module, SPConv2d):
             module.backend = "triton" if base in ("separate", "flat") else base
             module = Separate(module) if base == "separate" else module

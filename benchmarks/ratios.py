@@ -18,10 +18,14 @@ from pathlib import Path
 import torch
 from cases import RESNET50, Case
 
-from benchmarks.competitors import COMPILED, DEVICE, DIRECTIONS, DTYPE, NAMES, Competitor, build, count_macs, with_batch
+from benchmarks.competitors import DEVICE, DIRECTIONS, DTYPE, NAMES, Competitor, build, count_macs, with_batch
+from benchmarks.peers.catalogue import COMPILED, KEPT
 from benchmarks.turns import turns
 
 COMPILED_TOO = (f"reference{COMPILED}", f"native{COMPILED}")
+
+KEPT_TOO = (f"native{KEPT}",)
+"""With a backward."""
 
 SAMPLE_SECONDS = 0.02
 """A sample repeats its call until it takes about this long: the clock and the loop then cost nothing."""
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compiled", action="store_true", help="SPConv and its reference through torch.compile too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    names = (*NAMES, *(COMPILED_TOO if options.compiled else ()))
+    names = (*NAMES, *KEPT_TOO, *(COMPILED_TOO if options.compiled else ()))
     print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")
     others = names[1:]
     print("| layer | N | direction | conv2d ms |", *(f"{name} x |" for name in others), "MACs x |")
@@ -46,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             milliseconds, ratios = measure(case, direction, options.rounds, names)
             cells = []
             for name in others:
+                if name not in ratios:
+                    cells.append("")
+                    continue
                 p20, p50, p80 = quantiles(ratios[name])
                 medians.setdefault((direction, case.batch, name), []).append(p50)
                 cells.append(f"{p50:.2f} ({p20:.2f} to {p80:.2f})")
@@ -54,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("|", " | ".join(row), "|", flush=True)
     for direction in DIRECTIONS:
         for batch in options.batches:
-            means = [f"{statistics.geometric_mean(medians[direction, batch, name]):.2f}" for name in others]
+            found = (medians.get((direction, batch, name)) for name in others)
+            means = [f"{statistics.geometric_mean(values):.2f}" if values else "" for values in found]
             print(f"| geometric mean | {batch} | {direction} | |", " | ".join(means), "| |")
 
 
@@ -63,7 +71,7 @@ def measure(
 ) -> tuple[float, dict[str, list[float]]]:
     """Median milliseconds of nn.Conv2d, and per competitor its speed in each round as a multiple of nn.Conv2d's."""
     torch.compiler.reset()
-    field = [build(case, name, direction) for name in names]
+    field = [build(case, name, direction) for name in names if direction == DIRECTIONS[1] or name not in KEPT_TOO]
     repeats = {competitor.name: repeats_of(competitor) for competitor in field}
     seconds: dict[str, list[float]] = {competitor.name: [] for competitor in field}
     for order in turns(field, rounds):

@@ -14,7 +14,7 @@ from benchmarks.comparison import subjects
 from benchmarks.comparison.layers import cells, is_stage
 from benchmarks.competitors import DIRECTIONS
 from benchmarks.peers import NAMES, NETWORKS
-from benchmarks.peers.catalogue import COMPILED
+from benchmarks.peers.catalogue import COMPILED, KEPT
 
 SHAPES = {
     f"{cell.network}, {cell.case}": cell.case
@@ -30,6 +30,8 @@ SHAPES = {
 def test_layer(benchmark: Any, case: Case, batch: int, direction: str, name: str) -> None:
     if name.endswith(COMPILED) and not is_stage(case):
         pytest.skip("compiled for ResNet-50's four stages only: it takes seconds each")
+    if name.endswith(KEPT) and direction != DIRECTIONS[1]:
+        pytest.skip("nothing is kept without a backward")
     subject = subjects.find_best(replace(case, batch=batch), name, direction, torch.float32)
     benchmark.group = f"{case}, N = {batch}, {direction}"
     benchmark.extra_info |= {"layout": subject.layout, "macs": batch * subjects.macs(replace(case, batch=1), name)}

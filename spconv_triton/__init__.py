@@ -6,6 +6,7 @@ from . import functional, reference
 from .checkpoints import load_reference_checkpoint
 from .conversion import convert
 from .modules import SPConv2d
+from .recomputation import set_recompute
 
 if TYPE_CHECKING:
     from .explanation import explain
@@ -23,6 +24,7 @@ __all__ = [
     "load_tuning",
     "reference",
     "save_tuning",
+    "set_recompute",
     "summary",
 ]
 __version__ = "0.1.0"

@@ -13,8 +13,8 @@ and everything else is linear in E3 and E1, with z the input of the point-wise c
     dWg = E3 (*) x3,   dWp = E3 z3^T,   dW1 = E1 z1^T,   db3 = sum E3,   db1 = sum E1
 
 Neither U3 nor U1 was kept. Either they come back as one map, U3 - U1 (:mod:`spconv_triton.native_backward_maps`, with
-few channels :mod:`spconv_triton.native_backward_merged`), or A comes from the weight gradients of single samples
-(:mod:`spconv_triton.native_backward_products`).
+few channels :mod:`spconv_triton.native_backward_merged`), which also may have been kept, or A comes from the weight
+gradients of single samples (:mod:`spconv_triton.native_backward_products`).
 
 gamma is sigmoid(-d), not 1 - beta, and E1 is not g - E3: where the gate is saturated they would be all rounding error.
 
@@ -37,11 +37,16 @@ from .native_backward_merged import Merged
 from .native_backward_operands import Operands, operands
 from .native_backward_products import Products
 from .native_gate import bias_difference, sums_of_maps
-from .native_parts import pay_in_training, samples_together
+from .native_parts import parts_of, pay_in_training, samples_together
 
 
 def gradients(
-    inputs: list[Any], geometry: Geometry, d: Tensor, grad: Tensor, needed: tuple[bool, ...]
+    inputs: list[Any],
+    geometry: Geometry,
+    d: Tensor,
+    grad: Tensor,
+    needed: tuple[bool, ...],
+    difference: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the six tensor arguments of :func:`spconv_triton.native_onepass.spconv2d`, where ``needed``.
 
@@ -49,6 +54,7 @@ def gradients(
         inputs: those arguments; the redundant part is there.
         d: S3 - S1 of the forward, [N, M, 1, 1], float32 or better.
         grad: dL/dY, [N, M, H_out, W_out].
+        difference: U3 - U1 without biases, likewise; None to compute it again.
 
     Returns:
         Six tensors of the arguments' shapes and dtypes, None where not needed.
@@ -56,14 +62,14 @@ def gradients(
     x, *others = inputs
     samples = samples_together(x, grad.shape[1], (grad.shape[2], grad.shape[3]))
     if samples >= x.shape[0] or not pay_in_training(x.dtype):
-        dx, *sums = _of_part(inputs, geometry, d, grad, needed)
+        dx, *sums = _of_part(inputs, geometry, d, grad, difference, needed)
     else:
         dx = torch.empty_like(x, memory_format=torch.channels_last) if needed[0] else None
-        parts = [whole.split(samples) for whole in (x, d, grad)]
-        outs = [None] * len(parts[0]) if dx is None else dx.split(samples)
+        parts = zip(x.split(samples), d.split(samples), grad.split(samples), strict=True)
+        kept, outs = (parts_of(maps, samples, x.shape[0]) for maps in (difference, dx))
         sums = [None] * len(others)
-        for of_x, of_d, of_grad, out in zip(*parts, outs, strict=True):
-            of_others = _of_part([of_x, *others], geometry, of_d, of_grad, needed, out)[1:]
+        for (of_x, of_d, of_grad), of_kept, out in zip(parts, kept, outs, strict=True):
+            of_others = _of_part([of_x, *others], geometry, of_d, of_grad, of_kept, needed, out)[1:]
             sums = [_plus(total, of_part, d.dtype) for total, of_part in zip(sums, of_others, strict=True)]
     return dx, *(None if s is None else s.to(argument.dtype) for s, argument in zip(sums, others, strict=True))
 
@@ -80,6 +86,7 @@ def _of_part(
     geometry: Geometry,
     d: Tensor,
     grad: Tensor,
+    difference: Tensor | None,
     needed: tuple[bool, ...],
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
@@ -88,7 +95,7 @@ def _of_part(
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = inputs
     given = operands(x, weight_gwc, weight_pwc, weight_redundant, geometry, d, grad)
     g, beta, gamma = given.g, given.beta, given.gamma
-    a, made = _gate_gradient(given, needed)
+    a, made = _gate_gradient(given, difference, needed)
     dbias = dbranch_bias = None
     if bias is not None or branch_bias is not None:
         total = sums_of_maps(g)
@@ -111,15 +118,17 @@ def _of_part(
     return (*of_layer, dbias, dbranch_bias)
 
 
-def _gate_gradient(given: Operands, needed: tuple[bool, ...]) -> tuple[Tensor, Merged | Products | Maps]:
+def _gate_gradient(
+    given: Operands, difference: Tensor | None, needed: tuple[bool, ...]
+) -> tuple[Tensor, Merged | Products | Maps]:
     """A, [N, M, 1, 1], and what was made for it."""
     if native_backward_merged.pays(given):
-        a, merged = native_backward_merged.gate_gradient(given)
+        a, merged = native_backward_merged.gate_gradient(given, difference)
         if math.isfinite(a.sum()):  # else the zeros among merged weights make NaN of infinities
             return a, merged
-    if native_backward_products.pay(given):
+    if difference is None and native_backward_products.pay(given):
         return native_backward_products.gate_gradient(given, of_gwc=needed[1])
-    return native_backward_maps.gate_gradient(given)
+    return native_backward_maps.gate_gradient(given, difference)
 
 
 def differentiable_gradients(

@@ -1,4 +1,4 @@
-"""The backward through maps: U3 - U1 = GWC(x3) + [Wp, -W1] z is made again, for A = sum_pixels g (U3 - U1).
+"""The backward through maps: U3 - U1 = GWC(x3) + [Wp, -W1] z, kept or made again, for A = sum_pixels g (U3 - U1).
 
 Then E3 and E1 are written over it, one after the other. Formulas: :mod:`spconv_triton.native_backward`.
 """
@@ -40,10 +40,13 @@ class Maps(NamedTuple):
     is_folded: bool
 
 
-def gate_gradient(given: Operands) -> tuple[Tensor, Maps]:
-    """A, [N, M, 1, 1], and what was made for it."""
+def gate_gradient(given: Operands, difference: Tensor | None = None) -> tuple[Tensor, Maps]:
+    """A, [N, M, 1, 1], and what was made for it; from U3 - U1, if that is given."""
     _, x3, z, g, _, _, _, pwc, redundant, geometry = given
     convolved, blocks, is_folded = _folded(given)
+    if difference is not None:
+        scratch = difference * g
+        return sums_of_maps(scratch), Maps(scratch, convolved, blocks, is_folded)
     if is_folded:
         scratch = convolve(x3, convolved, None, *geometry[1:])
         for block in blocks:

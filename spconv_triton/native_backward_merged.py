@@ -39,14 +39,18 @@ def pays(given: Operands) -> bool:
     return merging_pays(given.x, given.weight_gwc, given.geometry) and can_be_matrix_product(given.x)
 
 
-def gate_gradient(given: Operands) -> tuple[Tensor, Merged]:
-    """A, [N, M, 1, 1], and what was made for it."""
+def gate_gradient(given: Operands, difference: Tensor | None) -> tuple[Tensor, Merged]:
+    """A, [N, M, 1, 1], and what was made for it; from U3 - U1, if that is given."""
     _, stride, padding, dilation, _ = given.geometry
     weight = merge(given.weight_gwc, given.weight_pwc, given.geometry)
     z1 = channels_last(given.z.narrow(1, given.x3.shape[1], given.weight_redundant.shape[1]))
-    difference = convolve(given.x3, weight, None, stride, padding, dilation)
-    difference -= F.conv2d(z1, given.weight_redundant)
-    return sums_of_maps(difference.mul_(given.g)), Merged(difference, weight, z1)
+    if difference is None:
+        scratch = convolve(given.x3, weight, None, stride, padding, dilation)
+        scratch -= F.conv2d(z1, given.weight_redundant)
+        scratch *= given.g
+    else:
+        scratch = difference * given.g
+    return sums_of_maps(scratch), Merged(scratch, weight, z1)
 
 
 def gradients(

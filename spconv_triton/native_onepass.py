@@ -11,6 +11,9 @@ large ones every further map costs more than weights for each sample: there is n
 
 but where oneDNN multiplies wider than ATen: there two more maps take less time than a product for each sample.
 
+If the backward shall not compute U3 - U1 again (:mod:`spconv_triton.recomputation`), both maps are made, and their
+difference is kept.
+
 In inference a is the scale of a norm that follows, and a residual and an activation follow in place; else a is 1. There
 weights are prepared (:mod:`spconv_triton.native_weights`), with which the branches take less time, so that maps are
 large only later. A batch of many samples goes through the branches in parts (:mod:`spconv_triton.native_parts`).
@@ -32,9 +35,10 @@ from . import native
 from .autocast import without_autocast
 from .dispatch import is_batched, is_exporting, is_transformed
 from .geometry import Geometry
+from .layout import memory_format
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
-from .native_convolution import channels_last
+from .native_convolution import channels_last, map_dtype
 from .native_gate import (
     bias_difference,
     difference_of_means,
@@ -44,9 +48,10 @@ from .native_gate import (
     sums_of_maps,
 )
 from .native_inference import Inference
-from .native_parts import pay_in_training, samples_together
+from .native_parts import parts_of, pay_in_training, samples_together
 from .native_products import pixels
 from .native_weights import MergedWeights, Plan, PreparedWeights, Weights, for_one_call
+from .recomputation import recomputes
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
@@ -57,6 +62,21 @@ class Memory(NamedTuple):
 
     inference: Inference
     call: Any
+
+
+class Into(NamedTuple):
+    """Memory for what a forward writes, maps [N, M, H_out, W_out].
+
+    Attributes:
+        y: for Y; None for new memory.
+        difference: for U3 - U1, in the dtype of maps; None if nobody needs it.
+    """
+
+    y: Tensor | None = None
+    difference: Tensor | None = None
+
+
+NEW = Into()
 
 
 def spconv2d(
@@ -154,30 +174,40 @@ def recall(arguments: Arguments, after: Epilogue, memory: Memory) -> Tensor | No
 
 
 class OnePass(torch.autograd.Function):
-    """Y from the arguments of :func:`spconv2d`; keeps them and d = S3 - S1."""
+    """Y from the arguments of :func:`spconv2d`; keeps them, d = S3 - S1, and U3 - U1 if it shall not be recomputed."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.geometry = arguments
         x, gwc, pwc, redundant, bias, branch_bias = tensors
-        y, d = forward(x, for_one_call(x, gwc, pwc, redundant, ctx.geometry), bias, branch_bias)
-        ctx.save_for_backward(*tensors, d)
+        difference = None if recomputes() else _empty_map(x, gwc.shape[0], ctx.geometry, map_dtype(x))
+        weights = for_one_call(x, gwc, pwc, redundant, ctx.geometry)
+        y, d = forward(x, weights, bias, branch_bias, difference=difference)
+        ctx.save_for_backward(*tensors, d, difference)
         return y.data  # a view of nothing: autograd forbids an in-place ReLU behind a Function that returns a view
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        *inputs, d = ctx.saved_tensors
+        *inputs, d, difference = ctx.saved_tensors
         with without_autocast(grads[0]):
             if torch.is_grad_enabled() or is_batched(grads[0]):
                 layer = functools.partial(native.compose, geometry=ctx.geometry)
                 return (*differentiable_gradients(layer, inputs, grads[0]), None)
-            return (*gradients(inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad), None)
+            return (*gradients(inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad, difference), None)
 
 
 def forward(
-    x: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue = NOTHING
+    x: Tensor,
+    weights: Weights,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    after: Epilogue = NOTHING,
+    difference: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better; None without a redundant part. Without gradients."""
+    """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better; None without a redundant part. Without gradients.
+
+    U3 - U1 is written into ``difference``, if it is given, of weights for one call.
+    """
     x = channels_last(x)
     if not weights.has_gate:
         joins = bias is not None and bias.dtype == x.dtype and branch_bias is None and after.norm_scale is None
@@ -185,19 +215,26 @@ def forward(
         return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
     if isinstance(weights, PreparedWeights):
         plan = weights.plan(x.shape)
-        if plan.gate_first:
+        if plan.gate_first and difference is None:
             return _gate_first(x, weights, bias, branch_bias, after)
         if plan.samples >= x.shape[0]:
-            return _by_prepared_weights(x, weights, bias, branch_bias, after, plan=plan)
-        return _in_parts(x, weights, bias, branch_bias, after, plan.samples, plan.size)
+            return _by_prepared_weights(x, weights, bias, branch_bias, after, Into(None, difference), plan)
+        return _in_parts(x, weights, bias, branch_bias, after, difference, plan.samples)
     merged = isinstance(weights, MergedWeights)
-    if not merged and gate_comes_first(x, weights.geometry):
+    if not merged and difference is None and gate_comes_first(x, weights.geometry):
         return _gate_first(x, weights, bias, branch_bias, after)
     size = weights.geometry.output_size(x.shape[2], x.shape[3])
     samples = samples_together(x, weights.gwc.shape[0], size)
     if samples < x.shape[0] and pay_in_training(x.dtype):
-        return _in_parts(x, weights, bias, branch_bias, after, samples, size)
-    return _by_branches(x, weights, bias, branch_bias, after)
+        return _in_parts(x, weights, bias, branch_bias, after, difference, samples)
+    return _by_branches(x, weights, bias, branch_bias, after, Into(None, difference))
+
+
+def _empty_map(x: Tensor, outputs: int, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """[N, ``outputs``, H_out, W_out], in channels_last on a CPU."""
+    size = geometry.output_size(x.shape[2], x.shape[3])
+    layout = torch.channels_last if x.is_cpu else memory_format(x)
+    return torch.empty((x.shape[0], outputs, *size), dtype=dtype, device=x.device, memory_format=layout)
 
 
 def _in_parts(
@@ -206,19 +243,19 @@ def _in_parts(
     bias: Tensor | None,
     branch_bias: Tensor | None,
     after: Epilogue,
+    difference: Tensor | None,
     samples: int,
-    size: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Y and d, so many samples at a time."""
-    batch, outputs = x.shape[0], weights.gwc.shape[0]
-    y = torch.empty((batch, outputs, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    parts = -(-batch // samples)
-    residuals = [None] * parts if after.residual is None else after.residual.split(samples)
-    differences = [
-        _by_branches(of_x, weights, bias, branch_bias, after._replace(residual=residual), of_y)[1]
-        for of_x, of_y, residual in zip(x.split(samples), y.split(samples), residuals, strict=True)
+    y = _empty_map(x, weights.gwc.shape[0], weights.geometry, x.dtype)
+    residuals, into_y, into_difference = (
+        parts_of(maps, samples, x.shape[0]) for maps in (after.residual, y, difference)
+    )
+    exponents = [
+        _by_branches(of_x, weights, bias, branch_bias, after._replace(residual=residual), Into(*into))[1]
+        for of_x, residual, *into in zip(x.split(samples), residuals, into_y, into_difference, strict=True)
     ]
-    return y, torch.cat(differences)
+    return y, torch.cat(exponents)
 
 
 def _by_branches(
@@ -227,12 +264,12 @@ def _by_branches(
     bias: Tensor | None,
     branch_bias: Tensor | None,
     after: Epilogue,
-    out: Tensor | None = None,
+    into: Into = NEW,
 ) -> tuple[Tensor, Tensor]:
-    """Y, written into ``out`` if that is given, and d."""
+    """Y and d."""
     if isinstance(weights, MergedWeights | PreparedWeights):
-        return _by_prepared_weights(x, weights, bias, branch_bias, after, out)
-    return _by_given_weights(x, weights, bias, branch_bias, after, out)
+        return _by_prepared_weights(x, weights, bias, branch_bias, after, into)
+    return _by_given_weights(x, weights, bias, branch_bias, after, into)
 
 
 def _by_prepared_weights(
@@ -241,12 +278,19 @@ def _by_prepared_weights(
     bias: Tensor | None,
     branch_bias: Tensor | None,
     after: Epilogue,
-    out: Tensor | None = None,
+    into: Into = NEW,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_by_branches`. On small maps the calls take the time, so there are few, and some are planned."""
-    # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference.
-    joins = branch_bias is None and after.norm_scale is None and bias is not None and bias.dtype == x.dtype
+    # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference. What is kept of
+    # that is without it, and so without its roundings.
+    joins = (
+        into.difference is None
+        and branch_bias is None
+        and after.norm_scale is None
+        and bias is not None
+        and bias.dtype == x.dtype
+    )
     joined = bias if joins else None
     z = x if plan is not None and plan.is_z else weights.pointwise_input(x)
     u3, u1 = weights.u3(x, z, joined), weights.u1(z, joined)
@@ -255,9 +299,9 @@ def _by_prepared_weights(
     if branch_bias is not None:
         d += bias_difference(branch_bias, d.dtype)
     if not math.isfinite(d.sum()):
-        return _by_given_weights(x, weights.given, bias, branch_bias, after, out)
+        return _by_given_weights(x, weights.given, bias, branch_bias, after, into)
     offset = None if joins else _offset(d, bias, branch_bias, after, d.dtype)
-    return _finish(_blend(u3, u1, d, out), offset, after, x.dtype), d
+    return _finish(_blend(u3, u1, d, into), offset, after, x.dtype), d
 
 
 def _gate_first(
@@ -289,7 +333,7 @@ def _by_given_weights(
     bias: Tensor | None,
     branch_bias: Tensor | None,
     after: Epilogue,
-    out: Tensor | None = None,
+    into: Into = NEW,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_by_branches`, on any device and of anything, finite or not."""
     z = weights.pointwise_input(x)
@@ -299,12 +343,14 @@ def _by_given_weights(
         s3 += branch_bias[0, :, None, None]
         s1 += branch_bias[1, :, None, None]
     d = exponent(s3, s1)
-    return _finish(_blend(u3, u1, d, out), _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
+    return _finish(_blend(u3, u1, d, into), _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
 
 
-def _blend(u3: Tensor, u1: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
-    """beta U3 + gamma U1, written into ``out``, or over ``u1``."""
-    out = u1 if out is None else out
+def _blend(u3: Tensor, u1: Tensor, d: Tensor, into: Into) -> Tensor:
+    """beta U3 + gamma U1, written over ``u1`` if not into memory that is given."""
+    out = u1 if into.y is None else into.y
+    if into.difference is not None:
+        torch.sub(u3, u1, out=into.difference)
     if u1.dtype == d.dtype:
         return torch.lerp(u1, u3, torch.sigmoid(d), out=out)
     # A rounding of beta would be a large one of gamma = 1 - beta.

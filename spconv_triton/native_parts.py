@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,11 @@ def samples_of_shape(shape: tuple[int, ...], itemsize: int, outputs: int, size: 
     elements = batch * (channels * height * width + outputs * size[0] * size[1])
     parts = max(1, min(batch, -(-elements * itemsize // CACHED)))
     return -(-batch // parts)
+
+
+def parts_of(maps: Tensor | None, samples: int, batch: int) -> Sequence[Tensor | None]:
+    """Views of so many samples each of ``maps``, [batch, ...]; where there are none, as many times None."""
+    return [None] * -(-batch // samples) if maps is None else maps.split(samples)
 
 
 def pay_in_training(dtype: torch.dtype) -> bool:

@@ -31,7 +31,7 @@ from torch import nn, ones
 from torch.nn.parallel import DistributedDataParallel
 
 from spconv_triton import SPConv2d, convert, explain, functional, fuse, load_reference_checkpoint, load_tuning
-from spconv_triton import models, summary
+from spconv_triton import models, set_recompute, summary
 from spconv_triton.fused import FusedSPConv2d
 from spconv_triton.launch.common import check_samples, pixel_arguments  # what the kernels' launches ask first
 

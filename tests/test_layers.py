@@ -33,6 +33,7 @@ HELPERS = (
     "folded_norms",
     "geometry",
     "layout",
+    "recomputation",
     "registration",
     "symbols",
     "watch",

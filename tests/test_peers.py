@@ -22,12 +22,12 @@ from benchmarks.peers import (
     build_layer,
     build_network,
 )
-from benchmarks.peers.catalogue import COMPILED
+from benchmarks.peers.catalogue import VARIANTS
 
 WINDOWS = [(8, 16, 3, 1), (16, 8, 3, 2), (8, 8, 5, 1), (24, 16, 1, 2)]
 """(L, M, k, stride)."""
 
-EAGER = [name for name in NAMES if not name.endswith(COMPILED)]
+EAGER = [name for name in NAMES if not name.endswith(VARIANTS)]
 
 
 def centre_tap(weight: Tensor, kernel_size: int) -> Tensor:
@@ -223,8 +223,10 @@ def test_resnet50_of_octaves_runs() -> None:
         assert build_network("resnet50", "octconv").eval()(torch.randn(1, 3, 64, 64)).shape == (1, 10)
 
 
-def test_compiled_names_are_the_eager_layers() -> None:
-    assert set(NAMES) - set(LAYERS) == {f"{name} compiled" for name in ("conv2d", "spconv", "reference", "ghost")}
+def test_names_of_variants_are_the_eager_layers() -> None:
+    compiled = {f"{name} compiled" for name in ("conv2d", "spconv", "reference", "ghost")}
+    assert set(NAMES) - set(LAYERS) == {*compiled, "spconv kept"}
+    assert type(build_layer("spconv kept", 8, 8)) is type(build_layer("spconv", 8, 8))
     assert type(build_layer("reference compiled", 8, 8)) is type(build_layer("reference", 8, 8))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.comparison.rounds import Effort, compare
 from benchmarks.dense_init import train
 from benchmarks.peers import TITLES, build_network, count_macs, count_parameters
-from benchmarks.peers.catalogue import COMPILED
+from benchmarks.peers.catalogue import VARIANTS
 from spconv_triton.training.data import WEIGHTS, seed_epoch
 from spconv_triton.training.datasets import digits
 from spconv_triton.training.measure import forward_pass
@@ -31,7 +31,7 @@ ALPHAS = {"spconv": 1 / 2, "spconv 1/4": 1 / 4, "spconv 1/8": 1 / 8}
 """SPConv at more than one size; the reference computes the same and is left out."""
 
 CANDIDATES = {
-    **{name: title for name, title in TITLES.items() if name != "reference" and not name.endswith(COMPILED)},
+    **{name: title for name, title in TITLES.items() if name != "reference" and not name.endswith(VARIANTS)},
     "spconv 1/4": "SPConv, alpha 1/4",
     "spconv 1/8": "SPConv, alpha 1/8",
 }

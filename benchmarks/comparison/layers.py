@@ -14,7 +14,7 @@ from benchmarks.comparison.rounds import Effort, compare
 from benchmarks.competitors import DIRECTIONS
 from benchmarks.networks import convolutions
 from benchmarks.peers import NAMES
-from benchmarks.peers.catalogue import COMPILED
+from benchmarks.peers.catalogue import COMPILED, KEPT
 
 Row = dict[str, Any]
 
@@ -44,9 +44,12 @@ class Cell:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(
-            name for name in NAMES if not name.endswith(COMPILED) or name.removesuffix(COMPILED) in self.compiled
-        )
+        return tuple(name for name in NAMES if self._runs(name))
+
+    def _runs(self, name: str) -> bool:
+        if name.endswith(COMPILED):
+            return name.removesuffix(COMPILED) in self.compiled
+        return self.direction == DIRECTIONS[1] or not name.endswith(KEPT)
 
 
 def shapes(network: str) -> tuple[Case, ...]:

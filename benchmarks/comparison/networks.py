@@ -16,7 +16,7 @@ from benchmarks.comparison.rounds import Effort, compare, fastest
 from benchmarks.competitors import DEVICE, LAYOUTS
 from benchmarks.networks import IMAGES
 from benchmarks.peers import NAMES, build_network, count_macs, count_parameters
-from benchmarks.peers.catalogue import COMPILED
+from benchmarks.peers.catalogue import COMPILED, VARIANTS
 from benchmarks.resnet50 import calibrated
 from spconv_triton import SPConv2d, fuse
 from spconv_triton.training.measure import training_step
@@ -71,7 +71,7 @@ class Networks:
         images = self.images(4)
         self.models: dict[str, nn.Module] = {}
         for name in NAMES:
-            if not name.endswith(COMPILED):
+            if not name.endswith(VARIANTS):
                 torch.manual_seed(0)
                 self.models[name] = calibrated(build_network(network, name, classes=classes).to(DEVICE), images)
         self.classes = classes

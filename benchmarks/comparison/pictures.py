@@ -23,6 +23,7 @@ STYLES = {
     "spconv": ("*", "#0057a8"),
     "conv2d compiled": ("o", "#7f7f7f"),
     "spconv compiled": ("*", "#3d85c6"),
+    "spconv kept": ("*", "#003a70"),
     "reference": ("P", "#6fa8dc"),
     "reference compiled": ("X", "#9fc5e8"),
     "ghost": ("s", "#7a3b9a"),

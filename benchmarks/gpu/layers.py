@@ -12,10 +12,11 @@ import torch._functorch.config as functorch_config
 from cases import kept_bytes
 from triton.runtime import Autotuner
 
-from benchmarks.competitors import COMPILED, LAYOUTS, Contestant, Trial
+from benchmarks.competitors import LAYOUTS, Contestant, Trial
 from benchmarks.gpu import plan
 from benchmarks.gpu.device import Call, Device, device_of, latency
 from benchmarks.gpu.record import Record
+from benchmarks.peers.catalogue import COMPILED
 from benchmarks.ratios import quantiles
 from benchmarks.turns import turns
 

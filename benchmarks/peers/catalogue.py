@@ -18,6 +18,7 @@ TITLES = {
     "conv2d": "nn.Conv2d",
     "conv2d compiled": "nn.Conv2d, compiled",
     "spconv": "SPConv, alpha 1/2",
+    "spconv kept": "SPConv, alpha 1/2, U3 - U1 kept",
     "spconv compiled": "SPConv, alpha 1/2, compiled",
     "reference": "SPConv reference, eager",
     "reference compiled": "SPConv reference, compiled",
@@ -36,6 +37,12 @@ NAMES = tuple(TITLES)
 
 COMPILED = " compiled"
 """Ends the name of what goes through ``torch.compile``."""
+
+KEPT = " kept"
+"""Ends the name of what trains under ``spconv_triton.set_recompute(False)``."""
+
+VARIANTS = (COMPILED, KEPT)
+"""Of a competitor that has a name of its own."""
 
 MIN_CHANNELS = 8
 """Input channels from which a network's convolution is swapped: the first reads an image and stays in all papers but
@@ -83,8 +90,13 @@ TRAINED: dict[str, Maker] = {
 
 
 def build_layer(name: str, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Module:
-    """The layer of a competitor; a compiled one is the eager one, for the caller to compile."""
-    return LAYERS[name.removesuffix(COMPILED)](in_channels, out_channels, kernel_size, stride)
+    """The layer of a competitor; of a variant it is the competitor's, for the caller to compile or call accordingly."""
+    return LAYERS[without_variant(name)](in_channels, out_channels, kernel_size, stride)
+
+
+def without_variant(name: str) -> str:
+    """Whose variant it is."""
+    return name.partition(" ")[0] if name.endswith(VARIANTS) else name
 
 
 def build_network(network: str, name: str, *, alpha: float = 0.5, classes: int = 10, in_channels: int = 3) -> nn.Module:
@@ -92,14 +104,14 @@ def build_network(network: str, name: str, *, alpha: float = 0.5, classes: int =
 
     Args:
         network: of :data:`NETWORKS`.
-        name: of :data:`NAMES`; a compiled one is the eager one, for the caller to compile.
+        name: of :data:`NAMES`; of a variant it is the competitor's, for the caller to compile or call accordingly.
         alpha: of SPConv.
 
     Raises:
         KeyError: no such network or competitor.
     """
     options = {"classes": classes, "in_channels": in_channels}
-    eager = name.removesuffix(COMPILED)
+    eager = without_variant(name)
     if eager in ("spconv", "reference"):
         backend = "auto" if eager == "spconv" else "reference"
         return models.MODELS[network](alpha, backend=backend, **options)
