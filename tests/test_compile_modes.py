@@ -1,4 +1,4 @@
-"""torch.compile in every mode; tests/test_modules.py counts graphs over sizes, here Inductor compiles and runs them.
+"""torch.compile in every mode: Inductor compiles and runs it; tests/test_modules_compiled.py counts graphs over sizes.
 
 On a CPU the modes differ in what they tune; CUDA graphs, which ``reduce-overhead`` adds, need a GPU.
 """

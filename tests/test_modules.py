@@ -4,68 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import pickle
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Inputs, assert_within_budget, run, yardsticks
+from cases import assert_within_budget, run
 from fresh import run_python
+from layer_cases import assert_as_reference, dense, every_dtype, every_format, every_layer, inputs_of, make, state_of
 from published import PublishedSPConv
-from torch import Tensor, nn
+from torch import nn
 
 from spconv_triton import SPConv2d, functional, reference
-
-# Constructor arguments that every test of a property that must not depend on them goes through.
-LAYERS: dict[str, dict[str, Any]] = {
-    "plain": {"kernel_size": 3, "padding": 1},
-    "bare": {"kernel_size": 3, "bias": False},
-    "stride-2": {"kernel_size": 3, "stride": 2, "padding": 1},
-    "same": {"kernel_size": (5, 3), "padding": "same", "dilation": (1, 2)},
-    "valid": {"kernel_size": (1, 3), "padding": "valid", "groups": 1},
-    "quarter": {"kernel_size": 3, "alpha": 0.25, "padding": (0, 1)},
-    "all": {"kernel_size": 3, "alpha": 1.0, "groups": 4},
-    "reflect": {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "reflect"},
-    "branch-norm": {"kernel_size": 3, "padding": 1, "branch_norm": True},
-    "branch-norm-all": {"kernel_size": 3, "padding": 1, "alpha": 1, "branch_norm": True},
-}
-every_layer = pytest.mark.parametrize("options", list(LAYERS.values()), ids=list(LAYERS))
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-every_format = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-
-
-def make(options: dict[str, Any], **more: Any) -> SPConv2d:
-    return SPConv2d(8, 12, **{**options, **more})
-
-
-def dense(options: dict[str, Any], **more: Any) -> nn.Conv2d:
-    """The nn.Conv2d that a layer replaces."""
-    shared = {k: v for k, v in options.items() if k not in ("alpha", "branch_norm", "groups")}
-    return nn.Conv2d(8, 12, **{**shared, **more})
-
-
-def inputs_of(layer: SPConv2d, x: Tensor) -> Inputs:
-    """A layer without padding mode or norms, as the arguments of the reference."""
-    window = {
-        "stride": layer.stride,
-        "padding": layer.padding,
-        "dilation": layer.dilation,
-        "groups": layer.groups,
-    }
-    leaves = [layer.weight_gwc, layer.weight_pwc, layer.weight_redundant, layer.bias]
-    return Inputs(x, *leaves, window=window)
-
-
-def assert_as_reference(layer: SPConv2d, x: Tensor) -> None:
-    inputs = inputs_of(layer, x)
-    assert_within_budget(
-        "y", layer(x), run(reference.spconv2d, inputs)["y"], run(reference.spconv2d, inputs.to(torch.float64))["y"]
-    )
 
 
 def test_constructor_is_that_of_conv2d() -> None:
@@ -149,10 +101,6 @@ def test_repr(options: dict[str, Any], expected: str) -> None:
 def test_repr_with_norms() -> None:
     first = repr(make({"kernel_size": 3}, branch_norm=True)).splitlines()[1]
     assert first == "  8, 12, kernel_size=(3, 3), stride=(1, 1), groups=2, alpha=0.5, branch_norm=True"
-
-
-def state_of(layer: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in layer.state_dict().items()}
 
 
 @every_layer
@@ -249,72 +197,6 @@ def test_from_conv2d_refuses(conv: Any, error: type[Exception], parts: tuple[str
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-INITIAL = {
-    "defaults": {},
-    "quarter": {"alpha": 0.25},
-    "all": {"alpha": 1},
-    "four-groups": {"groups": 4, "alpha": 0.5},
-    "one-group": {"groups": 1},
-    "stride-2": {"stride": 2},
-    "stride-2-quarter": {"stride": 2, "alpha": 0.25, "groups": 4},
-    "k5": {"kernel_size": 5},
-}
-
-
-@pytest.mark.parametrize("options", list(INITIAL.values()), ids=list(INITIAL))
-def test_initial_variance_is_that_of_conv2d(options: dict[str, Any]) -> None:
-    """Within five standard errors over fresh layers, each on white noise of its own; no padding, so no border."""
-    shared = {"kernel_size": 3, "bias": False, **options}
-    plain = {k: v for k, v in shared.items() if k not in ("alpha", "groups")}
-
-    def variances(build: Any) -> Tensor:
-        return torch.stack([build()(torch.randn(4, 32, 15, 15)).var() for _ in range(64)])
-
-    with torch.no_grad():
-        ours = variances(lambda: SPConv2d(32, 32, **shared))
-        theirs = variances(lambda: nn.Conv2d(32, 32, **plain))
-    error = ((ours.var() + theirs.var()) / 64).sqrt()
-    assert error < 0.02 * theirs.mean(), "the sample is too small to tell"
-    assert (ours.mean() - theirs.mean()).abs() < 5 * error, f"{ours.mean()} against {theirs.mean()}, error {error}"
-
-
-def test_initial_bias_is_that_of_conv2d() -> None:
-    biases = torch.cat([SPConv2d(8, 64, 3).bias.detach() for _ in range(64)])
-    bound = (8 * 9) ** -0.5
-    assert biases.abs().max() <= bound
-    assert biases.abs().max() > 0.99 * bound
-    assert biases.mean().abs() < 5 * bound / (3 * biases.numel()) ** 0.5
-
-
-def test_gate_starts_at_one_half() -> None:
-    """On average over layers, samples and channels, within five standard errors."""
-    means = []
-    with torch.no_grad():
-        for _ in range(64):
-            layer = SPConv2d(16, 16, 3, bias=False)
-            x = torch.randn(2, 16, 12, 12)
-            u3 = reference.representative_branch(x[:, :8], layer.weight_gwc, layer.weight_pwc)
-            u1 = F.conv2d(x[:, 8:, 1:-1, 1:-1], layer.weight_redundant)
-            means.append(torch.sigmoid(u3.mean((2, 3)) - u1.mean((2, 3))).mean())
-    beta = torch.stack(means)
-    error = beta.std() / 8
-    assert 0 < error < 0.01
-    assert (beta.mean() - 0.5).abs() < 5 * error
-
-
-def test_reset_parameters_draws_anew_and_resets_norms() -> None:
-    layer = make({"kernel_size": 3, "padding": 1}, branch_norm=True)
-    layer(torch.randn(4, 8, 5, 5) + 3)
-    before = state_of(layer)
-    layer.reset_parameters()
-    for name in ("weight_gwc", "weight_pwc", "weight_redundant", "bias"):
-        assert not torch.equal(layer.state_dict()[name], before[name]), name
-    for norm in (layer.norm_representative, layer.norm_redundant):
-        assert not norm.running_mean.any()
-        assert (norm.running_var == 1).all()
-        assert norm.num_batches_tracked == 0
-
-
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @every_format
@@ -398,18 +280,6 @@ def test_an_empty_batch(options: dict[str, Any], memory_format: torch.memory_for
     for name, p in layer.named_parameters():
         assert p.grad is not None, name
         assert torch.equal(p.grad, torch.zeros_like(p)), name
-
-
-@every_layer
-@every_format
-def test_memory_format_is_kept(options: dict[str, Any], memory_format: torch.memory_format) -> None:
-    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=memory_format)
-    for layer in (make(options), make(options).to(memory_format=torch.channels_last)):
-        y = layer(x)
-        assert y.is_contiguous(memory_format=memory_format)
-        assert not y.is_contiguous(
-            memory_format=torch.channels_last if memory_format == torch.contiguous_format else torch.contiguous_format
-        )
 
 
 @every_dtype
@@ -498,132 +368,6 @@ def test_autocast_keeps_the_gate_in_float32() -> None:
     assert torch.equal(y, (beta * u3 + (1 - beta) * u1).bfloat16())
 
 
-@pytest.fixture
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
-def outputs(layer: nn.Module, x: Tensor, grad: Tensor, *, dynamic: tuple[int, ...] = ()) -> dict[str, Tensor]:
-    """Output and gradients by name, with the sizes of the ``dynamic`` axes of ``x`` marked for Dynamo."""
-    x = x.detach().requires_grad_()
-    for axis in dynamic:
-        torch._dynamo.mark_dynamic(x, axis)
-    y = layer(x)
-    parameters = {name.removeprefix("_orig_mod."): p for name, p in layer.named_parameters()}
-    grads = torch.autograd.grad(y, [x, *parameters.values()], grad)
-    return {"y": y.detach(), **dict(zip(["x", *parameters], grads, strict=True))}
-
-
-def assert_outputs_within_budget(got: dict[str, Tensor], layer: SPConv2d, x: Tensor, grad: Tensor) -> None:
-    judge = copy.deepcopy(layer)
-    judge.backend = "reference"
-    layouts = torch.contiguous_format, torch.channels_last
-    same_dtype = [outputs(judge.to(memory_format=f), *(t.to(memory_format=f) for t in (x, grad))) for f in layouts]
-    exact = outputs(judge.double(), x.double(), grad.double())
-    allowed = yardsticks(same_dtype, exact)
-    for name, value in got.items():
-        assert_within_budget(name, value, allowed[name], exact[name])
-
-
-CONVOLUTION = r"= (?:extern_kernels\.convolution|torch\.ops\.\w+\.\w*convolution\w*(?:\.\w+)?)\("
-"""A call of one, in Inductor's code."""
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_inductor_sees_every_operation_of_inference() -> None:
-    """It lowers the ATen path itself, three convolutions, so it can fuse across the layer."""
-    from torch._inductor.utils import run_and_get_code
-
-    layer = make({"kernel_size": 3, "padding": 1})
-    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
-    with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
-        got, sources = run_and_get_code(torch.compile(layer, fullgraph=True), x)
-        judge = make({"kernel_size": 3, "padding": 1}, backend="reference")
-        judge.load_state_dict(layer.state_dict())
-        assert_within_budget("y", got, judge(x), judge.double()(x.double()))
-    (source,) = sources
-    assert len(re.findall(CONVOLUTION, source)) == 3
-    assert ".spconv_triton." not in source
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_inductor_sees_every_operation_of_training() -> None:
-    """Three convolutions forward and backward, and no operator of ours."""
-    from torch._inductor.utils import run_and_get_code
-
-    layer = make({"kernel_size": 3, "stride": 2, "padding": 1})
-    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
-    grad = torch.randn(2, 12, 5, 4)
-    with torch._inductor.config.patch(force_disable_caches=True):
-        got, sources = run_and_get_code(outputs, torch.compile(layer, fullgraph=True), x, grad)
-    assert_outputs_within_budget(got, layer, x, grad)
-    forward, backward = sources
-    assert len(re.findall(CONVOLUTION, forward)) == 3
-    assert len(re.findall(r"= torch\.ops\.aten\.convolution_backward\.default\(", backward)) == 3
-    assert not any(".spconv_triton." in source for source in sources)
-
-
-class CountedGraphs:
-    """A Dynamo backend that counts what it is given, and lowers through autograd as Inductor's frontend does.
-
-    Not Inductor: on a CPU it makes the sizes of any convolution static, nn.Conv2d's too.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
-        self.count += 1
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
-
-
-SIZES = [(2, 9, 7), (3, 8, 6), (5, 12, 11), (4, 7, 16)]
-
-
-def assert_sizes_agree(
-    layer: SPConv2d, compiled: Any, sizes: list[tuple[int, int, int]], *, dynamic: tuple[int, ...] = ()
-) -> None:
-    for n, height, width in sizes:
-        x = torch.randn(n, 8, height, width)
-        grad = torch.randn_like(layer(x))
-        assert_outputs_within_budget(outputs(compiled, x, grad, dynamic=dynamic), layer, x, grad)
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("stride", [1, 2])
-def test_one_graph_serves_every_size(stride: int) -> None:
-    layer, graphs = SPConv2d(8, 12, 3, stride, 1), CountedGraphs()
-    compiled = torch.compile(layer, fullgraph=True, backend=graphs)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        assert_sizes_agree(layer, compiled, SIZES, dynamic=(0, 2, 3))
-    assert graphs.count == 1
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_sizes_become_dynamic_by_themselves() -> None:
-    """The second size makes the graph dynamic; no later one compiles."""
-    layer, graphs = SPConv2d(8, 12, 3, padding=1, branch_norm=True).eval(), CountedGraphs()
-    compiled = torch.compile(layer, fullgraph=True, backend=graphs)
-    assert_sizes_agree(layer, compiled, SIZES[:2])
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        assert_sizes_agree(layer, compiled, SIZES[2:])
-    assert graphs.count == 2
-
-
-def test_exports() -> None:
-    layer = make({"kernel_size": 3, "stride": 2, "padding": 1}).eval()
-    x = torch.randn(2, 8, 9, 7)
-    program = torch.export.export(layer, (x,))
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    inputs = inputs_of(layer, x)
-    same_dtype, exact = (run(reference.spconv2d, i)["y"] for i in (inputs, inputs.to(torch.float64)))
-    assert_within_budget("y", torch.export.load(file).module()(x), same_dtype, exact)
-
-
 def test_what_fitted_once_is_no_excuse_for_the_next_call() -> None:
     layer, x = SPConv2d(8, 6, 3, padding=1), torch.randn(2, 8, 5, 4)
     expected = layer(x)
@@ -685,43 +429,3 @@ def test_a_single_tap_has_no_dilation() -> None:
     assert layer.dilation == (2, 2), "as it was given"
     assert layer.geometry.dilation == (1, 2)
     assert layer(torch.randn(1, 8, 5, 6)).shape == (1, 8, 5, 6)
-
-
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    "view",
-    [lambda x: x[:, :8], lambda x: x[..., 1:-1, 1:], lambda x: x[:, :8, :1, :1]],
-    ids=["channels", "crop", "pixel"],
-)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("training", [False, True])
-def test_views_keep_their_format_as_of_conv2d(
-    view: Callable[[Tensor], Tensor], layout: torch.memory_format, training: bool
-) -> None:
-    x = view(torch.randn(2, 12, 7, 6).contiguous(memory_format=layout))
-    layer = SPConv2d(x.shape[1], 8, 3, padding=2, backend="native").train(training)
-    assert layer(x).stride() == F.conv2d(x, torch.randn(8, x.shape[1], 3, 3), padding=2).stride()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_one_pixel_keeps_its_format_as_of_conv2d(layout: torch.memory_format) -> None:
-    x = torch.randn(3, 8, 1, 1).to(memory_format=layout)
-    y = SPConv2d(8, 8, 3, padding=2, backend="native")(x)
-    assert y.stride() == F.conv2d(x, torch.randn(8, 8, 3, 3), padding=2).stride()
-
-
-@pytest.mark.parametrize("of_x", LAYOUTS, ids=str)
-@pytest.mark.parametrize("of_weight", LAYOUTS, ids=str)
-def test_redundant_branch_keeps_the_format_of_x1(of_x: torch.memory_format, of_weight: torch.memory_format) -> None:
-    x1 = torch.randn(2, 4, 6, 5).contiguous(memory_format=of_x)
-    weight = torch.randn(8, 4, 1, 1).to(memory_format=of_weight)
-    u1 = functional.redundant_branch(x1, weight, kernel_size=3, padding=1)
-    assert u1.is_contiguous(memory_format=of_x)
-
-
-def test_initial_bound_at_an_uneven_stride() -> None:
-    layer = SPConv2d(64, 64, 3, stride=(1, 2))
-    bound = 2 / (9 * 32 / 2 + 64 / 2) ** 0.5
-    assert 0.99 * bound < layer.weight_gwc.abs().max() <= bound

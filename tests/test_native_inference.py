@@ -1,5 +1,5 @@
-"""Prepared weights, and what a layer remembers from one inference to the next; tests/test_weight_updates.py shows that
-it follows every change of its weights."""
+"""What a layer remembers from one inference to the next; tests/test_weight_updates.py shows that it follows every
+change of its weights."""
 
 from __future__ import annotations
 
@@ -8,191 +8,21 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from cases import (
-    RESNET50,
-    SMALL,
-    Case,
-    Inputs,
-    assert_within_budget,
-    assert_within_budget_over_draws,
-    make_inputs,
-)
+from inference_cases import DTYPES, infer, make, make_normed, prepared
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import (
-    SPConv2d,
-    functional,
-    fuse,
-    native_folding,
-    native_onepass,
-    native_parts,
-    native_products,
-    native_weights,
-    reference,
-)
-from spconv_triton.geometry import Geometry
-from spconv_triton.native_convolution import MULTIPLIES_BFLOAT16
-from spconv_triton.native_weights import AVAILABLE, PreparedWeights, are_preparable
+from spconv_triton import SPConv2d, functional, fuse
+from spconv_triton.native_weights import AVAILABLE
 from spconv_triton.watch import SAMPLE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDNN")
-
-BY_NAME = {case.name: case for case in SMALL}
-DTYPES = (torch.float32, torch.bfloat16) if MULTIPLIES_BFLOAT16 else (torch.float32,)
-
-
-FORMS = ("merged", "folded", "exchanged", "prepared", "gate first")
-
-
-def force(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have weights prepared in this form wherever it is right."""
-    kept = native_folding.can_fold
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
-    monkeypatch.setattr(native_weights, "can_fold", lambda *layer: form in ("folded", "exchanged") and kept(*layer))
-    if form == "exchanged":
-        monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", True)
-        monkeypatch.setattr(native_products, "LARGE_PRODUCT", 0)
-        monkeypatch.setattr(native_weights, "EXCHANGED_CHANNELS", 1)
-    if form == "gate first":
-        monkeypatch.setattr(native_weights, "GATED_BYTES", 0)
-        monkeypatch.setattr(native_weights, "GATED_PIXELS", 0)
-
-
-def geometry_of(case: Case) -> Geometry:
-    return Geometry(case.kernel_size, case.stride, case.padding, case.dilation, case.groups)
-
-
-@torch.no_grad()
-def by_prepared_weights(inputs: Inputs, case: Case) -> Tensor:
-    weights = PreparedWeights(inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant, geometry_of(case))
-    return native_onepass.forward(inputs.x, weights, inputs.bias, inputs.branch_bias)[0]
-
-
-def judged(inputs: Inputs, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """By prepared weights, by the reference in the dtype of ``inputs``, and in float64."""
-
-    @torch.no_grad()
-    def by_reference(inputs: Inputs) -> Tensor:
-        return reference.spconv2d(*inputs.positional(), branch_bias=inputs.branch_bias, **inputs.window)
-
-    same_dtype, exact = by_reference(inputs), by_reference(inputs.to(torch.float64))
-    return {"y": by_prepared_weights(inputs, case)}, {"y": same_dtype}, {"y": exact}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "case", [*SMALL, replace(BY_NAME["plain"], name="k1", kernel_size=(1, 1), padding=(0, 0))], ids=str
-)
-def test_prepared_weights_agree_with_float64(
-    case: Case, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    force(form, monkeypatch)
-    inputs = make_inputs(case, dtype)
-    if not are_preparable(inputs.x, inputs.weight_gwc, geometry_of(case)):
-        assert case.name in ("wide-padding", "stride-3-shifted"), "oneDNN reads what it should not, for both weights"
-        return
-    for options in ({"bias": False}, {}, {"branch_bias": True}, {"memory_format": torch.contiguous_format}):
-        # Of single draws, one in ten thousand has a reference too lucky for any other order of summation.
-        assert_within_budget_over_draws(judged(make_inputs(case, dtype, **options), case) for _ in range(3))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", RESNET50, ids=str)
-def test_prepared_weights_agree_on_the_layers_of_resnet50(case: Case, dtype: torch.dtype) -> None:
-    case = replace(case, batch=2)
-    got, same_dtype, exact = judged(make_inputs(case, dtype), case)
-    assert_within_budget("y", got["y"], same_dtype["y"], exact["y"])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{"mean": 30.0}, {"mean": 100.0}, {"gate": -30.0}, {"gate": 30.0}], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["plain", "one-group", "stride-2-odd", "alpha-1/16"])
-def test_prepared_weights_agree_over_many_draws(
-    name: str, form: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    force(form, monkeypatch)
-    case = BY_NAME[name]
-    assert_within_budget_over_draws(judged(make_inputs(case, dtype, **options), case) for _ in range(20))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["plain", "stride-2", "stride-2-odd", "alpha-1"])
-def test_samples_may_go_one_by_one(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large maps do."""
-    monkeypatch.setattr(native_parts, "CACHED", 1)
-    case = replace(BY_NAME[name], batch=5)
-    assert_within_budget_over_draws(judged(make_inputs(case, dtype, branch_bias=True), case) for _ in range(3))
-
-
-def test_weights_are_packed_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For another shape oneDNN may want another order, and would reorder them in every call."""
-    packed, kept = [], native_weights._packed
-
-    def counted(weight: Tensor, x: tuple[int, ...], *window: Any) -> Tensor:
-        packed.append(tuple(x))
-        return kept(weight, x, *window)
-
-    monkeypatch.setattr(native_weights, "_packed", counted)
-    layer = SPConv2d(32, 16, 3, padding=1).eval()
-    judge = copy.deepcopy(layer).double()
-    shapes = [(batch, 32, height, 6) for batch in (1, 2) for height in range(1, native_weights.PLANS)]
-    with torch.no_grad():
-        for shape in shapes:
-            x = torch.randn(shape)
-            for _ in range(2):
-                torch.testing.assert_close(layer(x), judge(x.double()).float(), atol=1e-5, rtol=1e-4)
-    assert [x[::2] for x in packed] == [x[::2] for x in shapes]  # pixels may be of longer rows
-    memory = layer._inference._kept
-    assert memory is not None
-    assert list(memory.weights._plans) == shapes[-native_weights.PLANS :], "the latest are remembered"
-
-
-@pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 7])
-@torch.no_grad()
-def test_any_share_of_the_samples_may_go_together(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs(replace(BY_NAME["plain"], batch=7), torch.float32)
-    layer, expected = functional.spconv2d_inference, reference.spconv2d(*inputs.positional(), **inputs.window)
-    together, by_prepared_weights = [], native_onepass._by_prepared_weights
-
-    def counted(x: Tensor, *arguments: Any, **plan: Any) -> Any:
-        together.append(x.shape[0])
-        return by_prepared_weights(x, *arguments, **plan)
-
-    monkeypatch.setattr(native_parts, "CACHED", samples * (inputs.x[0].nbytes + expected[0].nbytes))
-    monkeypatch.setattr(native_onepass, "_by_prepared_weights", counted)
-    monkeypatch.setattr(native_onepass, "for_one_call", native_weights.prepare)
-    torch.testing.assert_close(layer(*inputs.positional(), **inputs.window, backend="native"), expected)
-    assert max(together) <= samples
-    assert sum(together) == 7
-    assert len(together) == -(-7 // max(together)), "as few parts as that allows"
-
-
-def make(channels: int = 8, *, bias: bool = True) -> tuple[SPConv2d, Tensor]:
-    return SPConv2d(channels, channels, 3, padding=1, bias=bias, backend="native").eval(), torch.randn(
-        2, channels, 6, 5
-    )
-
-
-def prepared(layer: torch.nn.Module) -> PreparedWeights | None:
-    kept = layer._inference._kept
-    return None if kept is None else kept.weights
-
-
-@torch.no_grad()
-def infer(layer: SPConv2d, x: Tensor, times: int = 3) -> Tensor:
-    for _ in range(times):
-        y = layer(x)
-    return y
 
 
 @pytest.mark.parametrize("channels", [8, 64])
@@ -458,60 +288,6 @@ def test_weights_with_gaps_in_their_memory_are_compared_as_a_whole() -> None:
     assert not torch.equal(before, infer(layer, x, 1))
 
 
-def make_normed() -> tuple[SPConv2d, Tensor]:
-    layer = SPConv2d(8, 8, 3, padding=1, branch_norm=True, backend="native")
-    for norm in (layer.norm_representative, layer.norm_redundant):
-        for tensor in (norm.weight, norm.bias, norm.running_mean):
-            torch.nn.init.normal_(tensor)
-        torch.nn.init.uniform_(norm.running_var, 0.5, 2)
-    return layer.eval(), torch.randn(2, 8, 6, 5)
-
-
-def test_norms_are_folded_once() -> None:
-    for mode in (torch.no_grad, torch.inference_mode):
-        layer, x = make_normed()
-        with mode():
-            y = layer(x)
-            first = layer._folded_norms._kept
-            assert torch.equal(layer(x), y)
-        assert layer._folded_norms._kept is first is not None
-        assert prepared(layer) is not None
-        torch.testing.assert_close(y, fuse(torch.nn.Sequential(layer).eval())[0](x))
-        assert torch.equal(infer(copy.deepcopy(layer), x), y)
-        assert copy.deepcopy(layer)._folded_norms._kept is None
-
-
-NORM_CHANGES: dict[str, Callable[[SPConv2d], Any]] = {
-    "weight": lambda layer: layer.norm_representative.weight.data.neg_(),
-    "bias": lambda layer: layer.norm_redundant.bias.data.add_(1),
-    "mean": lambda layer: layer.norm_redundant.running_mean.add_(1),
-    "variance": lambda layer: layer.norm_representative.running_var.mul_(2),
-    "eps": lambda layer: setattr(layer.norm_redundant, "eps", 0.5),
-    "another norm": lambda layer: setattr(layer, "norm_redundant", torch.nn.BatchNorm2d(8).eval()),
-    "weights": lambda layer: layer.weight_pwc.data.neg_(),
-    "state dict": lambda layer: layer.load_state_dict(make_normed()[0].state_dict()),
-    "step": lambda layer: layer.train()(torch.randn(2, 8, 6, 5)),
-}
-
-
-@pytest.mark.parametrize("change", NORM_CHANGES.values(), ids=NORM_CHANGES)
-def test_changed_norms_are_folded_anew(change: Callable[[SPConv2d], Any]) -> None:
-    layer, x = make_normed()
-    before = infer(layer, x)
-    change(layer)
-    after = infer(layer.eval(), x, 1)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, infer(copy.deepcopy(layer), x, 1))
-
-
-def test_gradients_go_through_norms_that_were_folded() -> None:
-    layer, x = make_normed()
-    infer(layer, x)
-    layer(x).sum().backward()
-    assert layer.norm_representative.weight.grad is not None
-    assert layer.weight_gwc.grad is not None
-
-
 @pytest.mark.parametrize("name", ["weight_gwc", "weight_pwc", "weight_redundant"])
 def test_one_changed_element_of_a_large_weight_is_seen(name: str) -> None:
     layer, x = make(64)
@@ -556,17 +332,6 @@ def test_nothing_is_prepared_without_onednn() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         infer(layer, x)
     assert prepared(layer) is None
-
-
-def test_folded_norms_under_vmap() -> None:
-    layers = [make_normed()[0] for _ in range(3)]
-    x = torch.randn(2, 8, 6, 5)
-    parameters, buffers = torch.func.stack_module_state(layers)
-    base = copy.deepcopy(layers[0]).to("meta")
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            y = torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)))(parameters, buffers)
-            torch.testing.assert_close(y, torch.stack([layer(x) for layer in layers]))
 
 
 def test_fake_tensors_are_not_kept() -> None:
