@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from cases import assert_within_budget
-from test_fuse import CHANNELS, Net, images, layer, layers, norm, stirred
+from fuse_cases import CHANNELS, Net, images, layer, layers, norm, stirred
 from torch import Tensor, nn
 
 from spconv_triton import convert, fuse
