@@ -2,8 +2,9 @@
 
 Part by part, autograd keeps U3 and U1, both after their norms, and what the gate makes of them. Here the output is
 written over U1, which the backward makes again: that costs a twentieth of a step and leaves as much in memory as
-nn.Conv2d and its norm keep. With mu the mean of a branch over the batch, r = 1 / sqrt(variance + eps), and w and b the
-norm's parameters,
+nn.Conv2d and its norm keep. If it shall not be made again (:mod:`spconv_triton.recomputation`), it is kept.
+
+With mu the mean of a branch over the batch, r = 1 / sqrt(variance + eps), and w and b the norm's parameters,
 
     V = w r (U - mu) + b,    d = mean_p V3 - mean_p V1,    Y = beta V3 + gamma V1 + bias
 
@@ -41,6 +42,7 @@ from .native_convolution import channels_last
 from .native_gate import means_of_maps, sums_of_maps
 from .native_products import pointwise
 from .native_weights import for_one_call
+from .recomputation import recomputes
 
 TENSORS = 9
 """x, the three weights, the bias, and weight and bias of either norm: what is differentiated."""
@@ -95,13 +97,13 @@ def takes(x: Tensor) -> bool:
 
 
 class OnePass(torch.autograd.Function):
-    """Y, mean and variance; keeps the tensors that it is given, U3, d and the statistics."""
+    """Y, mean and variance; keeps the tensors that it is given, U3, d and the statistics, and U1 if it shall."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, ctx.eps, ctx.geometry = arguments
-        y, u3, d, statistics = forward(tensors, ctx.eps, ctx.geometry)
-        ctx.save_for_backward(*tensors, u3, d, *statistics)
+        y, u3, u1, d, statistics = forward(tensors, ctx.eps, ctx.geometry)
+        ctx.save_for_backward(*tensors, u3, u1, d, *statistics)
         ctx.mark_non_differentiable(statistics.mean, statistics.variance)
         # A view of nothing: autograd forbids an in-place ReLU behind a Function that returns a view.
         return y.data, statistics.mean, statistics.variance
@@ -109,7 +111,7 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        tensors, (u3, d, *statistics) = saved[:TENSORS], saved[TENSORS:]
+        tensors, (u3, u1, d, *statistics) = saved[:TENSORS], saved[TENSORS:]
         with without_autocast(grads[0]):
             if torch.is_grad_enabled() or is_batched(grads[0]):
                 found = differentiable_gradients(
@@ -117,14 +119,17 @@ class OnePass(torch.autograd.Function):
                 )
             else:
                 branches = _branches(tensors, Statistics(*statistics), ctx.eps)
-                found = gradients(tensors, u3, branches, ctx.geometry, d, grads[0], ctx.needs_input_grad)
+                found = gradients(tensors, (u3, u1), branches, ctx.geometry, d, grads[0], ctx.needs_input_grad)
         return (*found, None, None)
 
 
 def forward(
     tensors: Sequence[Any], eps: tuple[float, float], geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor, Statistics]:
-    """Y, U3, d = S3 - S1 after the norms [N, M, 1, 1], and the statistics. Without gradients."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Statistics]:
+    """Y, U3, U1, d = S3 - S1 after the norms [N, M, 1, 1], and the statistics. Without gradients.
+
+    Y is in the memory of U1, which then is None, if the backward makes that again.
+    """
     x, gwc, pwc, redundant, bias, *_ = tensors
     x = channels_last(x)
     weights = for_one_call(x, gwc, pwc, redundant, geometry)
@@ -143,7 +148,9 @@ def forward(
     offset = beta * three.shift + gamma * one.shift - scale3 * three.mean - scale1 * one.mean
     if bias is not None:
         offset += bias.detach()[:, None, None]
-    return torch.addcmul(offset, u1, scale1, out=u1).addcmul_(u3, scale3), u3, d, statistics
+    kept = None if recomputes() else u1
+    y = torch.addcmul(offset, u1, scale1, out=u1 if kept is None else torch.empty_like(u1)).addcmul_(u3, scale3)
+    return y, u3, kept, d, statistics
 
 
 def _statistics(*branches: Tensor) -> Statistics:
@@ -189,7 +196,7 @@ def _branches(tensors: Sequence[Any], statistics: Statistics, eps: tuple[float, 
 
 def gradients(
     tensors: Sequence[Any],
-    u3: Tensor,
+    maps: tuple[Tensor, Tensor | None],
     branches: tuple[Branch, Branch],
     geometry: Geometry,
     d: Tensor,
@@ -199,7 +206,8 @@ def gradients(
     """Gradients of the nine tensors, where ``needed``.
 
     Args:
-        u3, branches, d: of the forward.
+        maps: U3 and U1, or None for that.
+        branches, d: of the forward.
         grad: dL/dY, [N, M, H_out, W_out].
     """
     x, gwc, pwc, redundant, bias, *norms = tensors
@@ -207,8 +215,9 @@ def gradients(
     g, gates = given.g, (given.beta, given.gamma)
     pixels = g.shape[2] * g.shape[3]
     values = g.shape[0] * pixels
-    u1 = pointwise(given.z, redundant, pwc.shape[1])
+    u3, u1 = maps[0], pointwise(given.z, redundant, pwc.shape[1]) if maps[1] is None else maps[1]
     scratch = torch.empty_like(u1)
+    more = u1 if maps[1] is None else torch.empty_like(u1)
     b = sums_of_maps(g)
     t = []
     for u, branch in zip((u3, u1), branches, strict=True):
@@ -218,7 +227,7 @@ def gradients(
     delta *= gates[0] * gates[1]
     of_maps, of_norms = [], []  # of U3, and of U1
     for u, out, branch, gate, of_gate, moved in zip(
-        (u3, u1), (scratch, u1), branches, gates, t, (delta, -delta), strict=True
+        (u3, u1), (scratch, more), branches, gates, t, (delta, -delta), strict=True
     ):
         shift = (gate * b + moved).sum(0, keepdim=True)
         weight = branch.reciprocal * (gate * of_gate + moved * branch.deviation).sum(0, keepdim=True)

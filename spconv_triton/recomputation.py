@@ -9,7 +9,7 @@ _recomputes = True
 
 
 def recomputes() -> bool:
-    """Whether U3 - U1 is computed again in the backward."""
+    """Whether a branch, or the difference of both, is computed again in the backward."""
     return _recomputes
 
 
@@ -17,12 +17,12 @@ def set_recompute(mode: bool) -> contextlib.AbstractContextManager[None]:
     """Whether layers on ATen compute U3 - U1 again in the backward, as they do by default, or keep it from the forward.
 
     Recomputed, a layer keeps x alone, as ``nn.Conv2d`` does. Kept, one map of the size of its output more, a training
-    step on a CPU takes up to a quarter less time: ``benchmarks/README.md``.
+    step on a CPU takes a fifth less time: ``benchmarks/README.md``. With batch norms in its branches a layer keeps
+    x and U3 in either mode, and it is U1, a few percent of a step.
 
     It holds for forwards from here on, in every thread of the process; in a ``with`` statement until that ends, like
     ``torch.set_grad_enabled``. It is for eager mode, on a CPU or a GPU that triton does not serve: the Triton kernels
-    need neither, and what ``torch.compile`` keeps its ``activation_memory_budget`` says. Layers with batch norms in
-    their branches keep U3 in either mode.
+    need neither, and what ``torch.compile`` keeps its ``activation_memory_budget`` says.
 
     Args:
         mode: True to recompute, False to keep.
