@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,9 @@ import pytest
 import torch
 
 from benchmarks import competitors
-from benchmarks.gpu import kit, layers, plan, precompile
+from benchmarks.gpu import host, kit, layers, plan, precompile
 from benchmarks.gpu.device import Rehearsal
-from benchmarks.gpu.markdown import markdown, tiles
+from benchmarks.gpu.markdown import kernels, markdown, tiles
 from benchmarks.gpu.record import Record, read
 from benchmarks.gpu.sections import SECTIONS, Section
 
@@ -31,6 +32,7 @@ HALVES = (
         "graphs",
         "single",
         "parts",
+        "host",
         "tiles",
         "memory",
         "others",
@@ -166,7 +168,13 @@ def test_a_rehearsal_comes_to_every_table(halves: list[Rehearsed]) -> None:
     assert {("step", "called", n) for n in ("vanilla", "SPConv 1/2", "SPConv 1/2, branch norms")} <= times
     assert {("forward+backward", "called", name) for name in plan.FEW} <= times
     tables = {row["row"] for row in rows}
-    assert {"environment", "ceilings", "times", "memory", "network memory", "model"} <= tables
+    assert {"environment", "ceilings", "times", "memory", "network memory", "model", "host"} <= tables
+    for row in (row for row in rows if row["row"] == "host"):
+        assert row["us"] > 0
+        own = [function["us"] for function in row["functions"]]
+        assert own == sorted(own, reverse=True)
+        called = {function["function"] for function in row["functions"]}
+        assert any("conv2d" in name if row["competitor"] == "conv2d" else ".py:" in name for name in called), called
     notes = {note for half in halves for section in half.report["sections"] for note in section["notes"]}
     assert any(note.startswith("needs a GPU") for note in notes)
 
@@ -415,3 +423,27 @@ def test_markdown_sets_what_was_measured_beside_what_is_modelled() -> None:
     assert "| a | 32 | 3 | 1.5 | 1 | 0.25 |" in text
     assert "| a | 32 | 2.00 (1.50 to 2.50) | 4 |" in text
     assert "rehears" not in text
+
+
+def test_markdown_tells_when_kernels_begin() -> None:
+    """The second before the first has ended, the third after the second."""
+    call = {"row": "parts", "layer": "a", "batch": 1, "direction": "forward", "competitor": "triton"}
+    launches = (("statistics", 5.0, 0.0), ("gate", 4.0, 3.0), ("convolve", 10.0, 8.5))
+    rows = [{**call, "number": i, "kernel": k, "us": us, "at": at} for i, (k, us, at) in enumerate(launches)]
+    assert kernels(rows, "measured")[-1] == (
+        "| a | 1 | forward | triton | 19 | 18.5 | statistics 5 at 0, gate 4 at 3, convolve 10 at 8.5 |"
+    )
+
+
+def test_a_call_is_told_by_its_functions() -> None:
+    """Built-in ones too, by their own time, and not what calls them."""
+
+    def slow() -> None:
+        time.sleep(0.01)
+
+    found = host.own_times(Rehearsal(), slow, 3)
+    assert found[0]["function"] == "time.sleep"
+    assert found[0]["calls"] == 1
+    assert found[0]["us"] > 9e3
+    assert {"test_gpu_kit.py:slow"} <= {entry["function"] for entry in found[1:]}
+    assert host.until_it_returns(Rehearsal(), slow, 3) > 9e-3

@@ -52,6 +52,8 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", "## Times", "", LEGEND, *timings(times, of("model", rows), kind)]
     if found := of("parts", rows):
         lines += ["", "## The kernels of a layer", "", *kernels(found, kind)]
+    if found := of("host", rows):
+        lines += ["", "## On the host", "", *calls(found, kind)]
     if found := of("tiles", rows):
         lines += ["", "## Tiles", "", *tiles(found, kind)]
     lines += memory(rows, kind)
@@ -139,12 +141,35 @@ def kernels(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
         (
             *call,
             number(sum(row["us"] for row in own)),
-            ", ".join(f"{short(r['kernel'])} {number(r['us'])}" for r in own),
+            number(max(row["at"] + row["us"] for row in own)),
+            ", ".join(f"{short(r['kernel'])} {number(r['us'])} at {number(r['at'])}" for r in own),
         )
         for call, own in calls.items()
     ]
-    about = "By the profiler, each from a cold L2 cache only where it is the first of its call."
-    return [about, "", *table(("", "N", "direction", "competitor", f"us, {kind}", "kernels, us"), cells)]
+    about = (
+        "By the profiler, each from a cold L2 cache only where it is the first of its call. Some kernels begin before "
+        "the one ahead has ended, and wait in it; between others there is a gap: *together* is from the first one's "
+        "beginning to the last one's end."
+    )
+    head = ("", "N", "direction", "competitor", f"sum (us), {kind}", f"together (us), {kind}", "kernels, us")
+    return [about, "", *table(head, cells)]
+
+
+def calls(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    """A line for each call: until it returns, and the functions that it spends its time in."""
+    cells = [
+        (
+            row["layer"],
+            str(row["batch"]),
+            row["direction"],
+            row["competitor"],
+            number(row["us"]),
+            ", ".join(f"{f['function']} {number(f['us'])} ({number(f['calls'])} x)" for f in row["functions"]),
+        )
+        for row in rows
+    ]
+    about = "Until a call returns; nobody waits for the device. Functions' own times, under a profiler that slows them."
+    return [about, "", *table(("", "N", "direction", "competitor", f"us, {kind}", "functions, us"), cells)]
 
 
 def short(kernel: str) -> str:

@@ -33,7 +33,7 @@ def parts(record: Record) -> None:
                         kernels = list(profiled(device, call))
                         if not kernels:
                             record.needs_gpu("the time of each kernel")
-                        for number, (kernel, seconds) in enumerate(kernels):
+                        for number, (kernel, seconds, at) in enumerate(kernels):
                             record.row(
                                 "parts",
                                 **keys(entry),
@@ -42,11 +42,13 @@ def parts(record: Record) -> None:
                                 number=number,
                                 kernel=kernel,
                                 us=1e6 * seconds,
+                                at=1e6 * at,
                             )
 
 
-def profiled(device: Device, call: Call) -> Iterator[tuple[str, float]]:
-    """The kernels that one call launches, and the median of each one's seconds, from a cold cache."""
+def profiled(device: Device, call: Call) -> Iterator[tuple[str, float, float]]:
+    """The kernels that one call launches, from a cold cache: medians of each one's seconds, and of when it begins, in
+    seconds since the first of them began. One that need not wait for the one ahead begins before that ends."""
     device.sample([call])
     activities = [torch.profiler.ProfilerActivity.CUDA] if device.name == "cuda" else []
     if not activities:
@@ -62,5 +64,8 @@ def profiled(device: Device, call: Call) -> Iterator[tuple[str, float]]:
     starts = [i for i, name in enumerate(names) if name == names[0] and events[i].duration_ns() > FLUSH_NS]
     calls = [events[a + 2 : b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True) if b > a + 2]
     length = statistics.mode(map(len, calls))
-    for same in zip(*(found for found in calls if len(found) == length), strict=True):
-        yield same[0].name(), statistics.median(event.duration_ns() for event in same) / 1e9
+    calls = [found for found in calls if len(found) == length]
+    begins = [found[0].start_ns() for found in calls]
+    for same in zip(*calls, strict=True):
+        at = statistics.median(event.start_ns() - begin for event, begin in zip(same, begins, strict=True))
+        yield same[0].name(), statistics.median(event.duration_ns() for event in same) / 1e9, at / 1e9

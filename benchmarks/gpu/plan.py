@@ -111,6 +111,12 @@ def parts(*, rehearsal: bool) -> list[Entry]:
     return [e for cases, batch in layers for e in _sized(cases, batch, torch.float16, both, rehearsal)]
 
 
+def host(*, rehearsal: bool) -> list[Entry]:
+    """Those for which a call is profiled on the host."""
+    found = _sized(RESNET50, 1, torch.float16, ("conv2d", "triton"), rehearsal)
+    return found[:1] if rehearsal else [found[0], found[-1]]
+
+
 def tiles(*, rehearsal: bool) -> list[Entry]:
     """Those on whose kernels other tiles are tried."""
     if rehearsal:

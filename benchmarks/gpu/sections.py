@@ -44,6 +44,7 @@ SECTIONS = (
     Section("layers", "ResNet-50's layers", "benchmarks.gpu.layers:layers", 150, tunes=True),
     Section("single", "One image", "benchmarks.gpu.layers:single", 90, tunes=True),
     Section("parts", "The kernels of a layer", "benchmarks.gpu.parts:parts", 60, tunes=True),
+    Section("host", "What a call takes on the host", "benchmarks.gpu.host:host", 45, tunes=True),
     Section("variants", "Compiled, flat, separate", "benchmarks.gpu.layers:variants", 120, tunes=True),
     Section("single-variants", "One image in other ways", "benchmarks.gpu.layers:single_variants", 90, tunes=True),
     Section("memory", "Memory", "benchmarks.gpu.layers:memory", 60, tunes=True),
