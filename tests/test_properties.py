@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import FLOATING, calls, layers
 from torch import Tensor, nn
 
-from spconv_triton import SPConv2d, functional, reference
+from spconv_triton import SPConv2d, functional, reference, set_recompute
 from spconv_triton.functional import spconv2d
 
 
@@ -21,9 +21,10 @@ def native(*arguments: Tensor | None, **options: object) -> Tensor:
     return spconv2d(*arguments, backend="native", **options)
 
 
-@given(inputs=calls())
-def test_any_layer_agrees_with_the_reference(inputs: Inputs) -> None:
-    assert_agrees(native, inputs, perturbations=4)
+@given(inputs=calls(), recompute=st.booleans())
+def test_any_layer_agrees_with_the_reference(inputs: Inputs, recompute: bool) -> None:
+    with set_recompute(recompute):
+        assert_agrees(native, inputs, perturbations=4)
 
 
 MISFIT = {
