@@ -38,7 +38,7 @@ from .geometry import Geometry
 from .layout import memory_format
 from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
-from .native_convolution import channels_last, map_dtype
+from .native_convolution import channels_last
 from .native_gate import (
     bias_difference,
     difference_of_means,
@@ -65,11 +65,11 @@ class Memory(NamedTuple):
 
 
 class Into(NamedTuple):
-    """Memory for what a forward writes, maps [N, M, H_out, W_out].
+    """Memory for what a forward writes, maps [N, M, H_out, W_out] of the dtype of x.
 
     Attributes:
         y: for Y; None for new memory.
-        difference: for U3 - U1, in the dtype of maps; None if nobody needs it.
+        difference: for U3 - U1; None if nobody needs it.
     """
 
     y: Tensor | None = None
@@ -180,7 +180,7 @@ class OnePass(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.geometry = arguments
         x, gwc, pwc, redundant, bias, branch_bias = tensors
-        difference = None if recomputes() else _empty_map(x, gwc.shape[0], ctx.geometry, map_dtype(x))
+        difference = None if recomputes() else _empty_map(x, gwc.shape[0], ctx.geometry)
         weights = for_one_call(x, gwc, pwc, redundant, ctx.geometry)
         y, d = forward(x, weights, bias, branch_bias, difference=difference)
         ctx.save_for_backward(*tensors, d, difference)
@@ -230,11 +230,11 @@ def forward(
     return _by_branches(x, weights, bias, branch_bias, after, Into(None, difference))
 
 
-def _empty_map(x: Tensor, outputs: int, geometry: Geometry, dtype: torch.dtype) -> Tensor:
-    """[N, ``outputs``, H_out, W_out], in channels_last on a CPU."""
+def _empty_map(x: Tensor, outputs: int, geometry: Geometry) -> Tensor:
+    """[N, ``outputs``, H_out, W_out], dtype of ``x``, in channels_last on a CPU."""
     size = geometry.output_size(x.shape[2], x.shape[3])
     layout = torch.channels_last if x.is_cpu else memory_format(x)
-    return torch.empty((x.shape[0], outputs, *size), dtype=dtype, device=x.device, memory_format=layout)
+    return torch.empty((x.shape[0], outputs, *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _in_parts(
@@ -247,7 +247,7 @@ def _in_parts(
     samples: int,
 ) -> tuple[Tensor, Tensor]:
     """Y and d, so many samples at a time."""
-    y = _empty_map(x, weights.gwc.shape[0], weights.geometry, x.dtype)
+    y = _empty_map(x, weights.gwc.shape[0], weights.geometry)
     residuals, into_y, into_difference = (
         parts_of(maps, samples, x.shape[0]) for maps in (after.residual, y, difference)
     )

@@ -32,6 +32,7 @@ from spconv_triton import (
     native_folding,
     native_onepass,
     native_parts,
+    native_weights,
     set_recompute,
 )
 from spconv_triton.functional import spconv2d
@@ -83,6 +84,8 @@ def test_agrees_in_parts_and_every_form(case: Case, form: str, samples: int, mon
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
     monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
     monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", -1 if form == "folded" else float("inf"))
+    monkeypatch.setattr(native_weights, "GATED_BYTES", 0)  # then the gate of prepared weights would come first
+    monkeypatch.setattr(native_weights, "GATED_PIXELS", 0)
     for module in (native_onepass, native_backward):
         monkeypatch.setattr(module, "samples_together", lambda x, outputs, size: samples)
     monkeypatch.setattr(native_parts, "CACHED", 1 if samples == 1 else 1 << 30)
@@ -104,22 +107,26 @@ def test_a_large_bias_leaves_no_rounding_in_what_is_kept(name: str, monkeypatch:
     assert_agrees_over_draws(native, draw, 4)
 
 
-@pytest.mark.usefixtures("keeping")
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", ["plain", "stride-2"])
-def test_no_branch_is_computed_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_branch_is_computed_again(name: str, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither as maps nor as weight gradients of single samples, though they would pay; where the gate would come
     first there is nothing to keep, so it does not."""
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if merged else 0)
+    inputs = make_inputs(BY_NAME[name])
+    grad, wanted = output_grad(inputs), [t for t in inputs.tensors().values() if t.requires_grad]
+    expected = torch.autograd.grad(native(*inputs.positional(), **inputs.window), wanted, grad)
     again = mock.Mock(side_effect=AssertionError("computed again"))
     monkeypatch.setattr(native_backward_products, "pay", lambda given: True)
     monkeypatch.setattr(native_backward_products, "gate_gradient", again)
     monkeypatch.setattr(native_onepass, "gate_comes_first", lambda x, geometry: True)
-    inputs = make_inputs(BY_NAME[name])
-    y, grad = native(*inputs.positional(), **inputs.window), output_grad(inputs)
+    with set_recompute(False):
+        y = native(*inputs.positional(), **inputs.window)
     monkeypatch.setattr(torch.nn.functional, "conv2d", again)
-    y.backward(grad)
+    torch.testing.assert_close(torch.autograd.grad(y, wanted, grad), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", RESNET50, ids=str)
 def test_keeps_one_map_of_the_outputs_size(case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype, bias=False)
@@ -131,7 +138,9 @@ def test_keeps_one_map_of_the_outputs_size(case: Case, dtype: torch.dtype) -> No
 
 
 @pytest.mark.usefixtures("keeping")
-def test_another_backward_finds_what_was_kept() -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_another_backward_finds_what_was_kept(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if merged else 0)
     inputs = make_inputs(BY_NAME["plain"])
     y = native(*inputs.positional(), **inputs.window)
     grad, wanted = output_grad(inputs), [t for t in inputs.tensors().values() if t.requires_grad]
