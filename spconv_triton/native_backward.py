@@ -12,9 +12,9 @@ and everything else is linear in E3 and E1, with z the input of the point-wise c
     dx3 = GWC^T(E3) + pool^T(Wp^T E3)             dx1 = pool^T(W1^T E1)
     dWg = E3 (*) x3,   dWp = E3 z3^T,   dW1 = E1 z1^T,   db3 = sum E3,   db1 = sum E1
 
-Neither U3 nor U1 was kept. Either they come back as one map, U3 - U1 (:mod:`spconv_triton.native_backward_maps`, with
-few channels :mod:`spconv_triton.native_backward_merged`), which also may have been kept, or A comes from the weight
-gradients of single samples (:mod:`spconv_triton.native_backward_products`).
+Of U3 and U1 at most the difference was kept (:func:`spconv_triton.set_recompute`). It is taken as it is or made again
+(:mod:`spconv_triton.native_backward_maps`, with few channels :mod:`spconv_triton.native_backward_merged`), or A comes
+from the weight gradients of single samples (:mod:`spconv_triton.native_backward_products`).
 
 gamma is sigmoid(-d), not 1 - beta, and E1 is not g - E3: where the gate is saturated they would be all rounding error.
 

@@ -2,7 +2,7 @@
 
 Part by part, autograd keeps U3 and U1, both after their norms, and what the gate makes of them. Here the output is
 written over U1, which the backward makes again: that costs a twentieth of a step and leaves as much in memory as
-nn.Conv2d and its norm keep. If it shall not be made again (:mod:`spconv_triton.recomputation`), it is kept.
+nn.Conv2d and its norm keep; :func:`spconv_triton.set_recompute` says that it is kept instead.
 
 With mu the mean of a branch over the batch, r = 1 / sqrt(variance + eps), and w and b the norm's parameters,
 
@@ -97,7 +97,7 @@ def takes(x: Tensor) -> bool:
 
 
 class OnePass(torch.autograd.Function):
-    """Y, mean and variance; keeps the tensors that it is given, U3, d and the statistics, and U1 if it shall."""
+    """Y, mean and variance; keeps the tensors that it is given, U3, d and the statistics, and U1 if asked to."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,9 +215,10 @@ def gradients(
     g, gates = given.g, (given.beta, given.gamma)
     pixels = g.shape[2] * g.shape[3]
     values = g.shape[0] * pixels
-    u3, u1 = maps[0], pointwise(given.z, redundant, pwc.shape[1]) if maps[1] is None else maps[1]
+    u3, kept = maps
+    u1 = pointwise(given.z, redundant, pwc.shape[1]) if kept is None else kept
     scratch = torch.empty_like(u1)
-    more = u1 if maps[1] is None else torch.empty_like(u1)
+    of_u1 = u1 if kept is None else torch.empty_like(u1)  # what is kept may be asked for again
     b = sums_of_maps(g)
     t = []
     for u, branch in zip((u3, u1), branches, strict=True):
@@ -227,7 +228,7 @@ def gradients(
     delta *= gates[0] * gates[1]
     of_maps, of_norms = [], []  # of U3, and of U1
     for u, out, branch, gate, of_gate, moved in zip(
-        (u3, u1), (scratch, more), branches, gates, t, (delta, -delta), strict=True
+        (u3, u1), (scratch, of_u1), branches, gates, t, (delta, -delta), strict=True
     ):
         shift = (gate * b + moved).sum(0, keepdim=True)
         weight = branch.reciprocal * (gate * of_gate + moved * branch.deviation).sum(0, keepdim=True)

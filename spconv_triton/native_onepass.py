@@ -11,8 +11,7 @@ large ones every further map costs more than weights for each sample: there is n
 
 but where oneDNN multiplies wider than ATen: there two more maps take less time than a product for each sample.
 
-If the backward shall not compute U3 - U1 again (:mod:`spconv_triton.recomputation`), both maps are made, and their
-difference is kept.
+Where :func:`spconv_triton.set_recompute` says that U3 - U1 is kept for the backward, both maps are made.
 
 In inference a is the scale of a norm that follows, and a residual and an activation follow in place; else a is 1. There
 weights are prepared (:mod:`spconv_triton.native_weights`), with which the branches take less time, so that maps are
@@ -174,7 +173,7 @@ def recall(arguments: Arguments, after: Epilogue, memory: Memory) -> Tensor | No
 
 
 class OnePass(torch.autograd.Function):
-    """Y from the arguments of :func:`spconv2d`; keeps them, d = S3 - S1, and U3 - U1 if it shall not be recomputed."""
+    """Y from the arguments of :func:`spconv2d`; keeps them, d = S3 - S1, and U3 - U1 if asked to."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -206,7 +205,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Y and d = S3 - S1, [N, M, 1, 1], in float32 or better; None without a redundant part. Without gradients.
 
-    U3 - U1 is written into ``difference``, if it is given, of weights for one call.
+    In training U3 - U1 is written into ``difference``, if it is given.
     """
     x = channels_last(x)
     if not weights.has_gate:
