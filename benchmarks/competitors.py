@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from unittest import mock
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 import spconv_triton
 from benchmarks.allocator import settle
 from benchmarks.peers.catalogue import COMPILED, KEPT, without_variant
+from benchmarks.turns import fastest
 from spconv_triton import SPConv2d, functional, reference
 from spconv_triton.dispatch import HAS_TRITON
 
@@ -181,9 +181,12 @@ def build(case: Case, name: str, direction: str) -> Competitor:
     """
     settle()
     trial = Trial(case, dense=name == "conv2d", direction=direction)
-    calls = {layout: trial.contestant(name, layout).call(direction) for layout in LAYOUTS}
-    layout = min(calls, key=lambda layout: _quick(calls[layout]))
-    return Competitor(name, functools.partial(_wait_for, calls[layout]), layout, count_macs(case, name, direction))
+    calls = {layout: functools.partial(_wait_for, trial.contestant(name, layout).call(direction)) for layout in LAYOUTS}
+    for call in calls.values():
+        for _ in range(2):  # the first calls compile, and build what oneDNN keeps
+            call()
+    layout = fastest(calls)
+    return Competitor(name, calls[layout], layout, count_macs(case, name, direction))
 
 
 def count_macs(case: Case, name: str, direction: str) -> int:
@@ -249,16 +252,6 @@ def _wait_for(call: Callable[[], object]) -> object:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return result
-
-
-def _quick(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls: enough to choose a layout by, not to report."""
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        _wait_for(call)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[2:])
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import datetime
 import os
 import platform
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from cases import RESNET50, Case
 
 from benchmarks.competitors import DEVICE, DIRECTIONS, DTYPE, NAMES, Competitor, build, count_macs, with_batch
 from benchmarks.peers.catalogue import COMPILED, KEPT
-from benchmarks.turns import turns
+from benchmarks.turns import seconds_of, turns
 
 COMPILED_TOO = (f"reference{COMPILED}", f"native{COMPILED}")
 
@@ -76,21 +75,14 @@ def measure(
     seconds: dict[str, list[float]] = {competitor.name: [] for competitor in field}
     for order in turns(field, rounds):
         for competitor in order:
-            count = repeats[competitor.name]
-            start = time.perf_counter()
-            for _ in range(count):
-                competitor.call()
-            seconds[competitor.name].append((time.perf_counter() - start) / count)
+            seconds[competitor.name].append(seconds_of(competitor.call, repeats[competitor.name]))
     dense = seconds["conv2d"]
     ratios = {name: [d / s for d, s in zip(dense, own, strict=True)] for name, own in seconds.items()}
     return 1e3 * statistics.median(dense), ratios
 
 
 def repeats_of(competitor: Competitor) -> int:
-    start = time.perf_counter()
-    for _ in range(3):
-        competitor.call()
-    return max(1, round(SAMPLE_SECONDS / ((time.perf_counter() - start) / 3)))
+    return max(1, round(SAMPLE_SECONDS / seconds_of(competitor.call, 3)))
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:

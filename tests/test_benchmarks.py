@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from cases import RESNET50, Case
 
 from benchmarks import competitors, dense_init, overhead, ratios
-from benchmarks.turns import turns
+from benchmarks.turns import fastest, turns
 from spconv_triton import SPConv2d, convert, models
 from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
 
@@ -33,6 +34,23 @@ def test_nobody_follows_the_same_neighbour_round_after_round() -> None:
     for name in names:
         before = [line[i - 1] for i in range(1, len(line)) if line[i] == name]
         assert all(before.count(other) >= 12 for other in names if other != name)
+
+
+def test_a_busy_machine_does_not_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever takes three times as long in a while that begins anywhere, the faster one is chosen."""
+
+    class Clock:
+        def __init__(self, busy_from: float) -> None:
+            self.now, self.busy = 0.0, (busy_from, busy_from + 0.012)
+
+        def call(self, milliseconds: float) -> None:
+            self.now += milliseconds / 1e3 * (3 if self.busy[0] <= self.now < self.busy[1] else 1)
+
+    for start in range(0, 40, 2):
+        clock = Clock(start / 1e3)
+        monkeypatch.setattr("benchmarks.turns.time.perf_counter", lambda clock=clock: clock.now)
+        calls = {"slow": functools.partial(clock.call, 1.0), "fast": functools.partial(clock.call, 0.9)}
+        assert fastest(calls) == "fast"
 
 
 def test_macs_are_the_papers() -> None:

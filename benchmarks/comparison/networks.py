@@ -12,12 +12,13 @@ from cases import assert_within_budget
 from torch import Tensor, nn
 
 from benchmarks.comparison.memory import peak_bytes
-from benchmarks.comparison.rounds import Effort, compare, fastest
+from benchmarks.comparison.rounds import Effort, compare
 from benchmarks.competitors import DEVICE, LAYOUTS
 from benchmarks.networks import IMAGES
 from benchmarks.peers import NAMES, build_network, count_macs, count_parameters
 from benchmarks.peers.catalogue import COMPILED, VARIANTS
 from benchmarks.resnet50 import calibrated
+from benchmarks.turns import fastest
 from spconv_triton import SPConv2d, fuse
 from spconv_triton.training.measure import training_step
 
@@ -114,7 +115,7 @@ class Networks:
             choice = {layout: _call(model, images, layout, load.step, self.classes) for layout in LAYOUTS}
             for call in choice.values():
                 call()
-            rows[name]["layout"] = fastest(choice, turns=3)
+            rows[name]["layout"] = fastest(choice, rounds=3)
             calls[name] = choice[rows[name]["layout"]]
         for name in load.compiled:
             if "error" in rows[name]:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.allocator import settle
 from benchmarks.ratios import quantiles
-from benchmarks.turns import turns
+from benchmarks.turns import seconds_of, turns
 
 SAMPLE_SECONDS = 0.02
 """A sample repeats its call until it takes about this long: the clock and the loop then cost nothing."""
-
-
-CHOICE_SECONDS = 0.005
-"""Likewise where memory formats are chosen."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +54,13 @@ def take_turns(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dic
     names = list(calls)
     repeats, together = {}, 0.0
     for name in names:
-        once = min(_seconds(calls[name], 1) for _ in range(2 if effort.sample else 1))
+        once = min(seconds_of(calls[name], 1) for _ in range(2 if effort.sample else 1))
         repeats[name] = max(1, round(effort.sample / max(once, 1e-9)))
         together += once * repeats[name]
     taken: dict[str, list[float]] = {name: [] for name in names}
     for order in turns(names, effort.rounds(together)):
         for name in order:
-            taken[name].append(_seconds(calls[name], repeats[name]))
+            taken[name].append(seconds_of(calls[name], repeats[name]))
     return taken
 
 
@@ -79,27 +74,5 @@ def compare(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[s
     }
 
 
-def fastest(calls: Mapping[str, Callable[[], object]], turns: int = 4) -> str:
-    """By the fastest of a few short samples, taken in turns: enough to choose a memory format by, not to report.
-
-    Single calls of some 50 us are not: one disturbed moment took the slower format of two layers.
-    """
-    if len(calls) == 1:
-        return next(iter(calls))
-    best = {name: _seconds(call, 1) for name, call in calls.items()}
-    repeats = {name: max(1, round(CHOICE_SECONDS / max(once, 1e-9))) for name, once in best.items()}
-    for _ in range(turns):
-        for name, call in calls.items():
-            best[name] = min(best[name], _seconds(call, repeats[name]))
-    return min(best, key=lambda name: best[name])
-
-
 def geometric_mean(values: Sequence[float]) -> float:
     return statistics.geometric_mean(values)
-
-
-def _seconds(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import spconv_triton
 from benchmarks.comparison.memory import peak_bytes
-from benchmarks.comparison.rounds import fastest
 from benchmarks.competitors import DEVICE, DIRECTIONS, LAYOUTS
 from benchmarks.peers import Octaves, build_layer, count_macs
 from benchmarks.peers.catalogue import COMPILED, KEPT
+from benchmarks.turns import fastest
 from spconv_triton import SPConv2d
 
 CHECKED = 2
