@@ -13,7 +13,7 @@ from torch.torch_version import TorchVersion
 from . import native_traced, reference
 from .dispatch import is_exporting, is_transformed
 from .geometry import Geometry
-from .native_convolution import in_nchw, misses_weight_gradient, readable
+from .native_convolution import convolution, in_nchw, misses_weight_gradient
 
 
 class Epilogue(NamedTuple):
@@ -122,11 +122,10 @@ def representative_branch(x3: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, ge
         x3 = native_traced.part(x3)
         gwc = native_traced.convolution(x3, weight_gwc, *geometry[1:])
     else:
-        if misses_weight_gradient(x3, weight_gwc, geometry.dilation):
-            operands = in_nchw(x3, weight_gwc)
-        else:
-            operands = readable(x3, weight_gwc, *geometry[1:])
-        gwc = F.conv2d(*operands, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        read, weight = x3, weight_gwc
+        if misses_weight_gradient(read, weight, geometry.dilation):
+            read, weight = in_nchw(read, weight)
+        gwc = convolution(read, weight, None, *geometry[1:])
     return gwc + pointwise(x3, weight_pwc, geometry)
 
 

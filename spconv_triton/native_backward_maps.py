@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import native
 from .native_backward_operands import Operands
-from .native_convolution import channels_last, convolution_backward, convolve
+from .native_convolution import channels_last, convolve
+from .native_convolution_backward import convolution_backward
 from .native_folding import Block, fold, folding_pays, other_blocks, unfold_gradient, whole
 from .native_gate import sums_of_maps
 from .native_products import columns, is_matrix_product, plus_pointwise

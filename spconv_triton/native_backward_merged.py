@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import native
 from .native_backward_operands import Operands
-from .native_convolution import channels_last, convolution_backward, convolve
+from .native_convolution import channels_last, convolve
+from .native_convolution_backward import convolution_backward
 from .native_folding import merge, merging_pays, part_gradient
 from .native_gate import sums_of_maps
 from .native_products import can_be_matrix_product

@@ -24,6 +24,7 @@ Formulas: :mod:`spconv_triton.native_backward`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ from torch import Tensor
 
 from . import native, native_products
 from .native_backward_operands import Operands
-from .native_convolution import channels_last, convolution_backward, convolve
+from .native_convolution import channels_last, convolve
+from .native_convolution_backward import convolution_backward
 from .native_gate import gate_comes_first, sums_of_maps
 from .native_products import can_be_matrix_product, is_matrix_product, pixels
 
@@ -153,40 +155,26 @@ def _gwc_gradient(given: Operands, gated: Tensor, shift: Tensor) -> Tensor:
 
 def _sums_under_taps(given: Operands) -> Tensor:
     """T: sums of x3 over the pixels that each tap reads, [N, k, k, alpha L]."""
-    geometry, sums = given.geometry, given.x3.permute(0, 2, 3, 1)
-    for axis in range(2):
-        window = (geometry.kernel_size[axis], geometry.stride[axis], geometry.padding[axis], geometry.dilation[axis])
-        sums = torch.stack(_sums_along(sums, 1 + axis, given.g.shape[2 + axis], *window), 1 + axis)
-    return sums
+    x3, (_, _, *out) = given.x3, given.g.shape
+    batch, channels, *size = x3.shape
+    taps = zip(*given.geometry[:4], size, out, strict=True)
+    rows, columns = (_read_by_taps(*axis, x3.dtype, x3.device) for axis in taps)
+    of_rows = torch.bmm(rows.expand(batch, -1, -1), x3.permute(0, 2, 3, 1).flatten(2)).view(-1, size[1], channels)
+    sums = torch.bmm(columns.expand(of_rows.shape[0], -1, -1), of_rows)
+    return sums.view(batch, rows.shape[0], columns.shape[0], channels)
 
 
-def _sums_along(
-    x: Tensor, dim: int, length: int, kernel: int, stride: int, padding: int, dilation: int
-) -> list[Tensor]:
-    """For each tap along ``dim``, the sum over what it reads at ``length`` output positions; the padding is zero."""
-    size, spans = x.shape[dim], []
+@functools.lru_cache(maxsize=64)
+def _read_by_taps(
+    kernel: int, stride: int, padding: int, dilation: int, size: int, out: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[kernel, size]: 1 where a tap reads a position at any of ``out`` output positions along an axis, else 0."""
+    read = torch.zeros(kernel, size, dtype=dtype, device="cpu")
     for tap in range(kernel):
         start = tap * dilation - padding
         first = max(0, -(start // stride))
-        stop = min(length, (size - 1 - start) // stride + 1)
-        spans.append((start + first * stride, stop - first) if stop > first else (0, 0))
-    if stride > 1:
-        phases = [x[(slice(None),) * dim + (slice(start, start + stride * count, stride),)] for start, count in spans]
-        return [phase.sum(dim) for phase in phases]
-    # All taps but for a few positions read the same.
-    low, high = max(start for start, _ in spans), min(start + count for start, count in spans)
-    if high <= low:
-        return [x.narrow(dim, start, count).sum(dim) for start, count in spans]
-    common = x.narrow(dim, low, high - low).sum(dim)
-    sums = []
-    for start, count in spans:
-        total = common
-        if start < low:
-            total = total + x.narrow(dim, start, low - start).sum(dim)
-        if start + count > high:
-            total = total + x.narrow(dim, high, start + count - high).sum(dim)
-        sums.append(total)
-    return sums
+        read[tap, start + first * stride : max(0, start + (out - 1) * stride + 1) : stride] = 1
+    return read.to(device)
 
 
 def _input_gradient(given: Operands, dx3: Any, delta: Tensor) -> Tensor:

@@ -44,8 +44,41 @@ def channels_last(x: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *window: Any) -> Tensor:
     """A convolution as a new tensor, in the dtype of maps."""
-    y = F.conv2d(*readable(x, weight, *window), bias, *window)
+    y = convolution(x, weight, bias, *window)
     return channels_last(y.to(map_dtype(y)))
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """``F.conv2d``, with nothing in it that oneDNN gets wrong."""
+    if misses_columns(x, weight, stride, padding, dilation):
+        return convolution(x, weight, bias, (stride[0], 1), padding, dilation, groups)[..., :: stride[1]]
+    return F.conv2d(*readable(x, weight, stride, padding, dilation), bias, stride, padding, dilation, groups)
+
+
+def misses_columns(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> bool:
+    """Whether the result, or a weight's gradient, is some number or NaN, and memory behind it is overwritten.
+
+    Of bfloat16, where a stride along the row is longer than it, or leads to no second output, on processors with AMX
+    (PyTorch 2.14.1's, and ``nn.Conv2d``'s too, in either memory format). Without that stride it is right.
+    """
+    if stride[1] == 1 or x.dtype != torch.bfloat16 or not x.is_cpu:
+        return False
+    return x.shape[3] < stride[1] or columns_without_stride(x, weight, padding, dilation) <= stride[1]
+
+
+def columns_without_stride(x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int]) -> int:
+    """W_out if the stride were 1."""
+    return x.shape[3] + 2 * padding[1] - dilation[1] * (weight.shape[3] - 1)
 
 
 FEW_CHANNELS = 128
@@ -90,7 +123,8 @@ def _long_rows(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) 
     ratio, rest = divmod(channels, count)
     shape = (batch, count, height, width * ratio)
     window = ((stride[0], stride[1] * ratio), (padding[0], padding[1] * ratio), (dilation[0], dilation[1] * ratio))
-    if rest or not _is_sound(shape, weight, *window):
+    is_column = geometry.output_size(height, width)[1] == 1  # of which misses_columns would be told a stride
+    if rest or is_column or not _is_sound(shape, weight, *window):
         return None
     row = width * channels
     return shape, (height * row, 1, row, count), (*window, groups)
@@ -112,26 +146,6 @@ def add_convolution(
             y, x, weight, None, padding, stride, dilation, groups, "add", 1.0, None, [], None
         )
     return y.add_(convolve(x, weight, None, stride, padding, dilation, groups))
-
-
-def convolution_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    needed: tuple[bool, ...],
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-) -> tuple[Any, Any]:
-    """Gradients of ``F.conv2d(x, weight, None, stride, ...)`` by ``x`` and ``weight``, where ``needed``."""
-    if needed[1] and misses_weight_gradient(x, weight, dilation):
-        x, weight = in_nchw(x, weight)
-    else:
-        x, weight = readable(x, weight, stride, padding, dilation)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*needed, False)
-    )[:2]
 
 
 def misses_weight_gradient(x: Tensor, weight: Tensor, dilation: tuple[int, int]) -> bool:
@@ -171,6 +185,8 @@ def are_readable(
     """Whether oneDNN reads nothing but ``x`` and ``weight`` as they are."""
     if not x.is_cpu:
         return True
+    if misses_columns(x, weight, stride, padding, dilation):
+        return False
     try:
         return _is_sound(x.shape, weight.shape, stride, padding, dilation)
     except TypeError:  # sizes that are symbols have no hash

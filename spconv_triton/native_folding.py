@@ -28,8 +28,12 @@ from .native_products import is_matrix_product
 MERGED_CHANNELS = 16
 """Up to which x3 is one block of oneDNN's."""
 
-FEW_PRODUCTS, MANY_PRODUCTS = 3e5, 2e6
-"""Multiply-accumulates by Wp up to which merging pays in a single call; and where x3 is half a block, from which."""
+FEW_PRODUCTS = 3e5
+"""Multiply-accumulates by Wp up to which merging pays in a single call."""
+
+SHORT_SUM = 1 << 10
+"""Output pixels of a batch up to which the gradient of Wp is as precise in a merged weight's as by itself: on some
+processors oneDNN adds up a tap's one after the other."""
 
 FOLDED_PRODUCTS = 8e6
 """Multiply-accumulates that must be saved for folding to pay in a single call."""
@@ -101,8 +105,7 @@ def can_merge(weight_gwc: Tensor, geometry: Geometry, height: int, width: int) -
 def merging_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
     """Whether merging for one call on ``x`` and its backward takes less time than it saves.
 
-    Where maps are small the calls take the time, and where they are large gradients of a point-wise convolution of few
-    channels do.
+    Where maps are small the calls take the time.
     In float32 alone: a merged weight of bfloat16 would be a rounding off, and oneDNN has no float64.
     """
     height, width = x.shape[2:]
@@ -110,8 +113,8 @@ def merging_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
         return False
     rows, columns = geometry.output_size(height, width)
     channels = weight_gwc.shape[1] * geometry.groups
-    products = x.shape[0] * rows * columns * weight_gwc.shape[0] * channels
-    return products <= FEW_PRODUCTS or (2 * channels <= MERGED_CHANNELS and products >= MANY_PRODUCTS)
+    pixels = x.shape[0] * rows * columns
+    return pixels <= SHORT_SUM and pixels * weight_gwc.shape[0] * channels <= FEW_PRODUCTS
 
 
 def folding_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:

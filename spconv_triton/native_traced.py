@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .dispatch import is_exporting
-from .native_convolution import misses_weight_gradient
+from .native_convolution import misses_columns, misses_weight_gradient
 from .registration import traceable_op
 
 
@@ -30,7 +30,8 @@ def convolution(
     """``F.conv2d``, with nothing in it that oneDNN gets wrong in channels_last.
 
     That is what :func:`spconv_triton.native_convolution.readable` lists: here padding becomes pixels, and of a
-    convolution without a stride some outputs are taken; and what :func:`misses_weight_gradient` is of float32.
+    convolution without a stride some outputs are taken, as where :func:`misses_columns`; and what
+    :func:`misses_weight_gradient` is of float32.
     """
     if x.is_cpu:
         if torch.is_grad_enabled() and not is_exporting() and misses_weight_gradient(x, weight, dilation):
@@ -42,7 +43,8 @@ def convolution(
             x = F.pad(x, (left, left, top, top))
         # What is exported may have any size, and no backward, which is all that gets a short row wrong.
         is_short = not is_exporting() and any(size < step for size, step in zip(x.shape[2:], stride, strict=True))
-        if stride != (1, 1) and (weight.shape[1] == 1 or is_short):
+        is_column = not is_exporting() and misses_columns(x, weight, stride, padding, dilation)
+        if stride != (1, 1) and (weight.shape[1] == 1 or is_short or is_column):
             y = F.conv2d(x, weight, None, (1, 1), padding, dilation, groups)
             return y[:, :, :: stride[0], :: stride[1]]
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)

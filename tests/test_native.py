@@ -144,18 +144,23 @@ def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypa
 def test_agrees_with_merged_weights(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever taps of the group-wise weight read what Wp does; the others go as they do."""
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30)
-    monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
+    monkeypatch.setattr(native_folding, "FEW_PRODUCTS", float("inf"))
     for options in ({"bias": False}, {"branch_bias": True}, {"mean": 3.0, "memory_format": torch.contiguous_format}):
         assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
     for options in EXTREME:
         assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 2, perturbations=4)
 
 
+def test_agrees_where_many_pixels_are_added() -> None:
+    """ResNet-20's first stage: a weight's gradient is a sum of 65,536, which oneDNN may add one after the other."""
+    assert_agrees(native, make_inputs(Case("sixteen-channels", 64, 16, 16, (32, 32)), bias=False))
+
+
 @pytest.mark.parametrize("frozen", ["weight_gwc", "weight_pwc", "weight_redundant", "weights", "x"])
 @pytest.mark.parametrize("name", ["plain", "stride-2"])
 def test_merged_weights_with_some_gradients_only(name: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30)
-    monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
+    monkeypatch.setattr(native_folding, "FEW_PRODUCTS", float("inf"))
     inputs = make_inputs(BY_NAME[name], bias=False)
     names = ("weight_gwc", "weight_pwc", "weight_redundant") if frozen == "weights" else (frozen,)
     inputs = replace(inputs, **{name: inputs.tensors()[name].detach() for name in names})

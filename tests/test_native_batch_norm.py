@@ -58,7 +58,7 @@ def recomputing(request: pytest.FixtureRequest) -> Iterator[bool]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_float64(case: Case, weights: str, forwards: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if weights == "merged" else 0)
-    monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
+    monkeypatch.setattr(native_folding, "FEW_PRODUCTS", float("inf"))
     monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if weights == "folded" else float("inf"))
     check(lambda: make_leaves(case), case, 8)
     check(lambda: make_leaves(case, dtype=torch.float64, memory_format=torch.contiguous_format), case, 2)

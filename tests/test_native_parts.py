@@ -34,7 +34,7 @@ def native(*arguments: Tensor | None, **options: object) -> Tensor:
 def test_agrees_in_parts(case: Case, backward: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many samples at a time, and at the end those that are left."""
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if backward == "merged" else 0)
-    monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
+    monkeypatch.setattr(native_folding, "FEW_PRODUCTS", float("inf"))
     monkeypatch.setattr(native_backward_products, "pay", lambda given: backward == "products")
     for module in (native_onepass, native_backward):
         monkeypatch.setattr(module, "samples_together", lambda x, outputs, size: samples)

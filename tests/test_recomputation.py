@@ -82,7 +82,7 @@ def test_agrees_under_large_means_and_saturated_gates(case: Case, dtype: torch.d
 def test_agrees_in_parts_and_every_form(case: Case, form: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights in each of their forms, so many samples at a time."""
     monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
-    monkeypatch.setattr(native_folding, "MANY_PRODUCTS", 0)
+    monkeypatch.setattr(native_folding, "FEW_PRODUCTS", float("inf"))
     monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", -1 if form == "folded" else float("inf"))
     monkeypatch.setattr(native_weights, "GATED_BYTES", 0)  # then the gate of prepared weights would come first
     monkeypatch.setattr(native_weights, "GATED_PIXELS", 0)
