@@ -44,10 +44,12 @@ class Products(NamedTuple):
     Attributes:
         gated: sum_n beta_n Gg_n, [M, k k alpha L / G] in the order of taps; None where not made.
         pointwise: G_n, [N, M, L].
+        weight: [Wp | -W1], [M, L].
     """
 
     gated: Tensor | None
     pointwise: Tensor
+    weight: Tensor
 
 
 PASSES = 150
@@ -90,22 +92,23 @@ def _is_precise(given: Operands) -> bool:
 def gate_gradient(given: Operands, *, of_gwc: bool) -> tuple[Tensor, Products]:
     """A, [N, M, 1, 1], and the products that it came from; Gg_n among them only if ``of_gwc``."""
     x3, z, g, weight_gwc, window = given.x3, given.z, given.g, given.weight_gwc, given.geometry[1:]
-    weight_pointwise = torch.cat((given.weight_pwc, -given.weight_redundant), 1)
+    weight_pointwise = torch.cat((given.weight_pwc.flatten(1), -given.weight_redundant.flatten(1)), 1)
     if _is_single(given):
-        pointwise = convolution_backward(g, z, weight_pointwise, (False, True))[1].flatten(1)[None]
+        of_weight = convolution_backward(g, z, weight_pointwise[:, :, None, None], (False, True))[1]
+        pointwise = of_weight.flatten(1)[None]
     else:
         pointwise = torch.bmm(pixels(g).transpose(1, 2), pixels(z)).to(given.beta.dtype)
-    a = (pointwise * weight_pointwise.flatten(1)).sum(2)
+    a = torch.linalg.vecdot(pointwise, weight_pointwise.to(pointwise.dtype))
     if not (of_gwc and gwc_pays(given)):
         gwc = convolve(x3, weight_gwc, None, *window)
-        return sums_of_maps(gwc.mul_(g)).add_(a[:, :, None, None]), Products(None, pointwise)
+        return sums_of_maps(gwc.mul_(g)).add_(a[:, :, None, None]), Products(None, pointwise, weight_pointwise)
     weight, gated = _taps(weight_gwc), None
     samples = zip(x3.split(1), g.split(1), given.beta.flatten(1).unbind(), strict=True)
     for n, (sample, grad, gate) in enumerate(samples):
         product = _taps(convolution_backward(grad, sample, weight_gwc, (False, True), *window)[1])
-        a[n] += (product * weight).sum(1)
+        a[n].add_(torch.linalg.vecdot(product, weight))
         gated = product.mul_(gate[:, None]) if gated is None else gated.addcmul_(product, gate[:, None])
-    return a[:, :, None, None], Products(gated, pointwise)
+    return a[:, :, None, None], Products(gated, pointwise, weight_pointwise)
 
 
 def gradients(
@@ -128,14 +131,20 @@ def gradients(
         sums3, sums1 = sums.split(parts, 1)
         of3, of1 = products.pointwise.split(parts, 2)
         if needed[2]:
-            dweight_pwc = (of3 * given.beta[:, :, 0]).sum(0).addmm_(shift.T, sums3)
+            dweight_pwc = _gated_sum(of3, given.beta).addmm_(shift.T, sums3)
             dweight_pwc = dweight_pwc.view_as(given.weight_pwc).to(given.x.dtype)
         if needed[3]:
-            dweight_redundant = (of1 * given.gamma[:, :, 0]).sum(0).addmm_(shift.T, sums1, alpha=-1)
+            dweight_redundant = _gated_sum(of1, given.gamma).addmm_(shift.T, sums1, alpha=-1)
             dweight_redundant = dweight_redundant.view_as(given.weight_redundant).to(given.x.dtype)
     if needed[0]:
-        dx = _input_gradient(given, dx3, delta)
+        dx = _input_gradient(given, products.weight, dx3, shift)
     return dx, dweight_gwc, dweight_pwc, dweight_redundant
+
+
+def _gated_sum(products: Tensor, gate: Tensor) -> Tensor:
+    """sum_n gate_n products_n of [N, M, L] and [N, M, 1, 1]."""
+    gated = products * gate.squeeze(3)
+    return gated.squeeze(0) if gated.shape[0] == 1 else gated.sum(0)
 
 
 def _taps(weight: Tensor) -> Tensor:
@@ -177,15 +186,19 @@ def _read_by_taps(
     return read.to(device)
 
 
-def _input_gradient(given: Operands, dx3: Any, delta: Tensor) -> Tensor:
-    """dL/dx, [N, L, H, W]; ``dx3`` is GWC^T(E3)."""
+def _input_gradient(given: Operands, weight: Tensor, dx3: Any, shift: Tensor) -> Tensor:
+    """dL/dx, [N, L, H, W].
+
+    Args:
+        weight: [Wp | -W1], [M, L].
+        dx3: GWC^T(E3).
+        shift: delta, [N, M].
+    """
     x, x3, z, g, beta, gamma, _, weight_pwc, weight_redundant, geometry = given
     representative, redundant = x3.shape[1], weight_redundant.shape[1]
-    of3, of1 = weight_pwc.flatten(1), weight_redundant.flatten(1)
-    weights = g.new_empty((g.shape[0], g.shape[1], representative + redundant))
-    torch.mul(of3, beta[:, :, 0], out=weights.narrow(2, 0, representative))
-    torch.mul(of1, gamma[:, :, 0], out=weights.narrow(2, representative, redundant))
-    constants = torch.cat([delta.squeeze(3).mT @ of.to(delta.dtype) for of in (of3, -of1)], 2).to(g.dtype)
+    of3, of1 = weight_pwc.flatten(1) * beta.squeeze(3), weight_redundant.flatten(1) * gamma.squeeze(3)
+    weights = torch.cat((of3, of1), 2).to(g.dtype)
+    constants = torch.mm(shift, weight.to(shift.dtype))[:, None].to(g.dtype)
     if _is_single(given):
         dz = channels_last(convolution_backward(g, z, weights[0, :, :, None, None], (True, False))[0])
         dz += constants.mT[..., None]

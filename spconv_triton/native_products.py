@@ -110,8 +110,10 @@ def are_products_precise(dtype: torch.dtype) -> bool:
 
 
 def pixels(x: Tensor) -> Tensor:
-    """[N, C, H, W] in channels_last as [N, H W, C], a view."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    """[N, C, H, W] in channels_last, dense, as [N, H W, C]: one view instead of two."""
+    batch, channels, height, width = x.shape
+    count = height * width
+    return x.as_strided((batch, count, channels), (count * channels, channels, 1))
 
 
 def columns(x: Tensor, first: int, count: int) -> Tensor:
