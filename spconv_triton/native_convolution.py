@@ -60,6 +60,10 @@ def convolution(
     """``F.conv2d``, with nothing in it that oneDNN gets wrong."""
     if misses_columns(x, weight, stride, padding, dilation):
         return convolution(x, weight, bias, (stride[0], 1), padding, dilation, groups)[..., :: stride[1]]
+    if misses_padding(x, weight, padding, dilation):
+        return convolution(padded(x, padding), weight, bias, stride, (0, 0), dilation, groups)
+    if misses_rows(x, weight, stride, dilation):
+        return convolution(x[:, :, :: stride[0]], weight, bias, (1, stride[1]), padding, dilation, groups)
     return F.conv2d(*readable(x, weight, stride, padding, dilation), bias, stride, padding, dilation, groups)
 
 
@@ -71,7 +75,7 @@ def misses_columns(
     Of bfloat16, where a stride along the row is longer than it, or leads to no second output, on processors with AMX
     (PyTorch 2.14.1's, and ``nn.Conv2d``'s too, in either memory format). Without that stride it is right.
     """
-    if stride[1] == 1 or x.dtype != torch.bfloat16 or not x.is_cpu:
+    if stride[1] == 1 or not _may_be_amx(x):
         return False
     return x.shape[3] < stride[1] or columns_without_stride(x, weight, padding, dilation) <= stride[1]
 
@@ -79,6 +83,29 @@ def misses_columns(
 def columns_without_stride(x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int]) -> int:
     """W_out if the stride were 1."""
     return x.shape[3] + 2 * padding[1] - dilation[1] * (weight.shape[3] - 1)
+
+
+def misses_rows(x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """The same where the kernel is one row, rows have a stride, and taps are apart; of the rows that are read it is
+    right."""
+    return weight.shape[2] == 1 and stride[0] > 1 and dilation[1] > 1 and _may_be_amx(x)
+
+
+def misses_padding(x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether a window may lie in the padding as a whole, and the convolution crash; of pixels that are zero it does
+    not."""
+    halves = (spread * (size // 2) for spread, size in zip(dilation, weight.shape[2:], strict=True))
+    return any(pad > half for pad, half in zip(padding, halves, strict=True)) and _may_be_amx(x)
+
+
+def padded(x: Tensor, padding: tuple[int, int]) -> Tensor:
+    """[N, C, H + 2 padding, W + 2 padding], zero around ``x``; a negative padding takes pixels away."""
+    return F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+
+
+def _may_be_amx(x: Tensor) -> bool:
+    """Whether a convolution of ``x`` is one of those that oneDNN has for Intel's AMX."""
+    return x.dtype == torch.bfloat16 and x.is_cpu
 
 
 FEW_CHANNELS = 128
@@ -123,8 +150,9 @@ def _long_rows(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) 
     ratio, rest = divmod(channels, count)
     shape = (batch, count, height, width * ratio)
     window = ((stride[0], stride[1] * ratio), (padding[0], padding[1] * ratio), (dilation[0], dilation[1] * ratio))
-    is_column = geometry.output_size(height, width)[1] == 1  # of which misses_columns would be told a stride
-    if rest or is_column or not _is_sound(shape, weight, *window):
+    # Longer rows would have a stride, and taps apart, that misses_columns and misses_rows are about.
+    is_missed = geometry.output_size(height, width)[1] == 1 or (weight[2] == 1 and stride[0] > 1)
+    if rest or is_missed or not _is_sound(shape, weight, *window):
         return None
     row = width * channels
     return shape, (height * row, 1, row, count), (*window, groups)
@@ -185,7 +213,11 @@ def are_readable(
     """Whether oneDNN reads nothing but ``x`` and ``weight`` as they are."""
     if not x.is_cpu:
         return True
-    if misses_columns(x, weight, stride, padding, dilation):
+    if (
+        misses_columns(x, weight, stride, padding, dilation)
+        or misses_padding(x, weight, padding, dilation)
+        or misses_rows(x, weight, stride, dilation)
+    ):
         return False
     try:
         return _is_sound(x.shape, weight.shape, stride, padding, dilation)

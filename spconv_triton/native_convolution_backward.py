@@ -11,10 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .native_convolution import columns_without_stride, in_nchw, misses_columns, misses_weight_gradient, readable
+from .native_convolution import (
+    columns_without_stride,
+    in_nchw,
+    misses_columns,
+    misses_padding,
+    misses_weight_gradient,
+    padded,
+    readable,
+)
 from .native_products import LARGE_WEIGHT, ONEDNN_IS_WIDER, can_be_matrix_product
 
 FEW_PIXELS = 100 if ONEDNN_IS_WIDER else 200
@@ -45,6 +52,11 @@ def convolution_backward(
         needed = needed[0], False
         if not needed[0]:
             return None, unfolded
+    if misses_padding(x, weight, padding, dilation):
+        of_x, of_weight = convolution_backward(
+            grad, padded(x, padding), weight, needed, stride, (0, 0), dilation, groups
+        )
+        return None if of_x is None else padded(of_x, (-padding[0], -padding[1])), of_weight
     if misses_columns(x, weight, stride, padding, dilation):  # without a stride the other outputs have no gradient
         taken = grad
         grad = taken.new_zeros((*taken.shape[:3], columns_without_stride(x, weight, padding, dilation)))
@@ -79,11 +91,11 @@ def _unfolded_gradient(
     """The weight's gradient, [M, C / groups, kh, kw] in channels_last."""
     outputs, inputs, kh, kw = weight.shape
     batch, _, height, width = grad.shape
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    of_sample, of_row, of_pixel, of_channel = padded.stride()
+    framed = padded(x, padding).permute(0, 2, 3, 1)
+    of_sample, of_row, of_pixel, of_channel = framed.stride()
     of_output, of_tap = ((of_row * step[0], of_pixel * step[1]) for step in (stride, dilation))
     shape = (groups, batch, height, width, kh, kw, inputs)
-    read = padded.as_strided(shape, (inputs * of_channel, of_sample, *of_output, *of_tap, of_channel))
+    read = framed.as_strided(shape, (inputs * of_channel, of_sample, *of_output, *of_tap, of_channel))
     unfolded = read.reshape(groups, batch * height * width, kh * kw * inputs)
     of_groups = grad.permute(0, 2, 3, 1).reshape(-1, groups, outputs // groups).permute(1, 2, 0)
     return torch.bmm(of_groups, unfolded).view(outputs, kh, kw, inputs).permute(0, 3, 1, 2)

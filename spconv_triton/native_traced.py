@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .dispatch import is_exporting
-from .native_convolution import misses_columns, misses_weight_gradient
+from .native_convolution import misses_columns, misses_rows, misses_weight_gradient, padded
 from .registration import traceable_op
 
 
@@ -30,8 +30,8 @@ def convolution(
     """``F.conv2d``, with nothing in it that oneDNN gets wrong in channels_last.
 
     That is what :func:`spconv_triton.native_convolution.readable` lists: here padding becomes pixels, and of a
-    convolution without a stride some outputs are taken, as where :func:`misses_columns`; and what
-    :func:`misses_weight_gradient` is of float32.
+    convolution without a stride some outputs are taken, as where it :func:`misses_columns`; where it
+    :func:`misses_rows`, rows are taken before; and what :func:`misses_weight_gradient` is of float32.
     """
     if x.is_cpu:
         if torch.is_grad_enabled() and not is_exporting() and misses_weight_gradient(x, weight, dilation):
@@ -39,11 +39,12 @@ def convolution(
                 return convolution(x.float(), weight.float(), stride, padding, dilation, groups).to(x.dtype)
         halves = (spread * (size // 2) for spread, size in zip(dilation, weight.shape[2:], strict=True))
         if any(pad > half for pad, half in zip(padding, halves, strict=True)):
-            (top, left), padding = padding, (0, 0)
-            x = F.pad(x, (left, left, top, top))
+            x, padding = padded(x, padding), (0, 0)
         # What is exported may have any size, and no backward, which is all that gets a short row wrong.
         is_short = not is_exporting() and any(size < step for size, step in zip(x.shape[2:], stride, strict=True))
         is_column = not is_exporting() and misses_columns(x, weight, stride, padding, dilation)
+        if misses_rows(x, weight, stride, dilation) and not is_column:
+            x, stride = x[:, :, :: stride[0]], (1, stride[1])
         if stride != (1, 1) and (weight.shape[1] == 1 or is_short or is_column):
             y = F.conv2d(x, weight, None, (1, 1), padding, dilation, groups)
             return y[:, :, :: stride[0], :: stride[1]]

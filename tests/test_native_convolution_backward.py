@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import native_convolution_backward as backward
+from spconv_triton.native_convolution import convolution
 
 # x, weight, stride, padding, dilation, groups
 WINDOWS = {
@@ -79,3 +81,36 @@ def test_weights_gradient_is_ready_for_a_parameter_in_channels_last(name: str) -
     x, weight, grad, window = make(name, torch.float32, torch.channels_last)
     gradient = backward.convolution_backward(grad, x, weight, (False, True), *window)[1]
     assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_agrees_in_any_window(dtype: torch.dtype) -> None:
+    """Also in those that oneDNN gets wrong on some processors, where it overwrites memory, or crashes."""
+    draw = random.Random(int(torch.randint(2**31, ())))
+    for _ in range(100):
+        x_shape, weight_shape, *window = draw_window(draw)
+        layout = draw.choice([torch.contiguous_format, torch.channels_last])
+        x, weight = (torch.randn(shape).to(dtype).clone(memory_format=layout) for shape in (x_shape, weight_shape))
+        y = convolution(x, weight, None, *window)
+        grad = torch.randn(y.shape).to(dtype).clone(memory_format=torch.channels_last)
+        results = (y, *backward.convolution_backward(grad, x, weight, (True, True), *window))
+        exact_y = F.conv2d(x.double(), weight.double(), None, *window)
+        for result, best in zip(results, (exact_y, *exact(x, weight, grad, window)), strict=True):
+            assert result.shape == best.shape, (x_shape, weight_shape, window)
+            error, largest = (result.double() - best).abs().max().item(), best.abs().max().item()
+            assert error <= 16 * torch.finfo(dtype).eps * (largest + 1), (x_shape, weight_shape, window, layout)
+
+
+def draw_window(draw: random.Random) -> tuple[Any, ...]:
+    """Shapes of x and weight, stride, padding, dilation and groups, whose output has a pixel."""
+    while True:
+        batch, groups, inputs, outputs = (draw.choice(of) for of in ((1, 2, 3), (1, 2, 4), (1, 4, 8, 24), (2, 8, 24)))
+        kernel, stride = (tuple(draw.choices(of, k=2)) for of in ((1, 3, 5), (1, 1, 2, 3)))
+        dilation = tuple(1 if size == 1 else draw.choice((1, 1, 2, 3)) for size in kernel)
+        halves = tuple(spread * (size // 2) for spread, size in zip(dilation, kernel, strict=True))
+        padding = draw.choice([(0, 0), halves, halves, tuple(draw.choices((0, 1, 2, 3), k=2))])
+        size = draw.choice((1, 2, 3, 7, 14)), draw.choice((1, 2, 3, 5, 14, 40))
+        axes = zip(size, padding, halves, strict=True)
+        if all(pixels + 2 * pad > 2 * half for pixels, pad, half in axes):
+            shapes = (batch, groups * inputs, *size), (groups * outputs, inputs, *kernel)
+            return *shapes, stride, padding, dilation, groups

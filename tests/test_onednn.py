@@ -29,6 +29,7 @@ WRONG = (
     Case("two-columns", 3, 16, 8, (4, 2), (5, 3), (1, 3), (2, 2)),
     # A row of outputs is one pixel, and columns have a stride: bfloat16 with AMX.
     Case("two-columns-to-one", 2, 16, 8, (7, 2), (3, 3), (1, 2), (1, 1)),
+    Case("row-of-taps", 2, 48, 16, (14, 40), (1, 5), (3, 1), (0, 6), (1, 3), groups=1),
     Case("five-columns-to-one", 3, 16, 16, (9, 5), (3, 5), (2, 3), (1, 1), groups=1),
     # Rows apart, channels of a group no multiple of 16, long rows: gradients of bfloat16 weights.
     Case("dilated-rows", 2, 16, 12, (34, 40), (3, 3), (1, 1), (2, 2), (2, 2)),
