@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from cases import assert_within_budget, kept_bytes
 from torch import Tensor, nn
 
 from benchmarks.ratios import machine, quantiles
-from benchmarks.turns import turns
+from benchmarks.turns import fastest, turns
 from spconv_triton import convert, fuse
 
 VANILLA = "vanilla"
@@ -95,13 +96,16 @@ def seconds(model: nn.Module, images: Tensor) -> float:
 
 
 def faster_layout(model: nn.Module, images: Tensor) -> str:
-    """By the fastest of a few calls, taken in turns; leaves the model in the last layout tried."""
-    fastest = dict.fromkeys(LAYOUTS, float("inf"))
-    twins = {name: copy.deepcopy(model).to(memory_format=layout) for name, layout in LAYOUTS.items()}
-    for _ in range(4):
-        for name, layout in LAYOUTS.items():
-            fastest[name] = min(fastest[name], seconds(twins[name], images.contiguous(memory_format=layout)))
-    return min(fastest, key=lambda name: fastest[name])
+    """By the fastest of a few calls, taken in turns."""
+    return fastest(
+        {
+            name: functools.partial(
+                copy.deepcopy(model).to(memory_format=layout), images.contiguous(memory_format=layout)
+            )
+            for name, layout in LAYOUTS.items()
+        },
+        rounds=4,
+    )
 
 
 def calibrated(model: nn.Module, images: Tensor) -> nn.Module:

@@ -92,10 +92,14 @@ def misses_rows(x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tu
 
 
 def misses_padding(x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int]) -> bool:
-    """Whether a window may lie in the padding as a whole, and the convolution crash; of pixels that are zero it does
-    not."""
+    """Whether the convolution may crash, of a window in the padding; of pixels that are zero it does not."""
+    return _may_be_amx(x) and reaches_beyond(weight, padding, dilation)
+
+
+def reaches_beyond(weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether a window may lie in the padding as a whole."""
     halves = (spread * (size // 2) for spread, size in zip(dilation, weight.shape[2:], strict=True))
-    return any(pad > half for pad, half in zip(padding, halves, strict=True)) and _may_be_amx(x)
+    return any(pad > half for pad, half in zip(padding, halves, strict=True))
 
 
 def padded(x: Tensor, padding: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .dispatch import is_exporting
-from .native_convolution import misses_columns, misses_rows, misses_weight_gradient, padded
+from .native_convolution import misses_columns, misses_rows, misses_weight_gradient, padded, reaches_beyond
 from .registration import traceable_op
 
 
@@ -37,8 +37,7 @@ def convolution(
         if torch.is_grad_enabled() and not is_exporting() and misses_weight_gradient(x, weight, dilation):
             with without_autocast(x):
                 return convolution(x.float(), weight.float(), stride, padding, dilation, groups).to(x.dtype)
-        halves = (spread * (size // 2) for spread, size in zip(dilation, weight.shape[2:], strict=True))
-        if any(pad > half for pad, half in zip(padding, halves, strict=True)):
+        if reaches_beyond(weight, padding, dilation):
             x, padding = padded(x, padding), (0, 0)
         # What is exported may have any size, and no backward, which is all that gets a short row wrong.
         is_short = not is_exporting() and any(size < step for size, step in zip(x.shape[2:], stride, strict=True))

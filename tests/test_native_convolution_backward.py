@@ -98,7 +98,9 @@ def test_agrees_in_any_window(dtype: torch.dtype) -> None:
         for result, best in zip(results, (exact_y, *exact(x, weight, grad, window)), strict=True):
             assert result.shape == best.shape, (x_shape, weight_shape, window)
             error, largest = (result.double() - best).abs().max().item(), best.abs().max().item()
-            assert error <= 16 * torch.finfo(dtype).eps * (largest + 1), (x_shape, weight_shape, window, layout)
+            # Of what is wrong, not of what is imprecise: float32 sums of 1,680 pixels one after the other.
+            roundings = 64 if dtype == torch.float32 else 16
+            assert error <= roundings * torch.finfo(dtype).eps * (largest + 1), (x_shape, weight_shape, window, layout)
 
 
 def draw_window(draw: random.Random) -> tuple[Any, ...]:
