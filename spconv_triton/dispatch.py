@@ -164,6 +164,12 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_watched() -> bool:
+    """Whether a dispatch mode sees each operation in eager mode, and may count, replace or keep what it returns, which
+    then is not to be written over: selective checkpointing, fake tensors, ``make_fx``, FLOP counters."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_batched(grad: Tensor) -> bool:
     """Whether it is many gradients at a time, ``torch.autograd.grad(..., is_grads_batched=True)``, whose tensors know
     neither memory formats nor writing in place."""

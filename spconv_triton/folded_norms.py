@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .branch_norm import Branches, fold_branch_norms
-from .dispatch import is_transformed
+from .dispatch import is_transformed, is_watched
 from .watch import Watch, can_watch
 
 Folded = tuple[Tensor, Tensor, Tensor | None, Tensor]
@@ -35,7 +35,7 @@ class FoldedNorms:
 
     def fold(self, layer: Branches) -> tuple[Folded, bool]:
         """:func:`.branch_norm.fold_branch_norms` of the layer, and whether that is what it was or will be again."""
-        if torch.is_grad_enabled() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
+        if torch.is_grad_enabled() or is_transformed() or is_watched():
             return fold_branch_norms(layer), False
         norms = [norm for norm in (layer.norm_representative, layer.norm_redundant) if norm is not None]
         tensors = [layer.weight_gwc, layer.weight_pwc, layer.weight_redundant]

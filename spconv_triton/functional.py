@@ -464,7 +464,7 @@ def _check_weights(
 ) -> Geometry:
     """The window of a layer whose weights fit each other and ``x``."""
     check_kernel_weight(weight_gwc)
-    geometry = resolve(tuple(weight_gwc.shape[2:]), *window)
+    geometry = resolve(tuple(map(int, weight_gwc.shape[2:])), *window)  # make_fx may trace them as symbols
     check_representative("x", x, weight_gwc, weight_pwc, geometry)
     check_redundant(x, weight_redundant, weight_pwc)
     check_bias("branch_bias", branch_bias, (2, weight_gwc.shape[0]), x, or_float32=True)

@@ -18,3 +18,16 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if x.stride(1) == 1 and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
+
+
+def with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """``gradient`` with the strides of ``parameter`` where only those of dimensions of size 1 differ.
+
+    They say nothing about memory, but DDP compares them, and warns.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    strides = zip(parameter.shape, gradient.stride(), parameter.stride(), strict=True)
+    if all(size == 1 or own == wanted for size, own, wanted in strides):
+        return gradient.as_strided(parameter.shape, parameter.stride())
+    return gradient

@@ -72,7 +72,8 @@ class SPConv2d(nn.Module):
 
     Memory format of the weights:
         ``weight_gwc`` is channels_last from the start. What makes one vector of parameters (``torch.optim.LBFGS``,
-        ``parameters_to_vector``, unstructured pruning) and FSDP2 want ``.to(memory_format=torch.contiguous_format)``.
+        ``parameters_to_vector``, unstructured pruning), FSDP2, safetensors' ``save_file`` and
+        ``nn.init.orthogonal_`` want ``.to(memory_format=torch.contiguous_format)``.
 
     Attributes:
         weight_gwc: [M, alpha L / G, k, k].

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from . import native
 from .autocast import without_autocast
-from .dispatch import is_batched, is_transformed
+from .dispatch import is_batched, is_transformed, is_watched
 from .geometry import Geometry
+from .layout import with_strides_of
 from .native_backward import differentiable_gradients
 from .native_backward_maps import branch_gradients
 from .native_backward_operands import operands
@@ -86,7 +87,7 @@ class Branch(NamedTuple):
 
 def batch_norm(tensors: Sequence[Any], eps: tuple[float, float], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
     """Y, mean and variance, as of :func:`spconv_triton.native.batch_norm`, which computes what this does not."""
-    if not takes(tensors[0]) or is_transformed():
+    if not takes(tensors[0]) or is_transformed() or is_watched():
         return native.batch_norm(tensors, eps, geometry)
     return OnePass.apply(*tensors, eps, geometry)
 
@@ -238,4 +239,7 @@ def gradients(
         of_norms += [weight.flatten(), shift.flatten()]
     of_bias = b.sum((0, 2, 3)).to(bias.dtype) if bias is not None else None
     of_parameters = [None if p is None else of.to(p.dtype) for p, of in zip(norms, of_norms, strict=True)]
-    return (*branch_gradients(given, of_maps[0], of_maps[1], needed), of_bias, *of_parameters)
+    dx, *of_weights = branch_gradients(given, of_maps[0], of_maps[1], needed)
+    weights = zip((gwc, pwc, redundant), of_weights, strict=True)
+    of_weights = [None if of is None else with_strides_of(weight, of) for weight, of in weights]
+    return (dx, *of_weights, of_bias, *of_parameters)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import is_watched
 from .geometry import Geometry
 
 ACCUMULATES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
@@ -257,10 +258,4 @@ def _every_window_reads(size: int, kernel: int, stride: int, padding: int, dilat
 
 def _can_accumulate(y: Tensor, x: Tensor) -> bool:
     """Whether oneDNN convolves into ``y``; not under a dispatch mode (a FLOP counter, fakes): it would not know how."""
-    return (
-        ACCUMULATES
-        and y.dtype == x.dtype
-        and are_of_onednn(y)
-        and y.numel() > 0
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    return ACCUMULATES and y.dtype == x.dtype and are_of_onednn(y) and y.numel() > 0 and not is_watched()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import is_transformed
+from .dispatch import is_transformed, is_watched
 from .geometry import Geometry
 from .layout import memory_format
 from .native_products import are_products_precise
@@ -111,7 +111,7 @@ def _is_observed() -> bool:
     """Whether more is asked than the result, or another way to it."""
     return (
         torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or is_watched()
         or torch.is_autocast_enabled("cpu")
         or is_transformed()
         or not torch._C._get_mkldnn_enabled()

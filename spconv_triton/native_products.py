@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native_convolution
+from .dispatch import is_watched
 from .native_convolution import add_convolution, convolve
 
 LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -96,16 +97,16 @@ def can_be_matrix_product(x: Tensor) -> bool:
     Not under a dispatch mode: FLOP counters know convolutions, not products in place. Nor where products of float32
     matrices may be bfloat16's, as those of a convolution are not.
     """
-    if torch._C._len_torch_dispatch_stack() > 0 or not x.is_cpu:
-        return False
-    return are_products_precise(x.dtype)
+    return x.is_cpu and not is_watched() and are_products_precise(x.dtype)
 
 
 def are_products_precise(dtype: torch.dtype) -> bool:
-    """Whether matrix products on a CPU are as precise as convolutions, whatever
-    ``torch.set_float32_matmul_precision`` allows."""
+    """Whether matrix products on a CPU are as precise as convolutions, whatever they are allowed to be.
+
+    ``torch.get_float32_matmul_precision`` is an error where a precision was set by ``torch.backends``.
+    """
     if dtype == torch.float32:
-        return torch.get_float32_matmul_precision() != "medium"
+        return torch.backends.mkldnn.matmul.fp32_precision != "bf16"
     return dtype == torch.float64 or (dtype == torch.bfloat16 and native_convolution.MULTIPLIES_BFLOAT16)
 
 

@@ -6,6 +6,8 @@ tests/test_modules.py has a layer under autocast, tests/kernels/test_kernel_tran
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -158,20 +160,43 @@ def test_unscaled_gradients_are_those_without_a_scale() -> None:
         assert torch.equal(p.grad, expected[name]), name  # a power of two rounds nothing
 
 
-@pytest.fixture(params=["highest", "high", "medium"])
+PRECISIONS: dict[str, tuple[Callable[[], str], Callable[[str], None], str]] = {
+    **{
+        setting: (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, setting)
+        for setting in ("highest", "high", "medium")
+    },
+    **{
+        f"{name}={setting}": (
+            functools.partial(operator.attrgetter("fp32_precision"), module),
+            functools.partial(setattr, module, "fp32_precision"),
+            setting,
+        )
+        for name, module, setting in (
+            ("cuda.matmul", torch.backends.cuda.matmul, "tf32"),
+            ("mkldnn.matmul", torch.backends.mkldnn.matmul, "tf32"),
+            ("mkldnn.matmul", torch.backends.mkldnn.matmul, "bf16"),
+            ("backends", torch.backends, "tf32"),
+        )
+    },
+}
+"""How a precision is asked for and set, in the old way and the new, and to what."""
+
+
+@pytest.fixture(params=PRECISIONS)
 def _matmul_precision(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
+    get, put, setting = PRECISIONS[request.param]
+    before = get()
+    put(setting)
     yield
-    torch.set_float32_matmul_precision(before)
+    put(before)
 
 
 @pytest.mark.usefixtures("_matmul_precision")
-@pytest.mark.parametrize("stride", [1, 2])
-def test_float32_stays_whatever_matrix_products_are_set_to(stride: int) -> None:
-    """``set_float32_matmul_precision`` is not about convolutions: ``nn.Conv2d`` stays in float32, and so does a layer,
-    though parts of it are matrix products."""
-    layer = SPConv2d(64, 64, 3, stride, 1)
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"branch_norm": True}], ids=str)
+def test_float32_stays_whatever_matrix_products_are_set_to(options: dict[str, Any]) -> None:
+    """They are not convolutions: ``nn.Conv2d`` stays in float32, and so does a layer, though parts of it are matrix
+    products. Where a precision was set by ``torch.backends``, PyTorch refuses to say what the old way would."""
+    layer = SPConv2d(64, 64, 3, padding=1, **options)
     x = torch.randn(2, 64, 20, 20)
     judge, twin = copy.deepcopy(layer).double(), copy.deepcopy(layer)
     twin.backend = judge.backend = "reference"

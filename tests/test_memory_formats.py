@@ -58,3 +58,14 @@ def test_redundant_branch_keeps_the_format_of_x1(of_x: torch.memory_format, of_w
     weight = torch.randn(8, 4, 1, 1).to(memory_format=of_weight)
     u1 = functional.redundant_branch(x1, weight, kernel_size=3, padding=1)
     assert u1.is_contiguous(memory_format=of_x)
+
+
+@pytest.mark.parametrize("channels", [16, 64])
+@pytest.mark.parametrize("branch_norm", [False, True])
+def test_gradients_have_the_strides_of_the_weights(channels: int, branch_norm: bool) -> None:
+    """Of dimensions of size 1 too: DDP compares them, and warns that it may be slow."""
+    layer = SPConv2d(channels, 2 * channels, 3, padding=1, branch_norm=branch_norm, backend="native")
+    layer(torch.randn(4, channels, 7, 7).to(memory_format=torch.channels_last)).sum().backward()
+    for name, p in layer.named_parameters():
+        assert p.grad is not None
+        assert p.grad.stride() == p.stride(), name

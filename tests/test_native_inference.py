@@ -9,7 +9,6 @@ import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -173,8 +172,12 @@ def test_what_looks_on_sees_every_operation(looked_at: list[Tensor]) -> None:
             torch.testing.assert_close(layer(x), y)
     assert counter.get_total_flops() == 2 * sum(w.numel() for w in layer.parameters() if w.dim() == 4) * 2 * 30
     assert len(looked_at) == 4
-    with mock.patch.object(torch, "get_float32_matmul_precision", return_value="medium"):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
         infer(layer, x, 1)
+    finally:
+        torch.set_float32_matmul_precision(before)
     assert len(looked_at) == 5
 
 
