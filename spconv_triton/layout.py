@@ -1,4 +1,4 @@
-"""Memory formats: which one a tensor is in, and which one a result should keep."""
+"""Memory formats: which one a tensor is in, and which one a result or a gradient should have."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """``gradient`` with the strides of ``parameter`` where only those of dimensions of size 1 differ.
+def gradient_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """``gradient`` in the dtype of ``parameter``, and with its strides where only those of dimensions of size 1 differ.
 
     They say nothing about memory, but DDP compares them, and warns.
     """
+    if gradient is None:
+        return None
+    gradient = gradient.to(parameter.dtype)
     if gradient.stride() == parameter.stride():
         return gradient
     strides = zip(parameter.shape, gradient.stride(), parameter.stride(), strict=True)

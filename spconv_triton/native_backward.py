@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import native_backward_maps, native_backward_merged, native_backward_products
 from .geometry import Geometry
-from .layout import with_strides_of
+from .layout import gradient_of
 from .native_backward_maps import Maps
 from .native_backward_merged import Merged
 from .native_backward_operands import Operands, operands
@@ -72,8 +72,7 @@ def gradients(
         for (of_x, of_d, of_grad), of_kept, out in zip(parts, kept, outs, strict=True):
             of_others = _of_part([of_x, *others], geometry, of_d, of_grad, of_kept, needed, out)[1:]
             sums = [_plus(total, of_part, d.dtype) for total, of_part in zip(sums, of_others, strict=True)]
-    of_others = zip(others, sums, strict=True)
-    return dx, *(None if s is None else with_strides_of(argument, s.to(argument.dtype)) for argument, s in of_others)
+    return dx, *map(gradient_of, others, sums)
 
 
 def _plus(total: Tensor | None, of_part: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -35,7 +35,7 @@ from . import native
 from .autocast import without_autocast
 from .dispatch import is_batched, is_transformed, is_watched
 from .geometry import Geometry
-from .layout import with_strides_of
+from .layout import gradient_of
 from .native_backward import differentiable_gradients
 from .native_backward_maps import branch_gradients
 from .native_backward_operands import operands
@@ -240,6 +240,4 @@ def gradients(
     of_bias = b.sum((0, 2, 3)).to(bias.dtype) if bias is not None else None
     of_parameters = [None if p is None else of.to(p.dtype) for p, of in zip(norms, of_norms, strict=True)]
     dx, *of_weights = branch_gradients(given, of_maps[0], of_maps[1], needed)
-    weights = zip((gwc, pwc, redundant), of_weights, strict=True)
-    of_weights = [None if of is None else with_strides_of(weight, of) for weight, of in weights]
-    return (dx, *of_weights, of_bias, *of_parameters)
+    return (dx, *map(gradient_of, (gwc, pwc, redundant), of_weights), of_bias, *of_parameters)

@@ -106,7 +106,7 @@ def are_products_precise(dtype: torch.dtype) -> bool:
     ``torch.get_float32_matmul_precision`` is an error where a precision was set by ``torch.backends``.
     """
     if dtype == torch.float32:
-        return torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+        return torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # type: ignore[attr-defined]
     return dtype == torch.float64 or (dtype == torch.bfloat16 and native_convolution.MULTIPLIES_BFLOAT16)
 
 
