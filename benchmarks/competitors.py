@@ -181,7 +181,7 @@ def build(case: Case, name: str, direction: str) -> Competitor:
     """
     settle()
     trial = Trial(case, dense=name == "conv2d", direction=direction)
-    calls = {layout: functools.partial(_wait_for, trial.contestant(name, layout).call(direction)) for layout in LAYOUTS}
+    calls = {layout: functools.partial(wait_for, trial.contestant(name, layout).call(direction)) for layout in LAYOUTS}
     for call in calls.values():
         for _ in range(2):  # the first calls compile, and build what oneDNN keeps
             call()
@@ -247,7 +247,8 @@ def _run(layer: nn.Module, x: Tensor, grad: Tensor, direction: str) -> Sequence[
     return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], grad)]
 
 
-def _wait_for(call: Callable[[], object]) -> object:
+def wait_for(call: Callable[[], object]) -> object:
+    """What a call returns, once its work is done."""
     result = call()
     if DEVICE == "cuda":
         torch.cuda.synchronize()

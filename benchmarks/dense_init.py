@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from spconv_triton import SPConv2d, convert, models
 from spconv_triton.dense import CORRELATION, split_weights
-from spconv_triton.training.data import Data, evaluation_batches, seed_epoch, steps_per_epoch, training_batches
+from spconv_triton.training.data import (
+    WEIGHTS,
+    Data,
+    evaluation_batches,
+    seed_epoch,
+    steps_per_epoch,
+    training_batches,
+)
 from spconv_triton.training.datasets import digits
 from spconv_triton.training.learner import Learner, Recipe
 from spconv_triton.training.processes import Processes, cpu_threads
@@ -43,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with cpu_threads(1):
         data = digits(16, options.samples)
         images = torch.cat([x for x, _ in evaluation_batches(data, BATCH, HERE)])
-        seed_epoch(0, -1)
+        seed_epoch(0, WEIGHTS)
         network = models.resnet20(in_channels=data.channels)
         (accuracy,) = train(network, data, options.epochs, lr=0.1, seed=0)[-1:]
         print(

@@ -12,7 +12,7 @@ Three ways to compute a layer:
 - ``"separate"``: SPConv as kernels of its own for each equation, U3 and U1 in memory: our ``branch_forward``, ATen's
   pooling and 1 x 1 convolution (as perfect as conv2d), our two launches of the fusion. Backward likewise, and ATen
   joins the gradients of the representative and the redundant channels.
-- ``"onepass"``: our statistics, gate and convolution; backward our four launches.
+- ``"onepass"``: our statistics, gate and convolution; backward our four launches, five at a stride.
 
 Of what the tuner may choose among, each launch gets the configuration with the least modelled time, and of equal ones
 that which asks for the fewest bytes; a GPU may choose another.
@@ -52,7 +52,7 @@ class Device:
 
     Attributes:
         capability: which of our kernels it gets.
-        flops: a second, by precision as in :class:`benchmarks.traffic.Traffic`.
+        flops: a second, by precision as in :class:`benchmarks.tally.Traffic`.
         bandwidth: of its memory, bytes a second.
         l2_bytes: size of its L2 cache.
     """

@@ -5,8 +5,6 @@ from __future__ import annotations
 import collections
 import json
 import multiprocessing
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import NamedTuple
 import triton
 
 from benchmarks import matrix
+from benchmarks.files import write
 from benchmarks.machine_code import LOCAL, VECTOR_PRODUCTS, count, is_product, opcode
 from benchmarks.matrix import Compilation
 from benchmarks.processors import issue_cycles, programs, tensor_cycles
@@ -180,17 +179,3 @@ def save(path: Path, rows: Iterable[Row]) -> None:
     }
     text = f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
     write(path, text)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -31,7 +31,7 @@ CASES = {
     "merged weights, wider": (32, 32, 18),
     "folded weights": (128, 128, 7),
 }
-"""Input channels, output channels, height and width of the map: every form of the native path."""
+"""Input channels, output channels, height and width of the map: prepared weights in the forms of small layers."""
 
 CALLS = 200
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from cases import RESNET50, TRANSITIONS
 
+from benchmarks import markdown
 from benchmarks.floors import DEVICES, PATHS, Device, chosen, floor_seconds, useful_flops
 from benchmarks.networks import IMAGES, Convolution, convolutions
 from benchmarks.roofline_picture import draw
@@ -137,13 +138,7 @@ def table(rows: Sequence[Row], devices: Sequence[str]) -> list[str]:
             cells.append(_cell(r.cached, [(device, path) for path in ours], 1e6) if r.replaced else "")
             cells += [_gain(times, device) if r.replaced else "" for times in (r.seconds, r.cached)]
         lines.append(cells)
-    return markdown(head, lines)
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
-    """A table whose first ``left`` columns are words."""
-    rule = "|---" * left + "|---:" * (len(head) - left) + "|"
-    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(cells)} |" for cells in lines)]
+    return markdown.table(head, lines)
 
 
 def _cell(values: dict, keys: Iterable, scale: float) -> str:
@@ -182,7 +177,7 @@ Gradients of the input and of all weights, of ResNet-50's 3 x 3 convolutions, wi
 
 def _devices() -> list[str]:
     head = ["", "half precision TFLOP/s", "TF32", "float32", "TB/s", "L2 MiB"]
-    return markdown(
+    return markdown.table(
         head,
         [
             [name, *(number(gpu.flops[p] / 1e12) for p in ("half", "tf32", "ieee")), *_memory(gpu)]
@@ -210,7 +205,7 @@ def _summary(rows: dict[tuple[str, int, tuple[str, ...]], list[Row]]) -> list[st
             cells += [_cell(sums.launches, PATHS, 1), f"{gaps['conv2d'] / gaps['onepass']:.2f}"]
             cells += [_slower(found, "seconds", device), _slower(found, "cached", device)]
             lines.append(cells)
-    return markdown(head, lines, left=3)
+    return markdown.table(head, lines, words=3)
 
 
 def _slower(rows: Sequence[Row], times: str, device: str) -> str:

@@ -18,10 +18,11 @@ from typing import NamedTuple
 import triton
 
 from benchmarks import matrix
+from benchmarks.files import write
 from benchmarks.machine_code import TARGETS
 from benchmarks.machine_code_gate import complaints
 from benchmarks.matrix import Compilation
-from benchmarks.measurements import Row, load, measure_all, save, write
+from benchmarks.measurements import Row, load, measure_all, save
 from benchmarks.processors import KIB
 
 REPORT = Path(__file__).parent / "results" / "static.json"

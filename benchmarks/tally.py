@@ -25,9 +25,8 @@ class Traffic:
 
     Attributes:
         loads, stores: by argument; those that the launch neither loads nor stores are not there.
-        flops: two for a multiply-add of a tile, by precision: ``"half"``, ``"tf32"``, ``"ieee"``, or of two or three
-            products for one ``"halfx2"``, ``"tf32x2"``, ``"tf32x3"``
-            (float32 outside the tensor cores).
+        flops: two for a multiply-add of a tile, by precision: ``"half"``, ``"tf32"``, ``"ieee"`` (float32 outside
+            the tensor cores), or of two or three products for one ``"halfx2"``, ``"tf32x2"``, ``"tf32x3"``.
     """
 
     loads: Mapping[str, Access]

@@ -33,6 +33,15 @@ def cast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, *others))
 
 
+def cast_halves(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """``others``, which may be float32 beside an ``x`` in half precision; else cast as of :func:`cast`."""
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return others
+    halves = (torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in halves else t for t in others)
+
+
 def promote(x: Any, other: Any) -> tuple[Any, Any]:
     """Both in the wider of their dtypes under ``torch.autocast``, as for ``torch.addcmul``; unchanged without.
 

@@ -5,8 +5,8 @@ A batch norm on its running statistics is an affine map per channel, s u + t wit
     s = weight / sqrt(running_var + eps),    t = bias - s running_mean
 
 and U3 and U1 are linear in their weights, so it folds: the weights' rows times s, and t as a branch bias. A batch norm
-on the statistics of the batch needs U3 and U1 themselves; where it :func:`normalises_batch`, the arithmetic can be the
-kernels', while the state stays the module's. Any other norm is called as the module that it is.
+on the statistics of the batch needs U3 and U1 themselves; where it :func:`normalises_batch`, the arithmetic can be one
+pass, while the state stays the module's. Any other norm is called as the module that it is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, distributed, nn
+
+from .hooks import has_hooks
 
 
 class Branches(Protocol):
@@ -29,8 +31,7 @@ class Branches(Protocol):
 
 def is_batch_norm(norm: nn.Module) -> bool:
     """Whether ``norm`` computes what ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` does: itself one, nothing hooked on."""
-    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not hooked and "forward" not in vars(norm)
+    return type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not has_hooks(norm)
 
 
 def is_affine(norm: nn.Module | None) -> bool:

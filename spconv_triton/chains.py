@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 from .branch_norm import is_affine
 from .fused import FusedSPConv2d
+from .hooks import has_hooks
 from .modules import SPConv2d
-from .regions import IN_PLACE, Frame, Region, has_hooks
+from .regions import IN_PLACE, Frame, Region
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 ACTIVATION_FUNCTIONS: dict[Any, str] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import native, native_batch_norm, native_onepass, ops, reference
-from .autocast import cast, promote
+from .autocast import cast, cast_halves, promote
 from .checks import (
     check_alike,
     check_bias,
@@ -93,9 +93,7 @@ def representative_branch(
             x3,
             weight_gwc,
             weight_pwc,
-            stride=geometry.stride,
-            padding=geometry.padding,
-            dilation=geometry.dilation,
+            **geometry.window,
             groups=groups,
         )
     return u3.contiguous(memory_format=memory_format(x3))
@@ -252,6 +250,7 @@ def _spconv2d(
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
     check_input("x", x)
     x, weight_gwc, weight_pwc, weight_redundant, bias = cast(x, weight_gwc, weight_pwc, weight_redundant, bias)
+    (branch_bias,) = cast_halves(x, branch_bias)
     geometry = check((x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias), window)
     weight_redundant = _or_none(weight_redundant)
     chosen = choose(x, backend)
@@ -262,9 +261,7 @@ def _spconv2d(
             weight_pwc,
             weight_redundant,
             bias,
-            stride=geometry.stride,
-            padding=geometry.padding,
-            dilation=geometry.dilation,
+            **geometry.window,
             groups=geometry.groups,
             branch_bias=branch_bias,
         )
@@ -335,6 +332,7 @@ def inference_forward(
     norm_scale, residual, activation = after
     check_input("x", x)
     x, weight_gwc, weight_pwc, weight_redundant, residual = cast(x, weight_gwc, weight_pwc, weight_redundant, residual)
+    bias, branch_bias, norm_scale = cast_halves(x, bias, branch_bias, norm_scale)
     geometry = _check_weights(x, weight_gwc, weight_pwc, weight_redundant, branch_bias, window)
     outputs = weight_gwc.shape[0]
     check_bias("bias", bias, (outputs,), x, or_float32=True)
@@ -365,9 +363,7 @@ def inference_forward(
         y = reference.spconv2d(
             x,
             *weights,
-            stride=geometry.stride,
-            padding=geometry.padding,
-            dilation=geometry.dilation,
+            **geometry.window,
             groups=geometry.groups,
             branch_bias=branch_bias,
         )
@@ -416,6 +412,10 @@ def spconv2d_batch_norm(
         raise ValueError("weight_redundant must have at least one input channel, got none, so there is no gate")
     outputs = weight_gwc.shape[0]
     check_bias("bias", bias, (outputs,), x, or_float32=False)
+    norm_representative, norm_redundant = (
+        cast_halves(x, *norm) if isinstance(norm, (tuple, list)) else norm
+        for norm in (norm_representative, norm_redundant)
+    )
     for name, norm in (("norm_representative", norm_representative), ("norm_redundant", norm_redundant)):
         check_norm(name, norm, outputs, x)
     check_eps(eps)
@@ -431,11 +431,9 @@ def spconv2d_batch_norm(
     elif chosen == "native":
         y, mean, variance = native_batch_norm.batch_norm((x, *weights, bias, *norms), eps, geometry)
     else:
-        kernel_size, *window, _ = geometry
-        parts = dict(zip(("stride", "padding", "dilation"), window, strict=True))
         x3, x1 = x.split((weight_pwc.shape[1], weight_redundant.shape[1]), 1)
-        u3 = reference.representative_branch(x3, weight_gwc, weight_pwc, groups=groups, **parts)
-        u1 = reference.redundant_branch(x1, weight_redundant, kernel_size, (height, width), **parts)
+        u3 = reference.representative_branch(x3, weight_gwc, weight_pwc, groups=groups, **geometry.window)
+        u1 = reference.redundant_branch(x1, weight_redundant, geometry.kernel_size, (height, width), **geometry.window)
         y, mean, variance = native.blend_normed((u3, u1), (bias, *norms), eps, reference.gap_softmax_fusion)
     return y.contiguous(memory_format=memory_format(x)), mean, variance
 

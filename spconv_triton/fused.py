@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional, native
@@ -13,7 +12,7 @@ from .autocast import computed_dtype
 from .branch_norm import affine_map, fold_branch_norms, scaled
 from .checks import ACTIVATIONS, check_input
 from .geometry import Geometry
-from .layout import memory_format
+from .layout import padded
 from .modules import SPConv2d
 from .native import Epilogue
 from .native_inference import Inference
@@ -99,9 +98,7 @@ class FusedSPConv2d(nn.Module):
         padding = self.geometry.padding
         if self.padding_mode != "zeros":
             check_input("x", x)
-            layout = memory_format(x)
-            edges = (padding[1], padding[1], padding[0], padding[0])
-            x = F.pad(x, edges, mode=self.padding_mode).contiguous(memory_format=layout)
+            x = padded(x, padding, self.padding_mode)
             padding = (0, 0)
         inference = None if torch.compiler.is_compiling() else self._inference
         buffers: dict[str, Any] = self._buffers  # as attributes they would be searched for

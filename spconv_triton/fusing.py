@@ -15,9 +15,10 @@ from .branch_norm import folds
 from .chains import Chain, follow
 from .conversion import is_compiled
 from .fused import FusedSPConv2d
+from .hooks import has_hooks
 from .modules import SPConv2d
 from .plain_norms import FoldedNorm, find_folded_norms
-from .regions import Region, Tracer, attribute, find_regions, has_hooks, trace, unchanged
+from .regions import Region, Tracer, attribute, find_regions, trace, unchanged
 from .sources import is_only_called, only_calls
 
 
@@ -208,7 +209,8 @@ class _Plan:
         return sites
 
     def _chains(self, region: Region) -> list[tuple[SPConv2d, Chain]]:
-        """The calls of layers that may be fused, in order, each with what follows; the first that adds two results."""
+        """The calls of layers that may be fused, in order, each with what follows; of two that are added
+        to each other the first takes the sum."""
         found = []
         taken: set[fx.Node] = set()
         for node in region.graph.nodes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 IntPair = int | Sequence[int]
 
@@ -37,6 +37,11 @@ class Geometry(NamedTuple):
         return self.centre == (0, 0)
 
     @property
+    def window(self) -> dict[str, Any]:
+        """Stride, padding and dilation, as arguments."""
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+
+    @property
     def taps(self) -> int:
         return self.kernel_size[0] * self.kernel_size[1]
 
@@ -46,13 +51,13 @@ def pair(name: str, value: object, minimum: int) -> tuple[int, int]:
 
     Raises:
         TypeError: not an int or a sequence of ints.
-        ValueError: below ``minimum``, or not one or two of them.
+        ValueError: below ``minimum``, or a sequence of other than two.
     """
     values = (value, value) if isinstance(value, int) else value
     if not isinstance(values, Sequence) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     if len(values) != 2 or min(values) < minimum:
-        raise ValueError(f"{name} must be one or two ints of at least {minimum}, got {value!r}")
+        raise ValueError(f"{name} must be an int of at least {minimum}, or a pair of them, got {value!r}")
     return values[0], values[1]
 
 

@@ -1,8 +1,9 @@
-"""Memory formats: which one a tensor is in, and which one a result or a gradient should have."""
+"""Memory formats: which one a tensor is in, and which one a padded one, a result or a gradient should have."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,6 +19,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if x.stride(1) == 1 and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
+
+
+def padded(x: Tensor, padding: tuple[int, int], mode: str) -> Tensor:
+    """[N, C, H + 2 padding, W + 2 padding] by a ``padding_mode`` of ``nn.Conv2d``, in the memory format of ``x``."""
+    edges = (padding[1], padding[1], padding[0], padding[0])
+    return F.pad(x, edges, mode=mode).contiguous(memory_format=memory_format(x))
 
 
 def gradient_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
@@ -15,7 +14,7 @@ from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS
 from .folded_norms import FoldedNorms
 from .geometry import Geometry, IntPair, pair, resolve
-from .layout import memory_format
+from .layout import memory_format, padded
 from .native_inference import Inference
 from .symbols import call_of, is_symbol
 
@@ -281,9 +280,7 @@ class SPConv2d(nn.Module):
         padding = self._window_padding
         if self.padding_mode != "zeros":
             check_input("x", x)
-            layout = memory_format(x)
-            edges = (padding[1], padding[1], padding[0], padding[0])
-            x = F.pad(x, edges, mode=self.padding_mode).contiguous(memory_format=layout)
+            x = padded(x, padding, self.padding_mode)
             padding = (0, 0)
         inference = branch_bias = None
         parameters: dict[str, Any] = self._parameters
@@ -298,6 +295,7 @@ class SPConv2d(nn.Module):
                 self._inference.forget()
                 self._folded_norms.forget()
             elif not self.branch_norm:
+                # A new one prepares weights the same way for this call, so that pruned ones give the same bits.
                 inference = self._inference if are_parameters else Inference()
         if self.branch_norm:
             if not folds(self):
@@ -312,9 +310,10 @@ class SPConv2d(nn.Module):
         return functional.layer_forward((x, gwc, pwc, redundant, bias, branch_bias), window, self.backend, inference)
 
     def _forward_branch_norm(self, x: Tensor, window: dict[str, Any]) -> Tensor:
-        """The layer with norms that do not fold: by the kernels where they compute the norms, else part by part.
+        """The layer with norms that do not fold: in one pass where the kernels, or ATen on a CPU, compute the norms
+        (:func:`.functional.takes_batch_norm`), else part by part.
 
-        The kernels take what :func:`.branch_norm.normalises_batch` describes, in both branches, and a batch that is not
+        They take what :func:`.branch_norm.normalises_batch` describes, in both branches, and a batch that is not
         empty; whatever module else stands in a branch is called.
         """
         check_input("x", x)

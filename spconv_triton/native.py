@@ -71,9 +71,7 @@ def pointwise_input(x: Tensor, geometry: Geometry) -> Tensor:
             x,
             geometry.kernel_size,
             geometry.output_size(x.shape[2], x.shape[3]),
-            stride=geometry.stride,
-            padding=geometry.padding,
-            dilation=geometry.dilation,
+            **geometry.window,
         )
     # Half-window padding: output size is ceil(H / stride), which is average pooling in ceil mode.
     return F.avg_pool2d(x, geometry.stride, ceil_mode=True, count_include_pad=False)

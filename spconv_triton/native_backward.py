@@ -39,6 +39,7 @@ from .native_backward_operands import Operands, operands
 from .native_backward_products import Products
 from .native_gate import bias_difference, sums_of_maps
 from .native_parts import parts_of, pay_in_training, samples_together
+from .optional_arguments import of_present, spread
 
 
 def gradients(
@@ -137,16 +138,6 @@ def differentiable_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients where they will themselves be differentiated: by the chain rule through ``layer``, which computes
     Y from ``inputs`` part by part."""
-    present = [i for i, tensor in enumerate(inputs) if tensor is not None]
-
-    def of_present(*tensors: Tensor) -> Tensor:
-        arguments = list(inputs)
-        for i, tensor in zip(present, tensors, strict=True):
-            arguments[i] = tensor
-        return layer(*arguments)
-
-    pullback = torch.func.vjp(of_present, *(inputs[i] for i in present))[1]
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for i, gradient in zip(present, pullback(grad), strict=True):
-        gradients[i] = gradient
-    return tuple(gradients)
+    present, function = of_present(layer, inputs)
+    pullback = torch.func.vjp(function, *(inputs[i] for i in present))[1]
+    return tuple(spread(pullback(grad), present, len(inputs)))

@@ -1,4 +1,4 @@
-"""What both ways through the backward (:mod:`spconv_triton.native_backward`) start from."""
+"""What every way through the backward (:mod:`spconv_triton.native_backward`) starts from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Operands(NamedTuple):
     Attributes:
         x: [N, L, H, W].
         x3: its first alpha L channels, contiguous.
-        z: what the point-wise convolutions read, [N, L, H_out, W_out]; ``x`` itself at stride 1.
+        z: what the point-wise convolutions read, [N, L, H_out, W_out]; ``x`` itself at stride 1
+            with padding of half the window.
         g: dL/dY, [N, M, H_out, W_out], in the dtype of maps.
         beta, gamma: the gate, [N, M, 1, 1], float32 or better.
         weight_gwc, weight_pwc, weight_redundant: of the layer.

@@ -48,9 +48,9 @@ from .recomputation import recomputes
 TENSORS = 9
 """x, the three weights, the bias, and weight and bias of either norm: what is differentiated."""
 
-
 MOST_TOGETHER, WIDEST = 64, 1024
-"""Pixels that are summed apart, and the channels that they then are: more take longer."""
+"""How many neighbouring pixels :func:`_variance` takes as channels of one at most, and how many channels those may be:
+more of either take longer."""
 
 
 class Statistics(NamedTuple):

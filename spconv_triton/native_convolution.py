@@ -87,8 +87,8 @@ def columns_without_stride(x: Tensor, weight: Tensor, padding: tuple[int, int], 
 
 
 def misses_rows(x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]) -> bool:
-    """The same where the kernel is one row, rows have a stride, and taps are apart; of the rows that are read it is
-    right."""
+    """The same of a forward where the kernel is one row, rows have a stride, and taps are apart. Given the rows alone
+    that the stride reads, it is right."""
     return weight.shape[2] == 1 and stride[0] > 1 and dilation[1] > 1 and _may_be_amx(x)
 
 
@@ -139,8 +139,8 @@ def representative_view(
     """Shape and strides of x3 in an x of this shape, None for the slice, and the window of its convolution.
 
     ATen copies a slice of channels. What it need not copy is all of x: where alpha L divides L, a row of W pixels is a
-    row of W L / (alpha L) pixels of alpha L channels, and x3 is every so manieth of them. With many channels the pixels
-    of x3 lie so far apart that the copy takes less time.
+    row of W L / (alpha L) pixels of alpha L channels, and x3 is every L / (alpha L)-th of them. With many channels the
+    pixels of x3 lie so far apart that the copy takes less time.
     """
     found = _long_rows(x, weight, geometry) if x[1] <= FEW_CHANNELS else None
     return (None, geometry[1:]) if found is None else (found[:2], found[2])
@@ -198,8 +198,9 @@ def readable(
     """``x`` and ``weight`` such that oneDNN reads nothing but them: as they are, or else as copies in NCHW.
 
     Of PyTorch 2.14.1's, the convolutions in channels_last (``nn.Conv2d``'s too) crash where a window lies in the
-    padding as a whole, and read what was never written where a group has one channel and columns have a stride, and,
-    for gradients of bfloat16 weights, where the stride is longer than a row.
+    padding as a whole, and read what was never written where a group has one channel and there is a stride, and where a
+    stride is longer than the map. Of bfloat16 there is more: :func:`misses_columns`, :func:`misses_rows`,
+    :func:`misses_padding`.
     """
     if are_readable(x, weight, stride, padding, dilation):
         return x, weight

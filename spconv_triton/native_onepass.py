@@ -209,7 +209,7 @@ def forward(
     """
     x = channels_last(x)
     if not weights.has_gate:
-        joins = bias is not None and bias.dtype == x.dtype and branch_bias is None and after.norm_scale is None
+        joins = _joins(bias, branch_bias, after, x.dtype)
         y = weights.u3(x, weights.pointwise_input(x), bias if joins else None)
         return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
     if isinstance(weights, PreparedWeights):
@@ -227,6 +227,11 @@ def forward(
     if samples < x.shape[0] and pay_in_training(x.dtype):
         return _in_parts(x, weights, bias, branch_bias, after, difference, samples)
     return _by_branches(x, weights, bias, branch_bias, after, Into(None, difference))
+
+
+def _joins(bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue, dtype: torch.dtype) -> bool:
+    """Whether the output bias may be added by a convolution: nothing comes between the two."""
+    return bias is not None and bias.dtype == dtype and branch_bias is None and after.norm_scale is None
 
 
 def _empty_map(x: Tensor, outputs: int, geometry: Geometry) -> Tensor:
@@ -283,13 +288,7 @@ def _by_prepared_weights(
     """As :func:`_by_branches`. On small maps the calls take the time, so there are few, and some are planned."""
     # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference. What is kept of
     # that is without it, and so without its roundings.
-    joins = (
-        into.difference is None
-        and branch_bias is None
-        and after.norm_scale is None
-        and bias is not None
-        and bias.dtype == x.dtype
-    )
+    joins = into.difference is None and _joins(bias, branch_bias, after, x.dtype)
     joined = bias if joins else None
     z = x if plan is not None and plan.is_z else weights.pointwise_input(x)
     u3, u1 = weights.u3(x, z, joined), weights.u1(z, joined)

@@ -46,7 +46,7 @@ def is_large(rows: int, weight: Tensor) -> bool:
 
 
 def pointwise(x: Tensor, weight: Tensor, first: int = 0) -> Tensor:
-    """A 1 x 1 convolution of the channels from ``first`` on, as a new tensor, likewise; without gradients.
+    """A 1 x 1 convolution of the channels from ``first`` on, as a new tensor in the dtype of maps; without gradients.
 
     Args:
         x: [N, L, H, W], in channels_last and dense on a CPU.

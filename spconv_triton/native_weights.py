@@ -158,7 +158,6 @@ class Plan(NamedTuple):
             None where that does not take less time.
         view: shape and strides of x3 in x; None for a slice of channels, which oneDNN copies.
         window: stride, padding and dilation of that view's convolution.
-        size: (H_out, W_out).
         pixels: H_out W_out, as a tensor, since ATen makes one of a number in every call.
         is_z: whether the point-wise convolutions read x itself.
         gate_first: whether the gate comes first.
@@ -169,7 +168,6 @@ class Plan(NamedTuple):
     exchanged: Tensor | None
     view: tuple[Any, Any] | None
     window: tuple[Any, Any, Any]
-    size: tuple[int, int]
     pixels: Tensor
     is_z: bool
     gate_first: bool
@@ -257,7 +255,7 @@ class PreparedWeights(Weights):
             blocks = torch.cat([block.of(self.pwc) for block, _ in form.rest])[:, :, None, None]
             exchanged = _packed(blocks, (batch, self.pwc.shape[1], *size), (1, 1), (0, 0), (1, 1), 2)
         samples = samples_of_shape(shape, self.gwc.itemsize, self.gwc.shape[0], size)
-        return Plan(form, exchanged, view, window[:3], size, pixels, is_z, gate_first, samples)
+        return Plan(form, exchanged, view, window[:3], pixels, is_z, gate_first, samples)
 
     def _form(self, height: int, width: int, gate_first: bool) -> Form:
         groups = self.geometry.groups

@@ -2,8 +2,8 @@
 
 ``torch.fx`` runs a network's forward on symbols. Where that fails, at control flow that depends on values say, the
 module in whose forward it failed becomes a node of the graphs around it, and each of its children is traced on its own,
-if that is all that its source does with them: call them. A network is a list of :class:`Region`. So are modules with
-hooks, which must not see symbols.
+if that is all that its source does with them: call them. Modules with hooks, which must not see symbols, are nodes
+likewise. A network is thus a list of :class:`Region`.
 
 A forward that asks what a symbol cannot answer truly (what type it is, whether gradients are on) fails as well, even if
 it gets an answer, or goes on after an exception.
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .fused import FusedSPConv2d
+from .hooks import has_hooks
 from .modules import SPConv2d
 from .sources import asks_for_none, only_calls
 
@@ -187,12 +188,6 @@ class Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta["frames"] = tuple(self.frames)
         return node
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at, or changes, what goes into ``module`` or comes out."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names) or "forward" in vars(module)
 
 
 def _is_open(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

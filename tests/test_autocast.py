@@ -231,6 +231,27 @@ def test_float64_stays(options: dict[str, Any], training: bool) -> None:
     torch.testing.assert_close(y, other(x))
 
 
+def test_what_may_be_float32_is_cast_from_the_other_half_precision() -> None:
+    """All of a layer in float16, under autocast to bfloat16."""
+    x, gwc, pwc, redundant = (
+        torch.randn(shape).half() for shape in ((2, 8, 6, 5), (6, 2, 3, 3), (6, 4, 1, 1), (6, 4, 1, 1))
+    )
+    bias, scale, branch_bias = (torch.randn(shape).half() for shape in (6, 6, (2, 6)))
+    calls: tuple[Callable[[], Tensor], ...] = (
+        lambda: functional.spconv2d(x, gwc, pwc, redundant, bias, branch_bias=branch_bias),
+        lambda: functional.spconv2d_inference(
+            x, gwc, pwc, redundant, bias, branch_bias=branch_bias, norm_scale=scale, residual=x[:, :6, 2:, 2:]
+        ),
+        lambda: functional.spconv2d_batch_norm(x, gwc, pwc, redundant, bias, norm_representative=(scale, bias))[0],
+    )
+    for call in calls:
+        exact = call().float()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call()
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.04 * exact.abs().max().item())
+
+
 def test_ints_are_not_cast() -> None:
     layer = SPConv2d(8, 8, 3, padding=1)
     weights = layer.weight_gwc, layer.weight_pwc.int(), layer.weight_redundant

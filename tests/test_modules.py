@@ -381,7 +381,7 @@ def test_what_fitted_once_is_no_excuse_for_the_next_call() -> None:
     layer.stride = [1, 1]
     assert torch.equal(layer(x), expected)
     layer.dilation = (0, 1)
-    with pytest.raises(ValueError, match="dilation must be one or two ints of at least 1"):
+    with pytest.raises(ValueError, match="dilation must be an int of at least 1, or a pair of them"):
         layer(x)
     layer.dilation = (1, 1)
     layer.bias = nn.Parameter(torch.zeros(5))

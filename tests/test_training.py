@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from spconv_triton import models
 from spconv_triton.training import checkpoint, cli, datasets, learner, measure
 from spconv_triton.training.data import (
+    WEIGHTS,
     Data,
     Images,
     evaluation_batches,
@@ -461,7 +462,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     data = datasets.digits(8, 48)
     replicas = []
     for _ in range(2):
-        seed_epoch(0, -1)
+        seed_epoch(0, WEIGHTS)
         replicas.append(Learner(models.resnet20(0.5, in_channels=1), Recipe(0.1, 5e-4, steps=3), ALONE))
     shares = [list(training_batches(data, 16, 0, 0, Processes(rank, 2, ALONE.device))) for rank in range(2)]
     losses = []

@@ -20,7 +20,7 @@ import torch
 from benchmarks.comparison import accuracy, layers, networks
 from benchmarks.comparison.page import write_page
 from benchmarks.comparison.plan import Plan, full, quick, rehearsal
-from benchmarks.measurements import write
+from benchmarks.files import write
 from benchmarks.ratios import machine
 
 SECTIONS = ("layers", "networks", "accuracy")

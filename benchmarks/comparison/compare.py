@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.comparison.probe import NAMES
-from benchmarks.comparison.rounds import SAMPLE_SECONDS
-from benchmarks.ratios import quantiles
+from benchmarks.ratios import SAMPLE_SECONDS, quantiles
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from benchmarks.comparison.memory import peak_bytes
 from benchmarks.comparison.rounds import Effort, compare
-from benchmarks.competitors import DEVICE, LAYOUTS
+from benchmarks.competitors import DEVICE, LAYOUTS, wait_for
 from benchmarks.networks import IMAGES
 from benchmarks.peers import NAMES, build_network, count_macs, count_parameters
 from benchmarks.peers.catalogue import COMPILED, VARIANTS
 from benchmarks.resnet50 import calibrated
 from benchmarks.turns import fastest
 from spconv_triton import SPConv2d, fuse
-from spconv_triton.training.measure import training_step
+from spconv_triton.training.measure import forward_pass, training_step
 
 Row = dict[str, Any]
 
@@ -166,16 +167,5 @@ def _call(model: nn.Module, images: Tensor, layout: str, step: bool, classes: in
         labels = torch.arange(len(images), device=images.device) % classes
         work = training_step(model, images, labels, lr=0.0)
     else:
-
-        def work() -> None:
-            with torch.inference_mode():
-                model(images)
-
-    if DEVICE != "cuda":
-        return work
-
-    def waited() -> None:
-        work()
-        torch.cuda.synchronize()
-
-    return waited
+        work = forward_pass(model, images)
+    return functools.partial(wait_for, work)

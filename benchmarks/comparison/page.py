@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.comparison import pictures, tables
 from benchmarks.competitors import DIRECTIONS
-from benchmarks.measurements import write
+from benchmarks.files import write
 from benchmarks.peers import NETWORKS
 
 Results = dict[str, Any]
@@ -20,7 +20,7 @@ METHOD = """\
 - **Peers** are in `benchmarks/peers`, each from its paper's equations and compared in float64 with another formulation
   of them (`tests/test_peers.py`). Networks made of them have the published sizes; where not, by how much is in
   `tests/test_peer_sizes.py`. OctConv takes and gives maps in two resolutions, the most favourable way to time it.
-  *Compiled* is `torch.compile(fullgraph=True)`, anew for each shape; *U3 - U1 kept* is under
+  *Compiled* is `torch.compile`, anew for each shape, of layers with `fullgraph=True`; *U3 - U1 kept* is under
   `spconv_triton.set_recompute(False)`.
 - **Each at its best**: contiguous or channels_last, whichever is faster for it. Inference is in eval mode and without
   gradients.

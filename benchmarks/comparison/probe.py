@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch
 import spconv_triton
 from benchmarks.comparison import subjects
 from benchmarks.comparison.plan import large, quick, rehearsal
-from benchmarks.comparison.rounds import SAMPLE_SECONDS
+from benchmarks.ratios import SAMPLE_SECONDS
+from benchmarks.turns import seconds_of
 
 PLANS = {"quick": quick, "large": large, "rehearsal": rehearsal}
 
@@ -46,19 +46,12 @@ def main() -> None:
                 for name in NAMES:
                     subject = subjects.find_best(cell.case, name, cell.direction, cell.dtype)
                     calls[name] = subject.call(cell.direction)
-                    once = min(_seconds(calls[name], 1) for _ in range(3))
+                    once = min(seconds_of(calls[name], 1) for _ in range(3))
                     repeats[name] = max(1, round(sample / max(once, 1e-9)))
         else:
-            _seconds(calls[NAMES[0]], repeats[NAMES[0]])  # meanwhile the threads of the other process go to sleep
-            answer = {name: _seconds(calls[name], repeats[name]) for name in NAMES}
+            seconds_of(calls[NAMES[0]], repeats[NAMES[0]])  # meanwhile the threads of the other process go to sleep
+            answer = {name: seconds_of(calls[name], repeats[name]) for name in NAMES}
         answers.write(json.dumps(answer) + "\n")
-
-
-def _seconds(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
 
 
 if __name__ == "__main__":

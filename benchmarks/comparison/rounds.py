@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.allocator import settle
-from benchmarks.ratios import quantiles
+from benchmarks.ratios import SAMPLE_SECONDS, quantiles
 from benchmarks.turns import seconds_of, turns
-
-SAMPLE_SECONDS = 0.02
-"""A sample repeats its call until it takes about this long: the clock and the loop then cost nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +61,12 @@ def take_turns(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dic
 
 
 def compare(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, Timing]:
-    """Times of each, and its speed against the first."""
+    """Times of each, and its speed against the first; nothing of nobody."""
+    if not calls:
+        return {}
     taken = take_turns(calls, effort)
     first = taken[next(iter(calls))]
     return {
         name: Timing(quantiles(own), quantiles([base / s for base, s in zip(first, own, strict=True)]), len(own))
         for name, own in taken.items()
     }
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return statistics.geometric_mean(values)

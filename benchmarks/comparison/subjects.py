@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import spconv_triton
 from benchmarks.comparison.memory import peak_bytes
-from benchmarks.competitors import DEVICE, DIRECTIONS, LAYOUTS
+from benchmarks.competitors import DEVICE, DIRECTIONS, LAYOUTS, wait_for
 from benchmarks.peers import Octaves, build_layer, count_macs
 from benchmarks.peers.catalogue import COMPILED, KEPT
 from benchmarks.turns import fastest
@@ -58,14 +59,7 @@ class Subject:
     def call(self, direction: str) -> Callable[[], object]:
         """To time: returns once the work is done."""
         work = self.forward if direction == DIRECTIONS[0] else self.step
-        if DEVICE != "cuda":
-            return work
-
-        def waited() -> None:
-            work()
-            torch.cuda.synchronize()
-
-        return waited
+        return functools.partial(wait_for, work)
 
     def kept_bytes(self) -> int:
         """What autograd keeps for the backward, parameters included, each storage once."""

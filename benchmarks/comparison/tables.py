@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.comparison.accuracy import CANDIDATES
 from benchmarks.comparison.layers import STAGES
 from benchmarks.comparison.networks import DEPLOYED
-from benchmarks.comparison.rounds import geometric_mean
+from benchmarks.markdown import table
 from benchmarks.peers import NAMES, TITLES
 
 Row = dict[str, Any]
@@ -16,12 +17,6 @@ Row = dict[str, Any]
 NONE = ""
 
 OURS = ("spconv", "spconv kept", "spconv compiled")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
-    """Lines of Markdown; all but the first ``words`` columns are numbers."""
-    align = ["---"] * words + ["---:"] * (len(head) - words)
-    return ["| " + " | ".join(cells) + " |" for cells in (head, align, *rows)]
 
 
 def spread(values: Sequence[float] | None) -> str:
@@ -56,7 +51,7 @@ def means(rows: Sequence[Row]) -> list[str]:
         for direction, batch in columns:
             found = [r for r in of_stages(rows, batch, direction) if r["name"] == name and "speed" in r]
             complete = len(found) == len(STAGES)
-            speeds.append(f"{geometric_mean([r['speed'][1] for r in found]):.2f}" if complete else NONE)
+            speeds.append(f"{statistics.geometric_mean(r['speed'][1] for r in found):.2f}" if complete else NONE)
         if any(speeds):
             body.append((TITLES[name], _fewer_macs(rows, name), *speeds))
     head = ("", "MACs, nn.Conv2d / own", *(f"{direction}, N = {batch}" for direction, batch in columns))
@@ -152,7 +147,7 @@ def networks(rows: Sequence[Row], sizes: Sequence[Row], network: str) -> list[st
                 cells += [NONE] * 4
                 continue
             seconds = row["seconds"][1]
-            cells += [f"{1e3 * seconds:.4g}", f"{load[1] / seconds:.4g}", spread(row["speed"])]
+            cells += [f"{1e3 * seconds:.4g}", f"{load[1] / seconds:.4g}", spread(row.get("speed"))]
             cells.append(f"{row['peak_bytes'] / 1e6:.3g}")
         body.append(cells)
     return table(head, body)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
+
 WHAT = {
     "device": "time on the device, from a cold cache",
     "called": "until the result is there, called from Python",
@@ -45,9 +47,9 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"{facts.get('date', '')}; {versions}; revision {facts.get('revision', 'unknown')}.", ""]
     lines += [f"    {report['command']}", ""]
     lines += ["## Outcome", "", *outcome(sections), "", "## Environment", ""]
-    lines += table(("", ""), [(name, str(value)) for name, value in facts.items()])
+    lines += table(("", ""), [(name, str(value)) for name, value in facts.items()], words=None)
     if ceilings := of("ceilings", rows):
-        lines += ["", *table(("ceiling", kind), [(row["what"], number(row["value"])) for row in ceilings])]
+        lines += ["", *table(("ceiling", kind), [(row["what"], number(row["value"])) for row in ceilings], words=None)]
     if times := of("times", rows):
         lines += ["", "## Times", "", LEGEND, *timings(times, of("model", rows), kind)]
     if found := of("parts", rows):
@@ -74,7 +76,7 @@ def outcome(sections: Sequence[dict[str, Any]]) -> list[str]:
         passed = sum(check["passed"] for check in checks)
         status = section["status"] if section["status"] in ("passed", "skipped") else f"**{section['status']}**"
         cells.append((section["title"], status + reason, f"{passed} of {len(checks)}", f"{section['seconds']:.0f}"))
-    lines = table(("section", "status", "checks passed", "seconds"), cells)
+    lines = table(("section", "status", "checks passed", "seconds"), cells, words=None)
     for section in sections:
         for check in section.get("checks", ()):
             if not check["passed"]:
@@ -152,7 +154,7 @@ def kernels(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
         "beginning to the last one's end."
     )
     head = ("", "N", "direction", "competitor", f"sum (us), {kind}", f"together (us), {kind}", "kernels, us")
-    return [about, "", *table(head, cells)]
+    return [about, "", *table(head, cells, words=None)]
 
 
 def calls(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
@@ -169,7 +171,7 @@ def calls(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
         for row in rows
     ]
     about = "Until a call returns; nobody waits for the device. Functions' own times, under a profiler that slows them."
-    return [about, "", *table(("", "N", "direction", "competitor", f"us, {kind}", "functions, us"), cells)]
+    return [about, "", *table(("", "N", "direction", "competitor", f"us, {kind}", "functions, us"), cells, words=None)]
 
 
 def short(kernel: str) -> str:
@@ -199,7 +201,7 @@ def tiles(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
             )
         )
     head = ("", "N", "kernel", "chosen", f"us, {kind}", "fastest", f"us, {kind}", f"x, {kind}", "of")
-    return table(head, cells)
+    return table(head, cells, words=None)
 
 
 def memory(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
@@ -237,12 +239,6 @@ def tuned(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
 
 def of(name: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["row"] == name]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 99) -> list[str]:
-    """Of Markdown; all columns but the first ``words`` are aligned to the right."""
-    rule = "".join("|---" if i < words else "|---:" for i in range(len(head))) + "|"
-    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(c.replace('|', '/') for c in row)} |" for row in rows)]
 
 
 def spread(row: dict[str, Any] | None) -> str:

@@ -161,7 +161,8 @@ def spconv2d_batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (channels_last) and the three weights, and of the norms' four parameters and the bias, [5, M].
 
-    The last in float32, in the order of :class:`Norms`. Six launches.
+    The last in float32, in the order of :class:`Norms`. Six launches, seven at a
+    stride.
 
     Args:
         grad: dL/dY, [N, M, H_out, W_out].

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from ..autocast import without_autocast
+from ..optional_arguments import of_present, spread
 
 
 def register_second_order(backward: CustomOpDef, formula: Callable[..., tuple[Tensor | None, ...]]) -> None:
@@ -50,16 +51,10 @@ def differentiate_pullback(
         grad: dL/dY.
         cotangents: one for each of the tensors; None is zero.
     """
-    present = [i for i, tensor in enumerate(tensors) if tensor is not None]
-
-    def of_present(*values: Tensor) -> Tensor:
-        arguments = list(tensors)
-        for i, value in zip(present, values, strict=True):
-            arguments[i] = value
-        return layer(*arguments)
+    present, function = of_present(layer, tensors)
 
     def pullback(grad: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(of_present, *values)[1](grad)
+        return torch.func.vjp(function, *values)[1](grad)
 
     gradients, second = torch.func.vjp(pullback, grad, *(tensors[i] for i in present))[:2]
     directions: list[Tensor] = []
@@ -67,7 +62,4 @@ def differentiate_pullback(
         cotangent = cotangents[i]
         directions.append(torch.zeros_like(gradient) if cotangent is None else cotangent.to(gradient.dtype))
     by_grad, *by_present = second(tuple(directions))
-    by_tensors: list[Tensor | None] = [None] * len(tensors)
-    for i, value in zip(present, by_present, strict=True):
-        by_tensors[i] = value
-    return [by_grad, *by_tensors]
+    return [by_grad, *spread(by_present, present, len(tensors))]

@@ -168,11 +168,11 @@ def compare(learners: list[Learner], data: Data, curves: list[Curve], rounds: in
         medians = [1e3 * statistics.median(times) for times in seconds]
         return Row(quantity, "ms", medians[0], medians[1], measure.median_ratio(seconds[1], seconds[0]))
 
-    best = [100 * curve.test[-1].accuracy for curve in curves]
+    last = [100 * curve.test[-1].accuracy for curve in curves]
     return [
         ratio("parameters", "", [measure.count_parameters(network) for network in networks]),
         ratio("MACs per image", "millions", [measure.count_macs(network, shape) / 1e6 for network in networks]),
-        Row("test accuracy", "%", best[0], best[1], best[1] - best[0]),
+        Row("test accuracy", "%", last[0], last[1], last[1] - last[0]),
         timing("latency, batch 1", [measure.forward_pass(n, batches[1][0]) for n in networks], 5),
         timing(f"latency, batch {BATCH}", [measure.forward_pass(n, batches[BATCH][0]) for n in networks], 1),
         timing(

@@ -20,6 +20,7 @@ from .datasets import load
 from .errors import UserError
 from .files import append_line, make_folder, write_whole
 from .learner import Learner, Recipe
+from .measure import count_parameters
 from .processes import Processes, cpu_threads, processes
 
 LAST, BEST, LOG = "last.pt", "best.pt", "metrics.jsonl"
@@ -132,7 +133,7 @@ def _run(settings: Settings, surroundings: Surroundings, data: Data, report: Rep
         if surroundings.resume is not None:
             start, best = _take_up(surroundings.resume, settings, learner)
         if here.is_main:
-            parameters = sum(parameter.numel() for parameter in network.parameters())
+            parameters = count_parameters(network)
             report(
                 f"{settings.model}, alpha {settings.alpha}: {parameters:,} parameters, on {here.device}, "
                 f"{here.world} process{'es' if here.world > 1 else ''}"
