@@ -18,16 +18,18 @@ def shape(tensor: Tensor) -> list[int]:
 
 
 def check_input(name: str, x: Tensor) -> None:
-    """``x`` is a floating-point [N, C, H, W] tensor.
+    """``x`` is a dense floating-point [N, C, H, W] tensor.
 
     Raises:
-        TypeError: not a tensor, or not of a dtype in ``FLOATING``.
+        TypeError: not a tensor, sparse or of another layout, or not of a dtype in ``FLOATING``.
         ValueError: not of rank 4.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, with layout torch.strided, got layout {x.layout}")
     if x.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got {x.dim()}: {shape(x)}")
 

@@ -16,9 +16,10 @@ from .chains import Chain, follow
 from .conversion import is_compiled
 from .fused import FusedSPConv2d
 from .hooks import has_hooks
+from .module_changes import unchanged
 from .modules import SPConv2d
 from .plain_norms import FoldedNorm, find_folded_norms
-from .regions import Region, Tracer, attribute, find_regions, trace, unchanged
+from .regions import Region, Tracer, attribute, find_regions, trace
 from .sources import is_only_called, only_calls
 
 

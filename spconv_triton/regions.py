@@ -12,14 +12,13 @@ it gets an answer, or goes on after an exception.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dis
 import inspect
 import operator
 import sys
 import threading
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -28,6 +27,7 @@ from torch import Tensor, fx, nn
 
 from .fused import FusedSPConv2d
 from .hooks import has_hooks
+from .module_changes import unchanged
 from .modules import SPConv2d
 from .sources import asks_for_none, only_calls
 
@@ -290,55 +290,6 @@ def _trace_region(name: str, root: nn.Module) -> Region | None:
         if failed is None or failed is root or failed in opaque:
             return None
         opaque.add(failed)
-
-
-@dataclass
-class Changes:
-    """What a forward did to its modules while it was traced.
-
-    Attributes:
-        attributes: those on which it set some.
-        contents: those into whose lists and dictionaries it put something.
-    """
-
-    attributes: list[nn.Module] = field(default_factory=list)
-    contents: list[nn.Module] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[Changes]:
-    """Put back what a traced forward changes about its modules, to symbols most likely, and note it."""
-    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
-    changes = Changes()
-    try:
-        yield changes
-    finally:
-        for module, attributes, contents in before:
-            if not _are_the_same(vars(module), attributes):
-                changes.attributes.append(module)
-            if not all(_are_the_same(attributes[name], was) for name, was in contents.items()):
-                changes.contents.append(module)
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, was in contents.items():
-                if isinstance(was, list):
-                    attributes[name][:] = was
-                else:
-                    attributes[name].clear()
-                    attributes[name].update(was)
-
-
-def _contents(module: nn.Module) -> dict[str, Any]:
-    """Copies of the lists and dictionaries that are attributes, those of its parts and parameters among them."""
-    kept = (list, dict)
-    return {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, kept)}
-
-
-def _are_the_same(now: Any, was: Any) -> bool:
-    """Whether two lists or dictionaries hold the same objects."""
-    if isinstance(was, dict):
-        return now.keys() == was.keys() and all(now[key] is was[key] for key in was)
-    return len(now) == len(was) and all(map(operator.is_, now, was))
 
 
 def attribute(node: fx.Node, region: Region) -> object:

@@ -207,6 +207,8 @@ FORWARD: Rows = [
     ("x=ones(1, 8, 6, 5, dtype=torch.float64)", TypeError, ("dtype of x", "float64", "got torch.float32")),
     ("x=ones(1, 8, 2, 5)", ValueError, ("is smaller than the window", "[2, 5]")),
     ("x=None", TypeError, ("x must be a torch.Tensor", "NoneType")),
+    ("x=ones(1, 8, 6, 5).to_sparse()", TypeError, ("x must be dense", "got layout torch.sparse_coo")),
+    ("x=ones(1, 8, 6, 5).to_mkldnn()", TypeError, ("x must be dense", "got layout torch._mkldnn")),
 ]
 
 INFERENCE: Rows = [
