@@ -51,6 +51,8 @@ QUICK = (
     "tests/test_initialization.py",
     "tests/test_recomputation.py",
     "tests/test_precision.py",
+    "tests/test_autocast.py",
+    "tests/test_dispatch_modes.py",
     "tests/test_branch_norm.py",
     "tests/test_inference.py",
     "tests/test_weight_updates.py",
