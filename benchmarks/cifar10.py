@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.peers import Ghost, build_network, count_macs, count_parameters
 from benchmarks.peers.catalogue import swap
 from spconv_triton import models
+from spconv_triton.training.cli import count, count_or_zero
 from spconv_triton.training.data import (
     WEIGHTS,
     Data,
@@ -90,11 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="of CIFAR-10's binary version")
     parser.add_argument("--networks", nargs="+", choices=("vgg16", "resnet20"), default=["vgg16", "resnet20"])
     parser.add_argument("--layers", nargs="+", choices=sorted({row.layer for row in TABLE}), help="(default: all)")
-    parser.add_argument("--epochs", type=int, default=200, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=128, help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each row (default: %(default)s)")
+    parser.add_argument("--epochs", type=count, default=200, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=count, default=128, help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=count, default=1, help="runs of each row (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=count_or_zero, default=0, help="processes that load images (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10"), help="folder of runs.jsonl")
     options = parser.parse_args(arguments)
     try:
@@ -102,11 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_folder(options.out)
         here = Processes(0, 1, pick_device(options.device))
         done = _read(options.out / RUNS)
+        asked = {"epochs": options.epochs, "batch_size": options.batch_size}
         for row in TABLE:
             if row.network not in options.networks or (options.layers and row.layer not in options.layers):
                 continue
             for seed in range(options.seeds):
-                run = {"row": row.key, "seed": seed, "epochs": options.epochs, "batch_size": options.batch_size}
+                run = {"row": row.key, "seed": seed, **asked}
                 if any(run.items() <= other.items() for other in done):
                     continue
                 seed_epoch(seed, WEIGHTS)
@@ -119,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(table([run for run in done if run["epochs"] == options.epochs])))
+    print("\n".join(table([run for run in done if asked.items() <= run.items()])))
     return 0
 
 
@@ -157,7 +161,16 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The runs so far.
+
+    Raises:
+        UserError: a line that is none, as half of one is.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"a line of {path} is damaged; correct or remove it: {error}") from error
 
 
 if __name__ == "__main__":

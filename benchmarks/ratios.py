@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: %(default)s)")
     parser.add_argument("--compiled", action="store_true", help="SPConv and its reference through torch.compile too")
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for quantiles, got {options.rounds}")
     torch.set_num_threads(options.threads)
     names = (*NAMES, *KEPT_TOO, *(COMPILED_TOO if options.compiled else ()))
     print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")

@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="time the compiled networks too (minutes)")
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for quantiles, got {options.rounds}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     images = torch.randn(options.batch, 3, options.size, options.size)

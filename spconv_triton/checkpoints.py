@@ -17,7 +17,6 @@ share by which that of U1 moves towards mean(U1).
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -79,6 +78,7 @@ def load_reference_checkpoint(
 
     Raises:
         TypeError: a ``model`` or ``checkpoint`` that is neither.
+        OSError: there is no such file, or it may not be read.
         ValueError: a file that cannot be read with ``weights_only=True``, or holds no state dict; or, if ``strict``,
             names or shapes that do not fit, all of them in one message. The model is then as it was.
     """
@@ -156,9 +156,12 @@ def _state_dict(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Mappi
     if isinstance(checkpoint, (str, os.PathLike)):
         try:
             loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except (FileNotFoundError, IsADirectoryError, PermissionError):
+            raise
+        except Exception as error:  # what a damaged file raises is not specified
             raise ValueError(
-                f"checkpoint must be readable with weights_only=True, got {os.fspath(checkpoint)!r}: {error}"
+                f"checkpoint must be readable with weights_only=True, got {os.fspath(checkpoint)!r}: "
+                f"{str(error) or type(error).__name__}"
             ) from error
     else:
         loaded = checkpoint
@@ -167,7 +170,9 @@ def _state_dict(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Mappi
     if not isinstance(loaded, Mapping):
         refused = TypeError if loaded is checkpoint else ValueError
         raise refused(f"checkpoint must be a path or a mapping of names to tensors, got {type(loaded).__name__}")
-    others = {name: value for name, value in loaded.items() if not isinstance(value, Tensor)}
+    others = {
+        name: value for name, value in loaded.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    }
     if others:
         what = ", ".join(f"{name} ({type(value).__name__})" for name, value in others.items())
         raise ValueError(f"checkpoint must be a mapping of names to tensors, got {what}")

@@ -79,7 +79,7 @@ def load_tuning(path: str | os.PathLike[str]) -> int:
         if saved["device"] != _device() or saved["triton"] != triton.__version__:
             return 0
         return sum(_take(choice) for choice in saved["choices"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"path must be a file written by save_tuning (format {FORMAT}), got {path}: {error!r}"
         ) from None
@@ -106,6 +106,9 @@ def _tuners() -> Iterable[tuple[str, Any]]:
 
 
 def _device() -> str:
-    """The kind of device that a choice holds for: backend, architecture and warp size."""
-    target = triton.runtime.driver.active.get_current_target()
+    """The kind of device that a choice holds for: backend, architecture and warp size; ``"none"`` without a GPU."""
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:  # there is no active driver
+        return "none"
     return f"{target.backend} {target.arch} {target.warp_size}"

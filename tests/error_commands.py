@@ -149,6 +149,18 @@ COMMANDS = [
         "with too large a batch",
         lambda: mock.patch.object(loop, "_run", side_effect=torch.OutOfMemoryError("out of memory")),
     ),
+    Command(
+        f"train {SMALL}",
+        ("out of memory; try a smaller --batch-size or --image-size, or fewer --threads",),
+        "on a machine with too little memory",
+        lambda: mock.patch.object(loop, "_run", side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+    ),
+    Command(
+        f"train {SMALL}",
+        ("WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set: torchrun sets them all",),
+        "with WORLD_SIZE=2",
+        lambda: mock.patch.dict(os.environ, WORLD_SIZE="2"),
+    ),
     Command(f"train {SMALL} --epochs 3 --lr 1e30", ("training diverged in epoch", "try a lower --lr")),
     Command("train --data mnist", ("--data must be digits, cifar10:DIR or folder:DIR, got 'mnist'",)),
     Command("train --data cifar10:nowhere", ("--data: there is no folder nowhere",)),
@@ -252,7 +264,7 @@ COMMANDS = [
     ),
     Command(
         f"train {SMALL} --resume runs/slim/last.pt --out runs/more",
-        ("the checkpoint runs/slim/last.pt does not fit --model resnet20: its state is damaged",),
+        ("the checkpoint runs/slim/last.pt does not fit --model resnet20 and the classes of --data, or its state is",),
         "with a parameter missing",
         _trained_and_cut,
     ),

@@ -41,6 +41,25 @@ def test_table_goes_on(directory: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert shown.count("seed 0") == 3
 
 
+def test_table_is_of_the_runs_that_were_asked_for(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    common = [str(directory), "--networks", "resnet20", "--layers", "conv2d", "--epochs", "1", "--device", "cpu"]
+    for size in ("4", "8"):
+        capsys.readouterr()
+        assert cifar10.main([*common, "--out", str(out), "--batch-size", size]) == 0
+    *_, last = [json.loads(line) for line in (out / cifar10.RUNS).read_text().splitlines()]
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| resnet20")]
+    assert f"{last['accuracy']:.2f}, 92 |" in row
+    with (out / cifar10.RUNS).open("a") as file:
+        file.write('{"row": "res')
+    assert cifar10.main([*common, "--out", str(out), "--batch-size", "8"]) == 2
+    assert f"a line of {out / cifar10.RUNS} is damaged" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cifar10.main([*common, "--epochs", "0"])
+
+
 def test_every_row_builds() -> None:
     with torch.device("meta"):
         for row in cifar10.TABLE:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from spconv_triton import models
-from spconv_triton.training import checkpoint, cli, demo
+from spconv_triton.training import checkpoint, cli, datasets, demo
+from spconv_triton.training.errors import UserError
 from spconv_triton.training.measure import count_parameters
 
 TRAIN = ("train", "--samples", "32", "--batch-size", "16", "--image-size", "8", "--device", "cpu", "--threads", "1")
@@ -139,6 +140,37 @@ def test_a_finished_run_is_not_overwritten(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert "holds a run already; go on with it (--resume)" in refused(capsys, *TRAIN, "--out", tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Goes on from its best one; a log alone is not begun over."""
+    train(tmp_path, "--epochs", "1")
+    (tmp_path / "last.pt").unlink()
+    capsys.readouterr()
+    best = tmp_path / "best.pt"
+    advice = f"go on with it (--resume {best}) or choose another folder"
+    assert advice in refused(capsys, *TRAIN, "--epochs", "1", "--out", tmp_path)
+    train(tmp_path, "--epochs", "1", "--resume", str(best))
+    best.unlink()
+    capsys.readouterr()
+    assert "without a checkpoint; remove its metrics.jsonl" in refused(capsys, *TRAIN, "--out", tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_folder_is_named_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Square brackets are no markup."""
+    out = tmp_path / "run[lr=0.1][" / "x]"
+    train(out, "--epochs", "1")
+    assert f"metrics.jsonl in {out}" in capsys.readouterr().out
+
+
+def test_an_option_that_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [argument for argument in TRAIN if argument not in ("--image-size", "8")]
+    assert cli.main([*arguments, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert "--image-size must be left out to go on with" in refused(
+        capsys, *TRAIN, "--epochs", "1", "--out", tmp_path, "--resume"
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,6 +331,15 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_an_image_of_impossible_size_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few damaged bytes of a header claim it; Pillow's refusal is an exception of its own."""
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 100)
+    image.new("RGB", (16, 16)).save(tmp_path / "large.bmp")
+    with pytest.raises(UserError, match=r"cannot read the image .*large\.bmp: Image size \(256 pixels\) exceeds limit"):
+        datasets._read_image(str(tmp_path / "large.bmp"))
+
+
 def test_ctrl_c_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     command = [*PROGRAM, *TRAIN, "--epochs", "100000", "--out", str(tmp_path)]
     process = subprocess.Popen(

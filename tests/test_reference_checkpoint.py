@@ -226,6 +226,19 @@ def test_what_it_refuses(tmp_path: Path, published: nn.Module) -> None:
         load_reference_checkpoint(ours, str(tmp_path / "arbitrary.pth"))
     with pytest.raises(FileNotFoundError):
         load_reference_checkpoint(ours, tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match=r"mapping of names to tensors, got 1 \(Tensor\)"):
+        load_reference_checkpoint(ours, {1: torch.ones(2)})
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "short", "text", "zeros"])
+def test_a_damaged_file_is_named(damage: str, tmp_path: Path, published: nn.Module) -> None:
+    file = tmp_path / "model.pth"
+    torch.save(published.state_dict(), file)
+    whole = file.read_bytes()
+    damaged = {"empty": b"", "half": whole[: len(whole) // 2], "short": whole[:-200], "text": b"hello world"}
+    file.write_bytes(damaged.get(damage, bytes(1000)))
+    with pytest.raises(ValueError, match=r"checkpoint must be readable with weights_only=True, got '.*model\.pth': ."):
+        load_reference_checkpoint(small_network(), file)
 
 
 @pytest.mark.parametrize(("alpha", "parameters"), [(1 / 2, 18_345_448), (1 / 4, 16_930_792), (1 / 8, 16_223_464)])

@@ -69,6 +69,20 @@ def test_another_device_or_version_takes_nothing(tmp_path: Path) -> None:
         assert load_tuning(file) == 0
 
 
+def test_without_a_gpu_nothing_is_chosen_or_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    with compiling_for("sm_90"):
+        onepass_forward.cache[KEY] = onepass_forward.configs[1]
+        save_tuning(tmp_path / "tuned.json")
+    onepass_forward.cache.clear()
+    monkeypatch.setattr(type(triton.runtime.driver), "active", property(fail))
+    assert load_tuning(tmp_path / "tuned.json") == 0
+    assert save_tuning(tmp_path / "none.json") == 0
+    assert load_tuning(tmp_path / "none.json") == 0
+
+
 def test_a_config_that_the_table_lost_is_not_taken(tmp_path: Path) -> None:
     file = tmp_path / "tuned.json"
     onepass_forward.cache[KEY] = triton.Config({"BLOCK_PIX": 1, "BLOCK_CO": 1, "BLOCK_C": 1})
@@ -78,7 +92,17 @@ def test_a_config_that_the_table_lost_is_not_taken(tmp_path: Path) -> None:
         assert load_tuning(file) == 0
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}', '{"format": 1, "device": 0, "triton": 0}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        pytest.param("[" * 100000, id="deep"),
+        '{"format": 99}',
+        '{"format": 1, "device": 0, "triton": 0}',
+    ],
+)
 def test_a_foreign_file_is_named(text: str, tmp_path: Path) -> None:
     file = tmp_path / "other.json"
     file.write_text(text)

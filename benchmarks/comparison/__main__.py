@@ -40,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page from --results")
     options = parser.parse_args(arguments)
     if options.page:
-        results = json.loads(options.results.read_text())
+        try:
+            results = json.loads(options.results.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"--results {options.results} cannot be read: {error}")
     else:
         torch.set_num_threads(options.threads)
         plan = PLANS[options.mode]()

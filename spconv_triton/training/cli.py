@@ -67,7 +67,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from . import loop
 
-    console = need("rich.console", "training").Console(highlight=False, soft_wrap=True)
+    console = need("rich.console", "training").Console(highlight=False, soft_wrap=True, markup=False)
     resume = options.out / loop.LAST if options.resume == "" else options.resume
     settings = loop.Settings(
         model=options.model,
@@ -109,16 +109,16 @@ def make_parser() -> Parser:
     )
     demo.set_defaults(run=_demo)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the table and the picture")
-    demo.add_argument("--epochs", type=_count, default=20, help="passes over the training images")
+    demo.add_argument("--epochs", type=count, default=20, help="passes over the training images")
     demo.add_argument("--alpha", type=_ratio, default=0.5, help="ratio of representative channels, as 0.5 or 1/2")
     demo.add_argument(
         "--branch-norm", action=argparse.BooleanOptionalAction, default=False, help="a norm in each branch of SPConv"
     )
-    demo.add_argument("--image-size", type=_count, default=16, help="pixels that the 8 x 8 digits are enlarged to")
-    demo.add_argument("--samples", type=_count, help="training images; all 1,437 if not given")
-    demo.add_argument("--rounds", type=_count, default=20, help="turns of each network in a timing")
-    demo.add_argument("--threads", type=_count, default=1, help="CPU threads; networks so small gain little by more")
-    demo.add_argument("--seed", type=_count_or_zero, default=0, help="of weights, order and augmentation")
+    demo.add_argument("--image-size", type=count, default=16, help="pixels that the 8 x 8 digits are enlarged to")
+    demo.add_argument("--samples", type=count, help="training images; all 1,437 if not given")
+    demo.add_argument("--rounds", type=count, default=20, help="turns of each network in a timing")
+    demo.add_argument("--threads", type=count, default=1, help="CPU threads; networks so small gain little by more")
+    demo.add_argument("--seed", type=count_or_zero, default=0, help="of weights, order and augmentation")
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
     train = commands.add_parser(
@@ -135,23 +135,23 @@ def make_parser() -> Parser:
         default=0.5,
         help="ratio of representative channels, as 0.5 or 1/2; none: vanilla",
     )
-    add("--groups", type=_count, default=2, help="G of the group-wise convolutions")
+    add("--groups", type=count, default=2, help="G of the group-wise convolutions")
     add("--branch-norm", action=argparse.BooleanOptionalAction, default=True, help="a norm in each branch of SPConv")
     add("--data", default="digits", help="digits, cifar10:DIR (binary version) or folder:DIR (train/ and val/)")
-    add("--image-size", type=_count, help="pixels; the data set's own if not given (digits 16, folders 224)")
-    add("--samples", type=_count, help="keep so many training images; all if not given")
-    add("--epochs", type=_count, default=30, help="passes over the training images")
-    add("--batch-size", type=_count, default=64, help="images of a step, over all processes together")
+    add("--image-size", type=count, help="pixels; the data set's own if not given (digits 16, folders 224)")
+    add("--samples", type=count, help="keep so many training images; all if not given")
+    add("--epochs", type=count, default=30, help="passes over the training images")
+    add("--batch-size", type=count, default=64, help="images of a step, over all processes together")
     add("--lr", type=_not_negative, default=0.1, help="peak learning rate")
     add("--weight-decay", type=_not_negative, default=5e-4, help="L2 penalty on weights (not norms and biases)")
-    add("--seed", type=_count_or_zero, default=0, help="of weights, order and augmentation")
+    add("--seed", type=count_or_zero, default=0, help="of weights, order and augmentation")
     add("--amp", choices=("none", "bfloat16", "float16"), default="none", help="what autocast computes in")
     add("--out", type=Path, default=Path("runs/train"), help="folder of last.pt, best.pt and metrics.jsonl")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on from last.pt in --out, or from PATH")
-    add("--save-every", type=_count, default=1, help="epochs between checkpoints")
+    add("--save-every", type=count, default=1, help="epochs between checkpoints")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--threads", type=_count, help="CPU threads of a process; PyTorch's default if not given")
-    add("--workers", type=_count_or_zero, default=0, help="processes that load images")
+    add("--threads", type=count, help="CPU threads of a process; PyTorch's default if not given")
+    add("--workers", type=count_or_zero, default=0, help="processes that load images")
     add("--compile", action="store_true", help="pass the network through torch.compile")
     add(
         "--parallel",
@@ -162,14 +162,20 @@ def make_parser() -> Parser:
     return parser
 
 
-def _count(text: str) -> int:
-    value = _count_or_zero(text)
+def count(text: str) -> int:
+    """An option that is a number of things.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    value = count_or_zero(text)
     if value == 0:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return value
 
 
-def _count_or_zero(text: str) -> int:
+def count_or_zero(text: str) -> int:
+    """Likewise, where there may be none."""
     if not text.isdecimal() or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 0 and below 2^31, got {text!r}")
     return int(text)

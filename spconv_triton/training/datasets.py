@@ -179,7 +179,7 @@ def _read_image(path: str) -> Any:
     try:
         with image.open(path) as file:
             return file.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
         raise UserError(f"--data: cannot read the image {path}: {error}") from error
 
 

@@ -72,7 +72,7 @@ class Surroundings:
         resume: checkpoint to go on from; None starts afresh.
         device: as of ``--device``.
         threads: of the CPU, for each process; None takes PyTorch's default.
-        workers: processes that load images.
+        workers: processes that load images; those of a folder each draw the augmentation of their own share.
         compile: pass the network through ``torch.compile``.
         save_every: epochs between checkpoints; the last epoch is always kept.
         parallel: ``"ddp"`` or ``"fsdp"``; see :class:`Recipe`.
@@ -102,16 +102,30 @@ def run(settings: Settings, surroundings: Surroundings, report: Report) -> None:
     """
     out, resume = surroundings.out, surroundings.resume
     goes_on = resume is not None and resume.parent.resolve() == out.resolve()
-    if not goes_on and any((out / name).is_file() for name in (LAST, BEST, LOG)):
-        raise UserError(
-            f"--out {surroundings.out} holds a run already; go on with it (--resume) or choose another folder"
-        )
-    data = load(settings.data, settings.image_size, settings.samples)
+    if not goes_on:
+        _refuse_another_run(out)
     try:
+        data = load(settings.data, settings.image_size, settings.samples)
         with cpu_threads(surroundings.threads):
             _run(settings, surroundings, data, report)
     except torch.OutOfMemoryError as error:
         raise UserError("out of memory on the device; try a smaller --batch-size") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # which has no class on CPUs
+            raise
+        raise UserError("out of memory; try a smaller --batch-size or --image-size, or fewer --threads") from error
+
+
+def _refuse_another_run(out: Path) -> None:
+    if not any((out / name).is_file() for name in (LAST, BEST, LOG)):
+        return
+    if (out / LAST).is_file():
+        advice = "go on with it (--resume) or choose another folder"
+    elif (out / BEST).is_file():  # it ended before its first last.pt
+        advice = f"go on with it (--resume {out / BEST}) or choose another folder"
+    else:
+        advice = f"without a checkpoint; remove its {LOG} or choose another folder"
+    raise UserError(f"--out {out} holds a run already; {advice}")
 
 
 def _run(settings: Settings, surroundings: Surroundings, data: Data, report: Report) -> None:
@@ -248,9 +262,13 @@ def _take_up(path: Path, settings: Settings, learner: Learner) -> tuple[int, flo
         if name == "data" and isinstance(then, str):
             value, then = value.partition(":")[0], then.partition(":")[0]
         if value != then:
-            raise UserError(f"--{name.replace('_', '-')} must be {then} to go on with {path}, got {value}")
+            wanted = ("none" if name == "alpha" else "left out") if then is None else str(then)
+            raise UserError(f"--{name.replace('_', '-')} must be {wanted} to go on with {path}, got {value}")
     try:
         learner.load_state_dict(content["state"])
         return int(content["epoch"]), float(content["best"])
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} does not fit --model {settings.model}: its state is damaged") from error
+        raise UserError(
+            f"the checkpoint {path} does not fit --model {settings.model} and the classes of --data, or its state is "
+            "damaged"
+        ) from error

@@ -89,7 +89,7 @@ def processes(device: str) -> Iterator[Processes]:
     """The processes that ``torchrun`` started (gloo on CPUs, nccl on GPUs), or this one alone.
 
     Raises:
-        UserError: a device that is not there.
+        UserError: a device that is not there, or variables of the environment that are not.
     """
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
     chosen = pick_device(device, local_rank)
@@ -98,6 +98,9 @@ def processes(device: str) -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, chosen)
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {world}, but {', '.join(missing)} not set: torchrun sets them all")
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world, chosen)
