@@ -12,7 +12,7 @@ from .autocast import computed_dtype
 from .branch_norm import affine_map, fold_branch_norms, scaled
 from .checks import ACTIVATIONS, check_input
 from .geometry import Geometry
-from .layout import padded
+from .layout import padded_by_mode
 from .modules import SPConv2d
 from .native import Epilogue
 from .native_inference import Inference
@@ -98,7 +98,7 @@ class FusedSPConv2d(nn.Module):
         padding = self.geometry.padding
         if self.padding_mode != "zeros":
             check_input("x", x)
-            x = padded(x, padding, self.padding_mode)
+            x = padded_by_mode(x, padding, self.padding_mode)
             padding = (0, 0)
         inference = None if torch.compiler.is_compiling() else self._inference
         buffers: dict[str, Any] = self._buffers  # as attributes they would be searched for

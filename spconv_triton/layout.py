@@ -21,7 +21,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def padded(x: Tensor, padding: tuple[int, int], mode: str) -> Tensor:
+def padded_by_mode(x: Tensor, padding: tuple[int, int], mode: str) -> Tensor:
     """[N, C, H + 2 padding, W + 2 padding] by a ``padding_mode`` of ``nn.Conv2d``, in the memory format of ``x``."""
     edges = (padding[1], padding[1], padding[0], padding[0])
     return F.pad(x, edges, mode=mode).contiguous(memory_format=memory_format(x))

@@ -14,7 +14,7 @@ from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS
 from .folded_norms import FoldedNorms
 from .geometry import Geometry, IntPair, pair, resolve
-from .layout import memory_format, padded
+from .layout import memory_format, padded_by_mode
 from .native_inference import Inference
 from .symbols import call_of, is_symbol
 
@@ -280,7 +280,7 @@ class SPConv2d(nn.Module):
         padding = self._window_padding
         if self.padding_mode != "zeros":
             check_input("x", x)
-            x = padded(x, padding, self.padding_mode)
+            x = padded_by_mode(x, padding, self.padding_mode)
             padding = (0, 0)
         inference = branch_bias = None
         parameters: dict[str, Any] = self._parameters
