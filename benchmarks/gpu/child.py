@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--untuned", action="store_true")
     options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        importlib.import_module("quick_interpreter").quicken()
     if options.untuned:
         importlib.import_module("benchmarks.gpu.untuned").take()
     module, _, function = options.target.partition(":")

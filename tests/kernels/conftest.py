@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,11 @@ import torch
 from spconv_triton.dispatch import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+
+if INTERPRETED:
+    from quick_interpreter import overflow_checks, quicken
+
+    quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,6 +36,13 @@ def float32_as_such() -> Iterator[None]:
         conv.fp32_precision = "ieee"
     yield
     conv.fp32_precision = before
+
+
+@pytest.fixture
+def overflow_checked() -> Iterator[None]:
+    """In the interpreter sums and products of integers that overflow are errors: for tests with large offsets."""
+    with overflow_checks() if INTERPRETED else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

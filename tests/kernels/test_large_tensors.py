@@ -1,13 +1,18 @@
-"""Elements past 2^31 are reached: offsets are 64 bits wide."""
+"""Elements past 2^31 are reached: offsets are 64 bits wide, and nothing narrower overflows on the way."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import Case, Inputs, assert_agrees, make_inputs
 
 from spconv_triton import functional
+from spconv_triton.dispatch import INTERPRETED
 from spconv_triton.launch.common import pixel_arguments
+
+pytestmark = pytest.mark.usefixtures("overflow_checked")
 
 
 def far_apart(inputs: Inputs) -> Inputs:
@@ -40,3 +45,17 @@ def test_branch(device: str) -> None:
 def test_input_pixels_count_too() -> None:
     with pytest.raises(ValueError, match=r"x3 must have at most \d+ pixels in a batch"):
         pixel_arguments(torch.empty(70_000, 8, 181, 181, device="meta"), (91, 91), "x3")
+
+
+@triton.jit
+def store_sum(out_ptr, first, second):
+    tl.store(out_ptr, (first + second).to(tl.int64))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="GPUs wrap round without a word")
+def test_a_sum_that_overflows_would_be_found() -> None:
+    out = torch.empty(1, dtype=torch.int64)
+    with pytest.raises(Exception, match="int32 overflow detected for operation add"):
+        store_sum[(1,)](out, 2**31 - 1, 1)
+    store_sum[(1,)](out, 2**31 - 2, 1)
+    assert out.item() == 2**31 - 1
