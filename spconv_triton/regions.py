@@ -6,7 +6,7 @@ if that is all that its source does with them: call them. Modules with hooks, wh
 likewise. A network is thus a list of :class:`Region`.
 
 A forward that asks what a symbol cannot answer truly (what type it is, whether gradients are on) fails as well, even if
-it gets an answer, or goes on after an exception.
+it gets an answer, or goes on after an exception. What other threads do meanwhile is theirs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .fused import FusedSPConv2d
 from .hooks import has_hooks
 from .module_changes import unchanged
 from .modules import SPConv2d
-from .sources import asks_for_none, only_calls
+from .sources import asks_for_none, asks_for_type, only_calls
 
 IN_PLACE = [name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name[1:]}__")]
 """iadd, imul and so on."""
@@ -95,6 +95,16 @@ class _Asked(fx.Proxy):
             self.tracer.ask(f"whether a value has {name}")
         return _Attribute(self, name)
 
+    def __hash__(self) -> int:
+        if not _caller().startswith("torch."):
+            self.tracer.ask("for the hash of a value")
+        return super().__hash__()
+
+    def __str__(self) -> str:
+        if _is_called_by_name():  # and not part of a message, f"{value}"
+            self.tracer.ask("for the text of a value")
+        return super().__str__()
+
 
 class _Symbol(_Asked):
     """One that sees what is written over it too; fx takes ``x += y`` for ``x = x + y``."""
@@ -110,7 +120,7 @@ def _caller() -> str:
 
 
 def _is_called_by_name() -> bool:
-    """Whether the caller was reached by ``hasattr`` or ``getattr``, not by a dot."""
+    """Whether the caller was reached by ``hasattr``, ``getattr`` or ``str``, not by a dot or from a formatted string."""
     frame = sys._getframe(2)
     return "CALL" in dis.opname[frame.f_code.co_code[frame.f_lasti]]
 
@@ -155,10 +165,15 @@ class Tracer(fx.Tracer):
         self.found_leaves: set[nn.Module] = set()
         self.failed: nn.Module | None = None
         self.asked = ""
+        self.thread = threading.get_ident()
+
+    def is_elsewhere(self) -> bool:
+        """Whether the caller runs in a thread that does not trace: ``torch.fx`` takes the calls of all of them."""
+        return threading.get_ident() != self.thread
 
     def ask(self, what: str) -> None:
         """Note a question that values may answer in another way than symbols."""
-        if not self.asked:
+        if not (self.asked or self.is_elsewhere()):
             self.asked = what
             self.failed = self.frames[-1].module if len(self.frames) > 1 else None
 
@@ -168,11 +183,22 @@ class Tracer(fx.Tracer):
         own = isinstance(m, (SPConv2d, FusedSPConv2d)) or m in self.given_leaves or has_hooks(m)
         return own or super().is_leaf_module(m, module_qualified_name)
 
+    def enter(self, frame: Frame) -> None:
+        """Note that the forward of a module begins."""
+        self.frames.append(frame)
+        if asks_for_type(frame.module):
+            self.ask("what type a value is")
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.is_elsewhere() else super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.is_elsewhere():
+            return forward(*args, **kwargs)
         if self.is_leaf_module(m, self.path_of_module(m)):
             self.found_leaves.add(m)
             return super().call_module(m, forward, args, kwargs)
-        self.frames.append(Frame(m, _is_open(m, args, kwargs)))
+        self.enter(Frame(m, _is_open(m, args, kwargs)))
         try:
             result = super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -205,7 +231,7 @@ def trace(root: nn.Module, tracer: Tracer) -> fx.Graph:
     """
     parameters = inspect.signature(type(root).forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    tracer.frames.append(Frame(root, bool(defaults) or asks_for_none(root)))
+    tracer.enter(Frame(root, bool(defaults) or asks_for_none(root)))
     with _one_at_a_time, _noting_questions(tracer):
         graph = tracer.trace(root, defaults or None)
     if tracer.asked:
@@ -223,19 +249,26 @@ _one_at_a_time = threading.RLock()
 @contextlib.contextmanager
 def _noting_questions(tracer: Tracer) -> Iterator[None]:
     """Of what a forward may ask about its surroundings, which need not be those of its calls."""
-    are_enabled, enter = torch.is_grad_enabled, torch.autocast.__enter__
+    enter = torch.autocast.__enter__
 
-    def is_grad_enabled() -> bool:
-        if not _caller().startswith("torch."):
-            tracer.ask("whether gradients are enabled")
-        return are_enabled()
+    def asking(name: str, what: str) -> Any:
+        function = getattr(torch, name)
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            if not _caller().startswith("torch."):
+                tracer.ask(f"whether {what}")
+            return function(*args, **kwargs)
+
+        return mock.patch.object(torch, name, asked)
 
     def entered(context: Any) -> Any:
         tracer.ask("for autocast")
         return enter(context)
 
     with (
-        mock.patch.object(torch, "is_grad_enabled", is_grad_enabled),
+        asking("is_grad_enabled", "gradients are enabled"),
+        asking("is_inference_mode_enabled", "inference mode is"),
+        asking("is_autocast_enabled", "autocast is"),
         mock.patch.object(torch.autocast, "__enter__", entered),
     ):
         yield

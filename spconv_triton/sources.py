@@ -22,11 +22,13 @@ class Uses(NamedTuple):
         touched: names of attributes that are looked at, and not only called or compared with None.
         any_part: whether parts are reached by no name of theirs.
         asked: arguments of forward without a default that are compared with None.
+        asks_type: whether ``type(...)`` of anything but ``self`` is called, which a symbol does not notice.
     """
 
     touched: frozenset[str]
     any_part: bool
     asked: frozenset[str]
+    asks_type: bool
 
 
 def only_calls(parent: nn.Module, part: str, *, unknown: bool) -> bool:
@@ -57,6 +59,14 @@ def asks_for_none(module: nn.Module) -> bool:
     return uses is not None and bool(uses.asked)
 
 
+def asks_for_type(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` takes the type of something else than the module."""
+    if type(module).__module__.startswith("torch.nn."):
+        return False
+    uses = uses_of(type(module))  # type: ignore[arg-type]
+    return uses is not None and uses.asks_type
+
+
 @functools.lru_cache(maxsize=1024)
 def uses_of(kind: Any) -> Uses | None:
     """What a class does; None without its source."""
@@ -70,9 +80,11 @@ def uses_of(kind: Any) -> Uses | None:
             if isinstance(definition, ast.FunctionDef):
                 methods.setdefault(definition.name, []).append(definition)
     touched: set[str] = set()
+    asks_type = False
     for method in _reached(methods):
         touched |= set(_touched(method))
-    return Uses(frozenset(touched), not touched.isdisjoint(WHOLE), frozenset(_asked(methods)))
+        asks_type |= any(map(_is_type_of_another, ast.walk(method)))
+    return Uses(frozenset(touched), not touched.isdisjoint(WHOLE), frozenset(_asked(methods)), asks_type)
 
 
 def _reached(methods: dict[str, list[ast.FunctionDef]]) -> Iterator[ast.FunctionDef]:
@@ -107,6 +119,12 @@ def _asked(methods: dict[str, list[ast.FunctionDef]]) -> Iterator[str]:
         for node in ast.walk(forward):
             if isinstance(node, ast.Compare) and _is_with_none(node) and isinstance(node.left, ast.Name):
                 yield from names & {node.left.id}
+
+
+def _is_type_of_another(node: ast.AST) -> bool:
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "type"):
+        return False
+    return len(node.args) == 1 and not (isinstance(node.args[0], ast.Name) and node.args[0].id == "self")
 
 
 def _is_with_none(node: ast.Compare) -> bool:

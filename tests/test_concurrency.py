@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from spconv_triton import SPConv2d
+from spconv_triton import SPConv2d, fuse
+from spconv_triton.fused import FusedSPConv2d
 
 THREADS = 8
 
@@ -75,6 +76,45 @@ def test_threads_accumulate_into_one_gradient() -> None:
         backward(x)
     for got, parameter in zip(together, layer.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = SPConv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return y if torch.is_grad_enabled() and self.training else y.relu() + x
+
+
+def test_fuse_beside_threads_that_serve() -> None:
+    """Neither a network that has nothing to do with it, nor the one that is being fused, notices; nor does fuse."""
+    served = nn.Sequential(*(nn.Sequential(SPConv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)) for _ in range(4))).eval()
+    others = [served, Block().eval(), nn.Linear(6, 6)]
+    x, done, begun = torch.randn(1, 8, 6, 6), threading.Event(), threading.Barrier(len(others) + 1)
+    with torch.no_grad():
+        expected = [other(x) for other in others]
+
+    def serve(other: nn.Module) -> list[Tensor]:
+        begun.wait()
+        results = []
+        with torch.no_grad():
+            while not done.is_set():
+                results.append(other(x))
+        return results
+
+    with ThreadPoolExecutor(len(others)) as pool:
+        serving = [pool.submit(serve, other) for other in others]
+        begun.wait()
+        try:
+            fused = [fuse(served) for _ in range(20)]
+        finally:
+            done.set()
+        for calls, y in zip(serving, expected, strict=True):
+            assert all(torch.equal(result, y) for result in calls.result())
+    for network in fused:
+        assert sum(isinstance(part, FusedSPConv2d) for part in network.modules()) == 4
 
 
 class Features(Dataset[Tensor]):

@@ -84,6 +84,60 @@ class AsksForGradients(Block):
         return y * 2 if torch.is_grad_enabled() else y
 
 
+class AsksForInferenceMode(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if torch.is_inference_mode_enabled() else F.relu(self.bn(y))
+
+
+class AsksForAutocast(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if torch.is_autocast_enabled("cpu") else F.relu(self.bn(y))
+
+
+class LooksInSet(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if x.dtype in {torch.float32, torch.bfloat16} else F.relu(self.bn(y))
+
+
+class LooksUp(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if {CHANNELS: True}.get(x.shape[1], False) else F.relu(self.bn(y))
+
+
+class LooksUpAndTries(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        try:
+            return y * {CHANNELS: 2}[x.shape[1]]
+        except KeyError:
+            return F.relu(self.bn(y))
+
+
+class AsksForText(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if str(x.device) == "cpu" else F.relu(self.bn(y))
+
+
+class AsksForExactType(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if type(x) is Tensor else F.relu(self.bn(y))
+
+
+class PartAsksForExactType(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = AsksForExactType()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) + x
+
+
 class Keeps(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -209,6 +263,14 @@ QUESTIONS = [
     AsksForAttribute,
     AsksForAttributeByDefault,
     AsksForGradients,
+    AsksForInferenceMode,
+    AsksForAutocast,
+    LooksInSet,
+    LooksUp,
+    LooksUpAndTries,
+    AsksForText,
+    AsksForExactType,
+    PartAsksForExactType,
     Sets,
     ReadsWhatIsSet,
     ReadsClassAttribute,
@@ -231,9 +293,16 @@ def test_results_stay(make: Callable[[], nn.Module]) -> None:
     model = make().eval()
     fused = fuse(model, plain_norms=True)
     x = torch.randn(2, CHANNELS, 5, 6)
-    with torch.no_grad():
+    with torch.inference_mode():
         for got, expected in zip(as_tuple(fused(x.clone())), as_tuple(model(x.clone())), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+def test_results_stay_under_autocast() -> None:
+    model = AsksForAutocast().eval()
+    fused, x = fuse(model), torch.randn(2, CHANNELS, 5, 6)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(x), model(x))
 
 
 def test_the_region_of_autocast_stays() -> None:
@@ -260,6 +329,14 @@ class Checks(Extracts):
         return self.features(x)
 
 
+class Asserts(Block):
+    """What its message says is no question."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[1] == CHANNELS, f"{x.shape[1]} channels for {type(self).__name__}")
+        return super().forward(x)
+
+
 class Optional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -270,7 +347,7 @@ class Optional(nn.Module):
         return y if self.shortcut is None else y + self.shortcut(x)
 
 
-@pytest.mark.parametrize("make", [Block, Checks, Optional])
+@pytest.mark.parametrize("make", [Block, Checks, Asserts, Optional])
 def test_what_asks_nothing_is_fused(make: Callable[[], nn.Module]) -> None:
     model = make().eval()
     fused = fuse(model)
