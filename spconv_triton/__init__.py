@@ -43,8 +43,12 @@ def __getattr__(name: str) -> Any:
         from .network_summary import summary
 
         return summary
-    if name in ("load_tuning", "save_tuning"):  # needs triton
+    if name in ("load_tuning", "save_tuning"):  # which few programs need, likewise
         from . import tuning
 
         return getattr(tuning, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

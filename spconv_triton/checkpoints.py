@@ -154,15 +154,14 @@ def _translate(
 
 def _state_dict(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Tensor]:
     if isinstance(checkpoint, (str, os.PathLike)):
-        try:
-            loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except (FileNotFoundError, IsADirectoryError, PermissionError):
-            raise
-        except Exception as error:  # what a damaged file raises is not specified
-            raise ValueError(
-                f"checkpoint must be readable with weights_only=True, got {os.fspath(checkpoint)!r}: "
-                f"{str(error) or type(error).__name__}"
-            ) from error
+        with open(checkpoint, "rb") as file:
+            try:
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # what a damaged file raises is not specified, and may be an OSError
+                raise ValueError(
+                    f"checkpoint must be readable with weights_only=True, got {os.fspath(checkpoint)!r}: "
+                    f"{str(error) or type(error).__name__}"
+                ) from error
     else:
         loaded = checkpoint
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):

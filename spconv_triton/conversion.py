@@ -170,9 +170,16 @@ def _decide(
     reason = obstacle(module, owners) or reason or misfit(module, wanted, groups, min_channels)
     channels = module.in_channels
     if reason:
-        return Decision(names, repr(module), reason, channels)
+        return Decision(names, _described(module), reason, channels)
     alpha = legal_alpha(channels, wanted, groups)
-    return Decision(names, repr(module), "", channels, int(channels * alpha), wanted, alpha)
+    return Decision(names, _described(module), "", channels, int(channels * alpha), wanted, alpha)
+
+
+def _described(module: Convolution) -> str:
+    try:
+        return repr(module)
+    except TypeError:  # nn.Conv2d's own, of a padding that was assigned as one number
+        return f"{type(module).__name__}({module.in_channels}, {module.out_channels})"
 
 
 def _make_layer(conv: nn.Conv2d, alpha: float, groups: int, branch_norm: bool, init: str, backend: str) -> SPConv2d:

@@ -7,11 +7,12 @@ import contextvars
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BACKENDS = ("auto", "triton", "native", "reference")
 
@@ -170,10 +171,21 @@ def is_watched() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
+def needs_plain_operations(tensors: Iterable[Any]) -> bool:
+    """Whether the layer is to be computed in plain operations: :func:`is_transformed`, :func:`is_watched`, or a tensor
+    of a class that takes each of them itself (``DTensor``), and need not have oneDNN's or write in place."""
+    return is_transformed() or is_watched() or any(map(_is_wrapper, tensors))
+
+
+def _is_wrapper(tensor: Any) -> bool:
+    return type(tensor) not in (Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor)
+
+
 def is_batched(grad: Tensor) -> bool:
-    """Whether it is many gradients at a time, ``torch.autograd.grad(..., is_grads_batched=True)``, whose tensors know
-    neither memory formats nor writing in place."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+    """Whether it is many gradients at a time, of ``torch.autograd.grad(..., is_grads_batched=True)`` or of a
+    ``torch.vmap`` around ``torch.autograd.grad``, whose tensors know neither memory formats nor writing in place."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)
 
 
 def is_exporting() -> bool:

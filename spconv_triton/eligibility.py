@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from .checks import FLOATING
 from .fused import FusedSPConv2d
+from .geometry import as_pair
 from .modules import SPConv2d
 
 MIN_CHANNELS = 8
@@ -91,14 +92,15 @@ def _obstacle_in_weight(conv: nn.Conv2d, owners: Owners) -> str:
 def _obstacle_in_geometry(conv: nn.Conv2d) -> str:
     for name in ("kernel_size", "stride", "padding", "dilation"):
         value = getattr(conv, name)
-        if not isinstance(value, str) and len(value) != 2:
+        if not isinstance(value, str) and len(as_pair(value)) != 2:
             return f"has a {name} of {len(value)} numbers, {value}"
     if conv.groups != 1:
         kind = "depthwise" if conv.groups == conv.in_channels else "grouped"
         return f"is {kind} (groups={conv.groups})"
-    if conv.kernel_size == (1, 1):
+    kernel_size = as_pair(conv.kernel_size)
+    if kernel_size == (1, 1):
         return "is 1 x 1"
-    if any(size % 2 == 0 for size in conv.kernel_size):
+    if any(size % 2 == 0 for size in kernel_size):
         return f"has an even kernel_size, {conv.kernel_size}, without a centre"
     return ""
 

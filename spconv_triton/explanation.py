@@ -138,7 +138,8 @@ def _explain_traced(module: SPConv2d, x: Tensor) -> Explanation:
         launches = tuple(_launches(graph))
         kept = _kept_by_operators(graph)
     names = {launch.name.rpartition("::")[2] for launch in launches}
-    path = next(p for p in dispatch.PATHS if p.backend == backend and (not p.kernel or p.kernel in names))
+    fitting = (p for p in dispatch.PATHS if p.backend == backend and (not p.kernel or p.kernel in names))
+    path = next(p for p in fitting if p.device != "CPU")
     found = dispatch.capability(torch.device("cuda"))
     where = "cuda" if found is None else f"cuda, compute capability {found[0]}.{found[1]}"
     return Explanation(repr(module), _describe(x, where), path, launches, kept, x.numel() * x.itemsize)
@@ -173,7 +174,8 @@ def _operator_name(node: torch.fx.Node) -> str:
 
 
 def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
-    module = copy.deepcopy(module)  # running it in training mode moves the statistics of its norms
+    with torch.inference_mode(False):  # in which copies could not be trained
+        module = copy.deepcopy(module)  # running it in training mode moves the statistics of its norms
     if not module.branch_norm:
         module.eval()
     with torch.inference_mode():
@@ -193,8 +195,9 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
         storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = module(x.detach().requires_grad_())
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        given = x.clone() if x.is_inference() else x.detach()
+        result = module(given.requires_grad_())
     for parameter in module.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
     del result

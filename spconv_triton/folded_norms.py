@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .branch_norm import Branches, fold_branch_norms
-from .dispatch import is_transformed, is_watched
+from .dispatch import needs_plain_operations
 from .watch import Watch, can_watch
 
 Folded = tuple[Tensor, Tensor, Tensor | None, Tensor]
@@ -35,10 +35,11 @@ class FoldedNorms:
 
     def fold(self, layer: Branches) -> tuple[Folded, bool]:
         """:func:`.branch_norm.fold_branch_norms` of the layer, and whether that is what it was or will be again."""
-        if torch.is_grad_enabled() or is_transformed() or is_watched():
+        weights = (layer.weight_gwc, layer.weight_pwc, layer.weight_redundant)
+        if torch.is_grad_enabled() or needs_plain_operations(weights):
             return fold_branch_norms(layer), False
         norms = [norm for norm in (layer.norm_representative, layer.norm_redundant) if norm is not None]
-        tensors = [layer.weight_gwc, layer.weight_pwc, layer.weight_redundant]
+        tensors = [*weights]
         eps = []
         for norm in norms:
             assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))

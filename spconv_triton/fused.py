@@ -36,8 +36,8 @@ class FusedSPConv2d(nn.Module):
         in_place: what the sum is written over, ``"output"`` or ``"residual"``, whose dtype it then has; else empty.
 
     Shape:
-        x [N, L, H, W] and maybe a residual [N, M, H_out, W_out] -> [N, M, H_out, W_out], in a dtype as of the layer. A
-        residual of another shape or dtype is added as PyTorch would, after the layer.
+        input [N, L, H, W] and maybe a residual [N, M, H_out, W_out] -> [N, M, H_out, W_out], in a dtype as of the
+        layer. A residual of another shape or dtype is added as PyTorch would, after the layer.
 
     Attributes:
         weight_gwc, weight_pwc, weight_redundant: as of the layer.
@@ -90,10 +90,17 @@ class FusedSPConv2d(nn.Module):
                 self.register_buffer(name, None if tensor is None else tensor.detach().clone())
         super().train(False)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(norm_scale (beta U3 + gamma U1) + bias + residual): [N, L, H, W] -> [N, M, H_out, W_out]."""
-        if is_symbol(x, residual):
-            return call_of(self, x) if residual is None else call_of(self, x, residual)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(norm_scale (beta U3 + gamma U1) + bias + residual): [N, L, H, W] -> [N, M, H_out, W_out].
+
+        The first argument is called what the layer calls it.
+
+        Raises:
+            TypeError, ValueError: as of the layer.
+        """
+        if is_symbol(input, residual):
+            return call_of(self, input) if residual is None else call_of(self, input, residual)
+        x = input
         fits = residual is None or self._fits(x, residual)
         padding = self.geometry.padding
         if self.padding_mode != "zeros":
@@ -119,6 +126,7 @@ class FusedSPConv2d(nn.Module):
 
     def _fits(self, x: Tensor, residual: Tensor | float) -> bool:
         """Whether the residual, which may be a number, is a map of the output's shape and dtype."""
+        check_input("x", x)
         if not isinstance(residual, Tensor) or residual.device != x.device:
             return False
         if x.dim() != 4 or residual.dtype != computed_dtype(x):
@@ -133,6 +141,11 @@ class FusedSPConv2d(nn.Module):
                 "given to spconv_triton.fuse, which is as it was, and fuse it again"
             )
         return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedSPConv2d:
+        """Of ``.to()`` and its like, as of the layer."""
+        self._inference.forget()
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]

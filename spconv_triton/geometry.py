@@ -61,6 +61,11 @@ def pair(name: str, value: object, minimum: int) -> tuple[int, int]:
     return values[0], values[1]
 
 
+def as_pair(value: Any) -> tuple[int, ...]:
+    """An attribute of an ``nn.Conv2d`` as it is meant: it may have been assigned as one number, or NumPy's."""
+    return tuple(map(int, value)) if hasattr(value, "__len__") else (int(value), int(value))
+
+
 def resolve(
     kernel_size: IntPair,
     stride: IntPair,

@@ -13,7 +13,7 @@ from .branch_norm import fold_branch_norms, folds, normalises_batch, track
 from .checks import FLOATING, check_input, shape
 from .dispatch import BACKENDS
 from .folded_norms import FoldedNorms
-from .geometry import Geometry, IntPair, pair, resolve
+from .geometry import Geometry, IntPair, as_pair, pair, resolve
 from .layout import memory_format, padded_by_mode
 from .native_inference import Inference
 from .symbols import call_of, is_symbol
@@ -242,13 +242,13 @@ class SPConv2d(nn.Module):
             )
         if conv.groups != 1:
             raise ValueError(f"conv must have groups=1 (a grouped convolution is slim already), got {conv.groups}")
-        kernel_size, stride, dilation = (tuple(map(int, p)) for p in (conv.kernel_size, conv.stride, conv.dilation))
-        layer = cls(  # with ints, where NumPy's may have come
+        kernel_size, stride, dilation = map(as_pair, (conv.kernel_size, conv.stride, conv.dilation))
+        layer = cls(
             int(conv.in_channels),
             int(conv.out_channels),
             kernel_size,
             stride,
-            conv.padding if isinstance(conv.padding, str) else tuple(map(int, conv.padding)),
+            conv.padding if isinstance(conv.padding, str) else as_pair(conv.padding),
             dilation,
             groups,
             conv.bias is not None,
@@ -357,6 +357,12 @@ class SPConv2d(nn.Module):
         track(norm3, mean[0], variance[0], values)
         track(norm1, mean[1], variance[1], values)
         return y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SPConv2d:
+        """Of ``.to()`` and its like, behind which nothing would ask for what was prepared, or free its memory."""
+        self._inference.forget()
+        self._folded_norms.forget()
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import native
 from .autocast import without_autocast
-from .dispatch import is_batched, is_transformed, is_watched
+from .dispatch import is_batched, needs_plain_operations
 from .geometry import Geometry
 from .layout import gradient_of
 from .native_backward import differentiable_gradients
@@ -87,7 +87,7 @@ class Branch(NamedTuple):
 
 def batch_norm(tensors: Sequence[Any], eps: tuple[float, float], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
     """Y, mean and variance, as of :func:`spconv_triton.native.batch_norm`, which computes what this does not."""
-    if not takes(tensors[0]) or is_transformed() or is_watched():
+    if not takes(tensors[0]) or needs_plain_operations(tensors):
         return native.batch_norm(tensors, eps, geometry)
     return OnePass.apply(*tensors, eps, geometry)
 

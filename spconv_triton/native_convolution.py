@@ -65,7 +65,16 @@ def convolution(
         return convolution(padded(x, padding), weight, bias, stride, (0, 0), dilation, groups)
     if misses_rows(x, weight, stride, dilation):
         return convolution(x[:, :, :: stride[0]], weight, bias, (1, stride[1]), padding, dilation, groups)
-    return F.conv2d(*readable(x, weight, stride, padding, dilation), bias, stride, padding, dilation, groups)
+    x, weight = readable(x, weight, stride, padding, dilation)
+    if misses_grouped_gradient(x, groups):
+        weight = weight.clone(memory_format=torch.contiguous_format)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def misses_grouped_gradient(x: Tensor, groups: int) -> bool:
+    """Whether the gradient of a weight in channels_last may be some number: of groups in a convolution that is ATen's
+    own, where one sample's stride over the batch is odd (PyTorch 2.14.1's, and ``nn.Conv2d``'s too)."""
+    return groups > 1 and x.is_cpu and not (are_of_onednn(x) and torch.backends.mkldnn.enabled)
 
 
 def misses_columns(

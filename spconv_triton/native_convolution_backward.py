@@ -17,6 +17,7 @@ from .native_convolution import (
     columns_without_stride,
     in_nchw,
     misses_columns,
+    misses_grouped_gradient,
     misses_padding,
     misses_weight_gradient,
     padded,
@@ -66,6 +67,8 @@ def convolution_backward(
         x, weight = in_nchw(x, weight)
     else:
         x, weight = readable(x, weight, stride, padding, dilation)
+    if needed[1] and misses_grouped_gradient(x, groups):
+        weight = weight.clone(memory_format=torch.contiguous_format)
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*needed, False)
     )

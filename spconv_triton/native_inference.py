@@ -53,11 +53,14 @@ class Inference:
 
     def weights(self, x: Tensor, given: Given, geometry: Geometry) -> Weights:
         """The weights, prepared where that is possible, and kept where they can be watched."""
-        if not can_watch(given) or torch.is_autocast_enabled("cpu"):  # which makes new ones for every call
-            return prepare(x, *given, geometry)
+        can_be_watched = can_watch(given)
         kept = self._kept
-        known = kept is not None and kept.weights.geometry == geometry
-        if kept is not None and known and are_preparable(x, given[0], geometry) and kept.watch.holds(given):
+        if kept is not None and not (can_be_watched and kept.watch.holds(given)):
+            self._kept = kept = None  # whatever follows, their memory is free
+        autocast = torch.is_autocast_enabled("cpu")  # which makes new ones for every call
+        if autocast or not can_be_watched or not are_preparable(x, given[0], geometry):
+            return prepare(x, *given, geometry)
+        if kept is not None and kept.weights.geometry == geometry:
             return kept.weights
         watch = Watch(given)  # before they are read: what another thread changes then is seen
         weights = prepare(x, *given, geometry)

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import native
 from .autocast import without_autocast
-from .dispatch import is_batched, is_exporting, is_transformed, is_watched
+from .dispatch import is_batched, is_exporting, needs_plain_operations
 from .geometry import Geometry
 from .layout import memory_format
 from .native import NOTHING, Epilogue
@@ -106,7 +106,7 @@ def spconv2d(
     """
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
     differentiated = differentiates(arguments)
-    if is_transformed() or is_watched() or (weight_redundant is None and differentiated):
+    if needs_plain_operations(arguments) or (weight_redundant is None and differentiated):
         return native.compose(*arguments, geometry)
     if torch.compiler.is_compiling():
         # The partitioner would keep U3 - U1; a checkpoint tells it not to. On a CPU it is worth its memory: without it
@@ -140,7 +140,7 @@ def spconv2d_inference(
     Arguments and result as of :func:`spconv2d`; ``bias`` may also be float32.
     """
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
-    if is_transformed() or is_watched() or torch.compiler.is_compiling():
+    if needs_plain_operations(arguments) or torch.compiler.is_compiling():
         return native.compose(*arguments, geometry, after)
     return _infer(arguments, geometry, after, memory)
 

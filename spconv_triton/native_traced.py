@@ -34,6 +34,8 @@ def convolution(
     :func:`misses_rows`, rows are taken before; and what :func:`misses_weight_gradient` is of float32.
     """
     if x.is_cpu:
+        if groups > 1 and x.dtype == torch.float64:  # which misses_grouped_gradient
+            weight = weight.contiguous()
         if torch.is_grad_enabled() and not is_exporting() and misses_weight_gradient(x, weight, dilation):
             with without_autocast(x):
                 return convolution(x.float(), weight.float(), stride, padding, dilation, groups).to(x.dtype)

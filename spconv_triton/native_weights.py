@@ -238,7 +238,7 @@ class PreparedWeights(Weights):
         batch, _, height, width = shape
         size = self.geometry.output_size(height, width)
         is_z = self.geometry.is_centred and self.geometry.stride == (1, 1)
-        pixels = torch.tensor(float(size[0] * size[1]), device="cpu")  # whatever the default device is now
+        pixels = torch.tensor(size[0] * size[1], dtype=torch.float32, device="cpu")  # whatever the defaults are now
         rows = batch * size[0] * size[1]
         bytes_of_map = rows * self.gwc.shape[0] * self.gwc.itemsize
         gate_first = self.has_gate and bytes_of_map > GATED_BYTES and rows > GATED_PIXELS * batch * shape[1]

@@ -45,6 +45,8 @@ def representative_branch(
     Returns:
         U3, [N, M, H_out, W_out], in the dtype of ``x3``.
     """
+    if x3.dtype == torch.float64:  # with groups PyTorch 2.14.1 gets gradients of a weight in channels_last wrong there
+        weight_gwc = weight_gwc.contiguous()
     gwc = F.conv2d(x3, weight_gwc, stride=stride, padding=padding, dilation=dilation, groups=groups)
     centre = pointwise_input(
         x3,

@@ -120,7 +120,7 @@ def _caller() -> str:
 
 
 def _is_called_by_name() -> bool:
-    """Whether the caller was reached by ``hasattr``, ``getattr`` or ``str``, not by a dot or from a formatted string."""
+    """Whether the caller was reached by ``hasattr``, ``getattr`` or ``str``, not by a dot or a formatted string."""
     frame = sys._getframe(2)
     return "CALL" in dis.opname[frame.f_code.co_code[frame.f_lasti]]
 

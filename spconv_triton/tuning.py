@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import triton
-
-from .launch import TUNED_KERNELS
+from . import launch
+from .files import write_whole
 
 FORMAT = 1
 
@@ -30,6 +28,7 @@ def save_tuning(path: str | os.PathLike[str]) -> int:
         How many choices there are.
 
     Raises:
+        ImportError: triton does not import.
         OSError: it cannot be written.
     """
     entries = [
@@ -43,18 +42,8 @@ def save_tuning(path: str | os.PathLike[str]) -> int:
         for name, kernel in _tuners()
         for key, config in kernel.cache.items()
     ]
-    path = Path(path)
-    text = json.dumps(
-        {"format": FORMAT, "device": _device(), "triton": triton.__version__, "choices": entries}, indent=1
-    )
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    text = json.dumps({"format": FORMAT, **_machine(), "choices": entries}, indent=1)
+    write_whole(Path(path), text.encode())
     return len(entries)
 
 
@@ -65,50 +54,56 @@ def load_tuning(path: str | os.PathLike[str]) -> int:
         path: a file of :func:`save_tuning`.
 
     Returns:
-        How many choices were taken. None are where the file is of another device or version of Triton; nor are those
-        that the kernels' tables no longer hold. What was tuned in this process stays.
+        How many choices were taken. None, if the file was written for another kind of device or version of Triton.
+        Choices that a kernel's table no longer holds, or that this process has tuned itself, are skipped.
 
     Raises:
+        ImportError: triton does not import.
         OSError: the file cannot be read.
-        ValueError: it is not a file of :func:`save_tuning`.
+        ValueError: it is not a file of :func:`save_tuning`; then none is taken.
     """
+    machine = _machine()
     try:
         saved = json.loads(Path(path).read_text())
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}")
-        if saved["device"] != _device() or saved["triton"] != triton.__version__:
+        if any(saved[name] != value for name, value in machine.items()):
             return 0
-        return sum(_take(choice) for choice in saved["choices"])
+        found = [_find(choice) for choice in saved["choices"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"path must be a file written by save_tuning (format {FORMAT}), got {path}: {error!r}"
         ) from None
+    taken = [(kernel, key, config) for kernel, key, config in filter(None, found) if key not in kernel.cache]
+    for kernel, key, config in taken:
+        kernel.cache[key] = config
+    return len(taken)
 
 
-def _take(choice: dict[str, Any]) -> bool:
-    kernel = dict(_tuners()).get(choice["kernel"])
-    key = tuple(choice["key"])
-    if kernel is None or key in kernel.cache:
-        return False
-    for config in kernel.configs:
-        if (config.kwargs, config.num_warps, config.num_stages) == (
-            choice["blocks"],
-            choice["warps"],
-            choice["stages"],
-        ):
-            kernel.cache[key] = config
-            return True
-    return False
+def _find(choice: dict[str, Any]) -> tuple[Any, tuple[Any, ...], Any] | None:
+    """The tuner, the key and the configuration of a choice; None where the kernel or its configuration is gone."""
+    kernel, key = dict(_tuners()).get(choice["kernel"]), tuple(choice["key"])
+    hash(key)  # a TypeError here, not when half of the file is taken
+    wanted = choice["blocks"], choice["warps"], choice["stages"]
+    for config in () if kernel is None else kernel.configs:
+        if (config.kwargs, config.num_warps, config.num_stages) == wanted:
+            return kernel, key, config
+    return None
 
 
 def _tuners() -> Iterable[tuple[str, Any]]:
-    return ((kernel.base_fn.__name__, kernel) for kernel in TUNED_KERNELS)
+    return ((kernel.base_fn.__name__, kernel) for kernel in launch.TUNED_KERNELS)
 
 
-def _device() -> str:
-    """The kind of device that a choice holds for: backend, architecture and warp size; ``"none"`` without a GPU."""
+def _machine() -> dict[str, str]:
+    """What a choice holds for: the kind of device (backend, architecture and warp size; ``"none"`` without a GPU) and
+    Triton's version."""
+    import triton
+
     try:
         target = triton.runtime.driver.active.get_current_target()
     except RuntimeError:  # there is no active driver
-        return "none"
-    return f"{target.backend} {target.arch} {target.warp_size}"
+        device = "none"
+    else:
+        device = f"{target.backend} {target.arch} {target.warp_size}"
+    return {"device": device, "triton": triton.__version__}

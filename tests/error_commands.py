@@ -123,6 +123,8 @@ def _without_gpu() -> AbstractContextManager[Any]:
 
 
 COMMANDS = [
+    Command("demo --samples 10", ("--samples must be at least 64, got 10",)),
+    Command("demo --image-size 1", ("--image-size must be at least 8, got 1",)),
     Command("demo --epochs 0", ("argument --epochs: must be an integer of at least 1, got '0'",)),
     Command("train --workers -1", ("argument --workers: must be an integer of at least 0", "got '-1'")),
     Command("train --lr nan", ("argument --lr: must be a number of at least 0, got 'nan'",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from convert_cases import Block, reasons, report_of, snapshot
 from torch import nn
 
 from spconv_triton import SPConv2d, convert, fuse
+from spconv_triton.fused import FusedSPConv2d
 
 
 def test_a_network() -> None:
@@ -169,6 +171,46 @@ def test_data_parallel_and_a_traced_graph() -> None:
     assert graph(torch.randn(1, 3, 6, 6)).shape == (1, 4)
 
 
+class Twice(SPConv2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def plus_one(_: nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (given[0] + 1,)
+
+
+def tripled(_: nn.Module, __: Any, y: torch.Tensor) -> torch.Tensor:
+    return y * 3
+
+
+def hooked() -> nn.Module:
+    layer = SPConv2d(8, 8, 3, padding=1)
+    layer.register_forward_pre_hook(plus_one)
+    layer.register_forward_hook(tripled)
+    return layer
+
+
+def hooked_and_fused() -> nn.Module:
+    layer = FusedSPConv2d(SPConv2d(8, 8, 3, padding=1).eval(), activation="relu")
+    layer.register_forward_hook(tripled)
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: Twice(8, 8, 3, padding=1), hooked, hooked_and_fused])
+def test_hooks_and_derived_classes_count_once_in_a_traced_graph(make: Any) -> None:
+    model = nn.Sequential(make(), nn.ReLU()).eval()
+    graph, x = torch.fx.symbolic_trace(model), torch.randn(2, 8, 7, 7)
+    for traced in (graph, pickle.loads(pickle.dumps(graph))):
+        with torch.no_grad():
+            torch.testing.assert_close(traced(x), model(x))
+
+
+def test_a_layer_alone_is_not_traced() -> None:
+    with pytest.raises(TypeError, match=r"root must be a network for torch\.fx to trace, got SPConv2d alone"):
+        torch.fx.symbolic_trace(SPConv2d(8, 8, 3))
+
+
 def test_layers_are_calls_in_a_traced_graph() -> None:
     """As nn.Conv2d's are, fused ones too."""
     converted = convert(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())).eval()
@@ -242,3 +284,15 @@ def test_attributes_of_the_layer_are_its_own() -> None:
     conv.alpha, conv.backend = 3, "its own"
     (made,) = convert(nn.Sequential(conv))
     assert (made.alpha, made.backend) == (0.5, "auto")
+
+
+def test_geometry_that_was_assigned_as_numbers() -> None:
+    """As nn.Conv2d goes on running with."""
+    conv = nn.Conv2d(16, 16, 3)
+    conv.padding, conv.stride, conv.dilation, conv.kernel_size = 2, 1, 2, 3
+    model = convert(nn.Sequential(conv))
+    x = torch.randn(1, 16, 9, 9)
+    assert isinstance(model[0], SPConv2d)
+    assert model(x).shape == conv(x).shape
+    conv.kernel_size = 1
+    assert convert(nn.Sequential(conv))[0] is conv

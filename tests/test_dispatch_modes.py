@@ -1,9 +1,11 @@
-"""What sees every operation of a layer in eager mode: selective checkpointing, fake tensors, ``make_fx``."""
+"""What sees every operation of a layer in eager mode: selective checkpoints, fakes, ``make_fx``, ``DTensor``."""
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,3 +86,34 @@ def test_a_captured_graph_runs_and_trains(channels: int, options: dict[str, Any]
     got = results(lambda x: graph(state, x), module, x)
     for name, value in results(module, module, x).items():
         torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """Of this process alone."""
+    distributed = pytest.importorskip("torch.distributed")
+    tensors = pytest.importorskip("torch.distributed.tensor")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield tensors.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@every_layer
+def test_distributed_tensors(options: dict[str, Any], mesh: Any) -> None:
+    """They take every operation themselves, and have neither views by strides nor oneDNN's operators."""
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    plain, x = layer(64, **options), maps(64)
+    distributed = distribute_module(copy.deepcopy(plain), mesh)
+    given = distribute_tensor(x, mesh, [Shard(0)])
+    y, expected = distributed(given), plain(x)
+    torch.testing.assert_close(y.full_tensor(), expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for got, parameter in zip(distributed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad.full_tensor(), parameter.grad, rtol=1e-4, atol=1e-3)
+    distributed.eval()
+    plain.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(distributed(given).full_tensor(), plain(x))

@@ -149,3 +149,18 @@ def test_a_gpu_that_cannot_be_traced_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     with pytest.raises(ValueError, match=r"capability must be None here.*got \(9, 0\)"):
         explain(SPConv2d(8, 8, 3), torch.randn(1, 8, 5, 5), capability=(9, 0))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_what_is_kept_is_that_of_training(context: Any) -> None:
+    layer = SPConv2d(8, 8, 3)
+    expected = explain(layer, torch.randn(2, 8, 5, 5)).kept_bytes
+    with context():
+        assert explain(layer, torch.randn(2, 8, 5, 5)).kept_bytes == expected > 0
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="nothing can be traced for a GPU")
+@pytest.mark.parametrize("branch_norm", [False, True])
+def test_aten_on_a_gpu(branch_norm: bool) -> None:
+    layer = SPConv2d(8, 8, 3, backend="native", branch_norm=branch_norm)
+    assert explain(layer, torch.randn(2, 8, 5, 5), capability=(9, 0)).path.name == "given weights"

@@ -225,3 +225,23 @@ def test_branch_norms_with_and_without_a_bias(alpha: float, bias: bool) -> None:
 
     check(nn.Sequential(conv(), norm(), nn.ReLU()), ("branch norms", "1", "relu"))
     check(nn.Sequential(conv(), nn.MaxPool2d(2)), ("branch norms",))
+
+
+class ByKeyword(nn.Module):
+    def __init__(self, branch_norm: bool) -> None:
+        super().__init__()
+        self.conv, self.bn = SPConv2d(8, 8, 3, branch_norm=branch_norm), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(input=x)).relu() if self.bn is not None else self.conv(input=x).tanh()
+
+
+@pytest.mark.parametrize("branch_norm", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_layer_may_be_called_by_keyword(branch_norm: bool, norm: bool) -> None:
+    model = ByKeyword(branch_norm).eval()
+    if not norm:
+        model.bn = None
+    fused, x = fuse(model), torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))

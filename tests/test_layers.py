@@ -29,6 +29,7 @@ HELPERS = (
     "branch_norm",
     "checks",
     "dispatch",
+    "files",
     "flop_formulas",
     "folded_norms",
     "geometry",
@@ -43,7 +44,7 @@ HELPERS = (
 
 # Imports inside functions, (importer, imported): why. Each one costs its callers an import they did not see coming.
 LATE_IMPORTS: dict[tuple[str, str], str] = {
-    ("", "tuning"): "needs triton, which may be missing",
+    ("", "tuning"): "which few programs need",
     ("", "explanation"): "tracing and profiling would double the time of importing the package",
     ("", "network_summary"): "PyTorch's counter of operations imports triton, which doubles the time, too",
     ("", "fusing"): "tracing, which those who train do not need",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from spconv_triton import SPConv2d
+from spconv_triton.fused import FusedSPConv2d
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -76,6 +79,33 @@ def test_no_tensor_outlives_its_call() -> None:
     for _ in range(5):
         layer(x).sum().backward()
     assert tensors() == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("branch_norm", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_are_not_held_behind_what_moves_them(branch_norm: bool, fused: bool) -> None:
+    layer: Any = SPConv2d(64, 64, 3, padding=1, branch_norm=branch_norm).eval()
+    if fused:
+        layer = FusedSPConv2d(layer)
+    for move in (nn.Module.double, lambda layer: layer.to("meta")):
+        layer(torch.randn(1, 64, 6, 6))
+        prepared = weakref.ref(layer._inference._kept.weights)
+        move(layer)
+        assert prepared() is None
+        assert fused or layer._folded_norms._kept is None
+        layer = layer.to_empty(device="cpu").float()
+
+
+@torch.no_grad()
+def test_prepared_weights_go_with_the_weights() -> None:
+    layer = SPConv2d(16, 8, 3, padding=1, bias=False).eval()
+    layer(torch.randn(1, 16, 6, 6))
+    prepared = weakref.ref(layer._inference._kept.weights)
+    for name, parameter in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(parameter.double()))
+    layer(torch.randn(1, 16, 6, 6, dtype=torch.float64))
+    assert prepared() is None
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

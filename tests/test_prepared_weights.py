@@ -137,6 +137,21 @@ def test_weights_are_packed_once_for_each_shape(monkeypatch: pytest.MonkeyPatch)
     assert list(memory.weights._plans) == shapes[-native_weights.PLANS :], "the latest are remembered"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_default_dtype_of_a_call_changes_nothing(dtype: torch.dtype) -> None:
+    """Neither of it nor of those that follow: 289 pixels are no number of bfloat16."""
+    layer, x = SPConv2d(16, 8, 3, padding=1).eval(), torch.randn(2, 16, 17, 17) + 1
+    torch.nn.init.normal_(layer.weight_gwc)
+    with torch.no_grad():
+        expected = copy.deepcopy(layer)(x)
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(layer(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 7])
 @torch.no_grad()
 def test_any_share_of_the_samples_may_go_together(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:

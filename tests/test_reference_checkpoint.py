@@ -224,6 +224,8 @@ def test_what_it_refuses(tmp_path: Path, published: nn.Module) -> None:
     torch.save({"state_dict": published.state_dict(), "extra": Arbitrary()}, tmp_path / "arbitrary.pth")
     with pytest.raises(ValueError, match=r"checkpoint must be readable with weights_only=True, got '.*arbitrary\.pth'"):
         load_reference_checkpoint(ours, str(tmp_path / "arbitrary.pth"))
+    with pytest.raises(NotADirectoryError):
+        load_reference_checkpoint(ours, tmp_path / "list.pth" / "below")
     with pytest.raises(FileNotFoundError):
         load_reference_checkpoint(ours, tmp_path / "absent.pth")
     with pytest.raises(ValueError, match=r"mapping of names to tensors, got 1 \(Tensor\)"):

@@ -83,6 +83,20 @@ def test_batched_gradients_are_gradients(name: str, training: bool) -> None:
 
 
 @every_module
+@pytest.mark.parametrize("training", [False, True], ids=("eval", "train"))
+def test_vmap_around_autograd(name: str, training: bool) -> None:
+    module, x = make(name, training=training)
+    x = x.detach().requires_grad_()
+    y = module(x)
+    inputs = (x, *module.parameters())
+    cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
+    batched = vmap(lambda cotangent: torch.autograd.grad(y, inputs, cotangent, retain_graph=True))(cotangents)
+    for i, cotangent in enumerate(cotangents):
+        for got, expected in zip(batched, torch.autograd.grad(y, inputs, cotangent, retain_graph=True), strict=True):
+            torch.testing.assert_close(got[i], expected)
+
+
+@every_module
 def test_vmap_of_grad_gives_the_gradients_of_each_sample(name: str) -> None:
     module, x = make(name)
     loss, parameters = loss_of(module), detached(module)

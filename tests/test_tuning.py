@@ -46,6 +46,27 @@ def test_choices_survive_a_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["tuned.json"]
 
 
+def test_others_may_read_the_file(tmp_path: Path) -> None:
+    with compiling_for("sm_90"):
+        save_tuning(tmp_path / "tuned.json")
+    (tmp_path / "beside.json").touch()
+    assert (tmp_path / "tuned.json").stat().st_mode == (tmp_path / "beside.json").stat().st_mode
+
+
+def test_a_file_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    onepass_forward.cache[KEY] = onepass_forward.configs[1]
+    with compiling_for("sm_90"):
+        save_tuning(file)
+        saved = json.loads(file.read_text())
+        for broken in ({"kernel": "onepass_forward"}, {**saved["choices"][0], "key": [[1]]}):
+            file.write_text(json.dumps({**saved, "choices": [*saved["choices"], broken]}))
+            onepass_forward.cache.clear()
+            with pytest.raises(ValueError, match="path must be a file written by save_tuning"):
+                load_tuning(file)
+            assert not onepass_forward.cache
+
+
 def test_what_is_tuned_here_stays(tmp_path: Path) -> None:
     onepass_forward.cache[KEY] = onepass_forward.configs[1]
     with compiling_for("sm_90"):

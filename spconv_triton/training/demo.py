@@ -16,8 +16,8 @@ from torch import Tensor
 from .. import dispatch, models
 from . import measure
 from .data import WEIGHTS, Data, evaluation_batches, length, seed_epoch, steps_per_epoch, training_batches
-from .datasets import digits
-from .errors import need
+from .datasets import load
+from .errors import UserError, need
 from .files import make_folder, write_whole
 from .learner import Learner, Recipe, Score
 from .processes import Processes, cpu_threads, pick_device
@@ -98,7 +98,9 @@ def show(options: Options) -> None:
     console_module, progress_module = need("rich.console", "the demo"), need("rich.progress", "the demo")
     need("matplotlib", "the demo")
     device = pick_device(options.device)
-    data = digits(options.size, options.samples)
+    if options.samples is not None and options.samples < BATCH:
+        raise UserError(f"--samples must be at least {BATCH}, got {options.samples}")
+    data = load("digits", options.size, options.samples)
     make_folder(options.out)
     here = Processes(0, 1, device)
     steps = steps_per_epoch(data, BATCH, 1) * options.epochs

@@ -1,4 +1,4 @@
-"""Writing files so that a full disk or a Ctrl-C leaves nothing half-written."""
+"""Folders and files of a run: what cannot be written is a message, and nothing is left half-written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from .. import files
 from .errors import UserError
 
 
@@ -23,24 +24,13 @@ def make_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``, or leave it as it was.
-
-    The content goes to a temporary file in the same folder, reaches the disk, and then takes the name of ``path``.
+    """:func:`spconv_triton.files.write_whole`, for people.
 
     Raises:
         UserError: it cannot be written; the temporary file is gone.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        files.write_whole(path, content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
