@@ -22,6 +22,11 @@ LAYERS: Rows = [
     ),
     ("FusedSPConv2d(layer.eval()).train()", ValueError, ("mode must be False for a fused layer", "got True")),
     ("FusedSPConv2d(layer.eval())(trained)", ValueError, ("x must not require gradients", "before fuse")),
+    (
+        "torch.fx.symbolic_trace(layer)",
+        TypeError,
+        ("root must be a network for torch.fx to trace, got SPConv2d alone", "torch.nn.Sequential(layer)"),
+    ),
     ("set_recompute(None)", TypeError, ("mode must be True (recompute) or False (keep), got NoneType",)),
     ("set_recompute(0)", TypeError, ("mode must be True", "got int")),
 ]
