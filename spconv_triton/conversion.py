@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .dense import split_weights
 from .dispatch import BACKENDS
 from .eligibility import MIN_CHANNELS, Convolution, Owners, find_convolutions, find_owners, misfit, obstacle
+from .hooks import is_compiled
 from .models import legal_alpha
 from .modules import SPConv2d
 
@@ -41,11 +41,10 @@ class Decision:
     Attributes:
         names: where it stands in the network; several where it is shared.
         convolution: how it prints.
-        reason: why it stays; empty where it is swapped, and then
-        wanted_alpha: the ratio that was asked for,
-        alpha: the one that it got, and
-        representative_channels: alpha L of
+        reason: why it stays; empty where it is swapped.
         in_channels: L.
+        representative_channels: alpha L; 0 where it stays, as the two ratios are.
+        wanted_alpha, alpha: the ratio that was asked for, and the one that it got.
     """
 
     names: tuple[str, ...]
@@ -311,9 +310,3 @@ def _check_options(
             raise ValueError(f"model must not be compiled yet, but {where} is; use torch.compile(convert(model))")
         if isinstance(module, DistributedDataParallel):
             raise ValueError(f"model must not be wrapped in DistributedDataParallel yet, but {where} is; convert first")
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` wraps the module, or its own ``compile`` was called."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # the wrapper's class, which costs a second to import
-    return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))

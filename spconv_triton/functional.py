@@ -27,9 +27,9 @@ from .checks import (
     shape,
 )
 from .dispatch import choose
+from .epilogue import NOTHING, Epilogue
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
-from .native import NOTHING, Epilogue
 from .native_inference import Inference
 from .native_onepass import Arguments, Memory
 

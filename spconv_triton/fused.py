@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, native
+from . import functional
 from .autocast import computed_dtype
 from .branch_norm import affine_map, fold_branch_norms, scaled
 from .checks import ACTIVATIONS, check_input
+from .epilogue import Epilogue, activate
 from .geometry import Geometry
 from .layout import padded_by_mode
 from .modules import SPConv2d
-from .native import Epilogue
 from .native_inference import Inference
 from .symbols import call_of, is_symbol
 
@@ -122,7 +122,7 @@ class FusedSPConv2d(nn.Module):
         added = y + residual
         if self.in_place:
             added = added.to(y.dtype if self.in_place == "output" else residual.dtype)
-        return native.activate(added, self.activation)
+        return activate(added, self.activation)
 
     def _fits(self, x: Tensor, residual: Tensor | float) -> bool:
         """Whether the residual, which may be a number, is a map of the output's shape and dtype."""

@@ -13,9 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .branch_norm import folds
 from .chains import Chain, follow
-from .conversion import is_compiled
 from .fused import FusedSPConv2d
-from .hooks import has_hooks
+from .hooks import has_hooks, is_compiled
 from .module_changes import unchanged
 from .modules import SPConv2d
 from .plain_norms import FoldedNorm, find_folded_norms

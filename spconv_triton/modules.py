@@ -64,10 +64,11 @@ class SPConv2d(nn.Module):
         than 512: only a sample of those is compared (:mod:`spconv_triton.watch`).
 
     Not finite:
-        NaN and infinities come out as of the softmax over the means: an infinite S3 or S1 makes its plane NaN. One of
-        -inf makes NaN of the pixels that are infinite; on the kernels of the whole plane. Those also make NaN of a
-        sample with a value that is not finite where no output reads it (at an edge without padding, at a stride), and
-        infinities of a U1 beyond 3e12 where the gate is closed to U3 (S1 - S3 > 60).
+        A mean S3 or S1 that is NaN or infinite makes its plane of the output (one sample, one channel) NaN, as the
+        softmax does. If the mean is -inf, ATen makes only the infinite pixels NaN, and the Triton kernels the whole
+        plane. The kernels differ in two more cases: a value that is not finite makes its sample NaN even where no
+        output reads it (at an edge without padding, or between strides), and where the gate is closed to U3
+        (S1 - S3 > 60) a U1 beyond 3e12 becomes infinite.
 
     Memory format of the weights:
         ``weight_gwc`` is channels_last from the start. What makes one vector of parameters (``torch.optim.LBFGS``,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,51 +12,12 @@ from torch.torch_version import TorchVersion
 
 from . import native_traced, reference
 from .dispatch import is_exporting, is_transformed
+from .epilogue import Epilogue
 from .geometry import Geometry
 from .native_convolution import convolution, in_nchw, misses_weight_gradient
 
-
-class Epilogue(NamedTuple):
-    """What follows the layer in inference: Y = activation(norm_scale (beta U3 + gamma U1) + bias + residual).
-
-    Attributes:
-        norm_scale: [M] or None, dtype of x or float32.
-        residual: [N, M, H_out, W_out] or None, dtype of x.
-        activation: a name in :data:`spconv_triton.checks.ACTIVATIONS`.
-    """
-
-    norm_scale: Tensor | None = None
-    residual: Tensor | None = None
-    activation: str = "none"
-
-    def __call__(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """The epilogue part by part, on beta U3 + gamma U1; computed in float32 or better, rounded once."""
-        dtype = y.dtype
-        y = y.to(torch.promote_types(dtype, torch.float32))
-        if self.norm_scale is not None:
-            y = y * self.norm_scale.to(y.dtype)[:, None, None]
-        if bias is not None:
-            y = y + bias.to(y.dtype)[:, None, None]
-        if self.residual is not None:
-            y = y + self.residual
-        return activate(y, self.activation).to(dtype)
-
-
-NOTHING = Epilogue()
-
 POOLS_EVEN_OR_ODD = torch.__version__ < TorchVersion("2.12")
 """Whether what is compiled with pooling in ceil mode is for even sizes only, or for odd ones."""
-
-
-def activate(y: Tensor, activation: str, *, inplace: bool = False) -> Tensor:
-    """``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"`` of ``y``."""
-    if activation == "relu":
-        return F.relu(y, inplace)
-    if activation == "relu6":
-        return F.relu6(y, inplace)
-    if activation == "silu":
-        return F.silu(y, inplace)
-    return y
 
 
 def pointwise_input(x: Tensor, geometry: Geometry) -> Tensor:

@@ -64,14 +64,14 @@ def gradients(
     x, *others = inputs
     samples = samples_together(x, grad.shape[1], (grad.shape[2], grad.shape[3]))
     if samples >= x.shape[0] or not pay_in_training(x.dtype):
-        dx, *sums = _of_part(inputs, geometry, d, grad, difference, needed)
+        dx, *sums = _of_part(inputs, geometry, d, grad, needed, difference)
     else:
         dx = torch.empty_like(x, memory_format=torch.channels_last) if needed[0] else None
         parts = zip(x.split(samples), d.split(samples), grad.split(samples), strict=True)
         kept, outs = (parts_of(maps, samples, x.shape[0]) for maps in (difference, dx))
         sums = [None] * len(others)
         for (of_x, of_d, of_grad), of_kept, out in zip(parts, kept, outs, strict=True):
-            of_others = _of_part([of_x, *others], geometry, of_d, of_grad, of_kept, needed, out)[1:]
+            of_others = _of_part([of_x, *others], geometry, of_d, of_grad, needed, of_kept, out)[1:]
             sums = [_plus(total, of_part, d.dtype) for total, of_part in zip(sums, of_others, strict=True)]
     return dx, *map(gradient_of, others, sums)
 
@@ -88,8 +88,8 @@ def _of_part(
     geometry: Geometry,
     d: Tensor,
     grad: Tensor,
-    difference: Tensor | None,
     needed: tuple[bool, ...],
+    difference: Tensor | None,
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of samples that go backward together; that of x is written into ``out``, if it is given. Those of

@@ -120,7 +120,7 @@ class OnePass(torch.autograd.Function):
                 )
             else:
                 branches = _branches(tensors, Statistics(*statistics), ctx.eps)
-                found = gradients(tensors, (u3, u1), branches, ctx.geometry, d, grads[0], ctx.needs_input_grad)
+                found = gradients(tensors, ctx.geometry, d, grads[0], ctx.needs_input_grad, (u3, u1), branches)
         return (*found, None, None)
 
 
@@ -197,12 +197,12 @@ def _branches(tensors: Sequence[Any], statistics: Statistics, eps: tuple[float, 
 
 def gradients(
     tensors: Sequence[Any],
-    maps: tuple[Tensor, Tensor | None],
-    branches: tuple[Branch, Branch],
     geometry: Geometry,
     d: Tensor,
     grad: Tensor,
     needed: tuple[bool, ...],
+    maps: tuple[Tensor, Tensor | None],
+    branches: tuple[Branch, Branch],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the nine tensors, where ``needed``.
 

@@ -96,8 +96,8 @@ def can_fold(geometry: Geometry, height: int, width: int) -> bool:
     return geometry.groups <= 2 and reads_the_same(geometry, height, width)
 
 
-def can_merge(weight_gwc: Tensor, geometry: Geometry, height: int, width: int) -> bool:
-    """Whether there is a merged weight, and it pays."""
+def is_worth_merging(weight_gwc: Tensor, geometry: Geometry, height: int, width: int) -> bool:
+    """Whether a merged weight, made once for many calls, takes less time; :func:`merging_pays` is for a single one."""
     channels = weight_gwc.shape[1] * geometry.groups
     return channels <= MERGED_CHANNELS and reads_the_same(geometry, height, width)
 
@@ -109,7 +109,7 @@ def merging_pays(x: Tensor, weight_gwc: Tensor, geometry: Geometry) -> bool:
     In float32 alone: a merged weight of bfloat16 would be a rounding off, and oneDNN has no float64.
     """
     height, width = x.shape[2:]
-    if x.dtype != torch.float32 or not x.is_cpu or not can_merge(weight_gwc, geometry, height, width):
+    if x.dtype != torch.float32 or not x.is_cpu or not is_worth_merging(weight_gwc, geometry, height, width):
         return False
     rows, columns = geometry.output_size(height, width)
     channels = weight_gwc.shape[1] * geometry.groups

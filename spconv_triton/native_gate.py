@@ -40,11 +40,6 @@ def means_of_maps(x: Tensor) -> Tensor:
     return sums_of_maps(x).div_(x.shape[2] * x.shape[3])
 
 
-def gate_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of means and gates of a map: float32 or better."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def bias_difference(branch_bias: Tensor, dtype: torch.dtype) -> Tensor:
     """b3 - b1, [M, 1, 1], subtracted in ``dtype``."""
     shift3, shift1 = branch_bias.to(dtype).unbind()
@@ -73,4 +68,4 @@ def difference_of_means(gwc: Tensor, z: Tensor, weight_pwc: Tensor, weight_redun
     weights = torch.cat((weight_pwc, -weight_redundant), 1).flatten(1).to(dtype)
     of_gwc, of_z = (sums_of_maps(maps).flatten(1).to(dtype) for maps in (gwc, z))
     sums = torch.addmm(of_gwc, of_z, weights.t())
-    return sums.div_(height * width).to(gate_dtype(gwc)).view(batch, outputs, 1, 1)
+    return sums.div_(height * width).to(torch.promote_types(gwc.dtype, torch.float32)).view(batch, outputs, 1, 1)

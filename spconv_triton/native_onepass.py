@@ -33,9 +33,9 @@ from torch.utils.checkpoint import checkpoint
 from . import native
 from .autocast import without_autocast
 from .dispatch import is_batched, is_exporting, needs_plain_operations
+from .epilogue import NOTHING, Epilogue, activate
 from .geometry import Geometry
 from .layout import memory_format
-from .native import NOTHING, Epilogue
 from .native_backward import differentiable_gradients, gradients
 from .native_convolution import channels_last
 from .native_gate import (
@@ -322,7 +322,7 @@ def _gate_first(
         y += after.residual
     of_sample = (weights.pwc.flatten(1) * beta.squeeze(3), weights.redundant.flatten(1) * gamma.squeeze(3))
     pixels(y).baddbmm_(pixels(z), torch.cat(of_sample, 2).to(y.dtype).transpose(1, 2))
-    return native.activate(y, after.activation, inplace=True), d
+    return activate(y, after.activation, inplace=True), d
 
 
 def _by_given_weights(
@@ -365,7 +365,7 @@ def _finish(y: Tensor, offset: Tensor | None, after: Epilogue, dtype: torch.dtyp
         y += offset
     if after.residual is not None:
         y += after.residual
-    y = native.activate(y, after.activation, inplace=True)
+    y = activate(y, after.activation, inplace=True)
     return y if y.dtype == dtype else y.to(dtype)
 
 

@@ -26,7 +26,17 @@ from .native_convolution import (
     representative,
     representative_view,
 )
-from .native_folding import Block, can_fold, can_merge, fold, folding_pays, merge, merging_pays, other_blocks, whole
+from .native_folding import (
+    Block,
+    can_fold,
+    fold,
+    folding_pays,
+    is_worth_merging,
+    merge,
+    merging_pays,
+    other_blocks,
+    whole,
+)
 from .native_gate import gate_comes_first
 from .native_parts import samples_of_shape
 from .native_products import (
@@ -244,7 +254,7 @@ class PreparedWeights(Weights):
         gate_first = self.has_gate and bytes_of_map > GATED_BYTES and rows > GATED_PIXELS * batch * shape[1]
         view, window = representative_view(shape, self.gwc.shape, self.geometry)
         by_convolutions = takes_convolutions(self.pwc.dtype, rows * self.pwc.numel())
-        if by_convolutions and not can_merge(self.gwc, self.geometry, height, width):
+        if by_convolutions and not is_worth_merging(self.gwc, self.geometry, height, width):
             gate_first = False  # products with weights of each sample are ATen's
         of_x3 = (batch, self.pwc.shape[1], height, width) if view is None else view[0]
         form = self._form(height, width, gate_first)
@@ -260,7 +270,7 @@ class PreparedWeights(Weights):
     def _form(self, height: int, width: int, gate_first: bool) -> Form:
         groups = self.geometry.groups
         # Zeros among merged weights make NaN of infinities; the gate tells, and without one nothing does.
-        if not gate_first and self.has_gate and can_merge(self.gwc, self.geometry, height, width):
+        if not gate_first and self.has_gate and is_worth_merging(self.gwc, self.geometry, height, width):
             return Form("merged", merge(self.gwc, self.pwc, self.geometry), 1, ())
         if not gate_first and can_fold(self.geometry, height, width):
             blocks, name, weight = other_blocks(self.gwc, groups), "folded", fold(self.gwc, self.pwc, self.geometry)

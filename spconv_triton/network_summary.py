@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .conversion import is_compiled
 from .eligibility import MIN_CHANNELS, Convolution, find_convolutions, find_owners, misfit, obstacle
 from .fused import FusedSPConv2d
+from .hooks import is_compiled
 from .modules import SPConv2d
 
 

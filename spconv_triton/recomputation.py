@@ -16,9 +16,9 @@ def recomputes() -> bool:
 def set_recompute(mode: bool) -> contextlib.AbstractContextManager[None]:
     """Whether layers on ATen compute U3 - U1 again in the backward, as they do by default, or keep it from the forward.
 
-    Recomputed, a layer keeps x alone, as ``nn.Conv2d`` does. Kept, one map of the size of its output more, a training
-    step on a CPU takes a fifth less time: ``benchmarks/README.md``. With batch norms in its branches a layer keeps
-    x and U3 in either mode, and it is U1, a few percent of a step.
+    Recomputed, a layer keeps x alone, as ``nn.Conv2d`` does. Without recomputation it keeps one more map, of the size
+    of its output, and a training step on a CPU takes a fifth less time: ``benchmarks/README.md``. With batch norms in
+    its branches a layer keeps x and U3 in either mode, and it is U1, a few percent of a step.
 
     It holds for forwards from here on, in every thread of the process; in a ``with`` statement until that ends, like
     ``torch.set_grad_enabled``. It is for eager mode, on a CPU or a GPU that triton does not serve: the Triton kernels

@@ -29,6 +29,7 @@ HELPERS = (
     "branch_norm",
     "checks",
     "dispatch",
+    "epilogue",
     "files",
     "flop_formulas",
     "folded_norms",

@@ -13,7 +13,8 @@ from nonfinite import assert_spreads_as_in_the_reference
 from strategies import NOT_FINITE, calls_with_what_is_not_finite
 from torch import Tensor
 
-from spconv_triton import SPConv2d, native_folding, native_onepass, native_parts, native_weights, reference
+from spconv_triton import SPConv2d, native_folding, native_parts, native_weights, reference
+from spconv_triton.epilogue import activate
 from spconv_triton.functional import gap_softmax_fusion, spconv2d, spconv2d_inference
 from spconv_triton.geometry import resolve
 
@@ -65,7 +66,7 @@ def test_compiled(backend: str) -> None:
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_inference(value: float, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The activations keep NaN, the gate makes it: as :func:`functional.spconv2d`. Also of one sample among others."""
-    monkeypatch.setattr(native_weights, "can_merge", lambda *_: merged)
+    monkeypatch.setattr(native_weights, "is_worth_merging", lambda *_: merged)
     monkeypatch.setattr(native_parts, "CACHED", 1)
     inputs = make_inputs(Case("plain", 2, 8, 8, (5, 4)))
     inputs.x.data[0, int(torch.randint(8, ())), 2, 2] = value
@@ -73,7 +74,7 @@ def test_inference(value: float, merged: bool, monkeypatch: pytest.MonkeyPatch) 
         expected = run(reference.spconv2d, inputs)["y"]
         for activation in ("none", "relu", "relu6", "silu"):
             y = spconv2d_inference(*inputs.positional(), **inputs.window, activation=activation, backend="native")
-            assert torch.equal(y.isnan(), native_onepass.native.activate(expected, activation).isnan())
+            assert torch.equal(y.isnan(), activate(expected, activation).isnan())
 
 
 @pytest.mark.parametrize("value", NOT_FINITE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -147,7 +148,7 @@ def forward_tiles(packed: descriptor.Packing, outputs: int, groups: int) -> Iter
 def input_tiles(packed: gradients_descriptor.Packing, case: Case) -> Iterator[gradients_descriptor.InputTile]:
     """The same for the input gradient."""
     group = case.representative // case.groups * packed.merge
-    most = gradients_descriptor.power_of_two_divisor(128, group, case.in_channels - case.representative)
+    most = math.gcd(128, group, case.in_channels - case.representative)
     if packed.mixed or most >= 64:
         block_cs = [64] if packed.mixed else [c for c in (64, 128) if c <= most]
         boxes = ((4, 64), (8, 32), (16, 16), (2, 64), (4, 32), (8, 16), (4, 16), (8, 8), (16, 8))
@@ -168,9 +169,9 @@ def input_tiles(packed: gradients_descriptor.Packing, case: Case) -> Iterator[gr
 def weight_tiles(packed: gradients_descriptor.Packing, case: Case) -> Iterator[gradients_descriptor.WeightTile]:
     """The same for the weight gradient."""
     group, outputs = (c // case.groups * packed.merge for c in (case.representative, case.out_channels))
-    most_co = gradients_descriptor.power_of_two_divisor(128, outputs)
+    most_co = math.gcd(128, outputs)
     rest = case.in_channels - case.representative
-    most_c = gradients_descriptor.power_of_two_divisor(128, group, case.representative, rest)
+    most_c = math.gcd(128, group, case.representative, rest)
     for block_co in (64, 128):
         for block_c in (32, 64, 128):
             if block_co <= most_co and block_c <= most_c:

@@ -87,7 +87,8 @@ def supports(x: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geomet
 
 @remembered
 def packing(channels: int, representative: int, outputs: int, groups: int) -> Packing | None:
-    """The fewest groups merged that fill a tensor core's 64 rows, None where tiles of 16 channels do not fit.
+    """The fewest groups merged whose channels come in blocks of 64, a tensor core's rows; the most that fit where none
+    do; None where not even blocks of 16 fit.
 
     Merging adds zeros to multiply, but a narrower tile takes as many instructions as one of 64 channels.
     """
@@ -105,11 +106,6 @@ def packing(channels: int, representative: int, outputs: int, groups: int) -> Pa
     merge = (wide or fitting[-1:])[0]
     mixed = not wide and merge == groups and channels % 64 == 0
     return Packing(merge, mixed, outputs + 8 * (outputs // groups * merge))
-
-
-def power_of_two_divisor(limit: int, *sizes: int) -> int:
-    """The largest power of two up to ``limit`` that divides every size."""
-    return gcd(limit, *sizes)
 
 
 def waste(box: tuple[int, ...], sizes: tuple[int, ...]) -> float:
@@ -136,7 +132,7 @@ def input_tile(
     batch, channels, height, width = shape
     computed = channels + (stride**2 - 1) * representative  # channels, once for each phase
     group = representative // groups * plan.merge
-    block_c = power_of_two_divisor(128, group, channels - representative)
+    block_c = gcd(128, group, channels - representative)
     if plan.mixed or block_c >= 64:
         box = min([(4, 32), (8, 16), (16, 8)], key=lambda box: waste(box, (height, width)))
         if waste(box, (height, width)) <= WASTE:
@@ -160,8 +156,8 @@ def weight_tile(plan: Packing, channels: int, representative: int, outputs: int,
     """The tile of the weight gradient: what an H200 finds the fastest nearly everywhere, four programs a processor; not
     by size, for it decides the shapes of buffers."""
     group, group_outputs = (c // groups * plan.merge for c in (representative, outputs))
-    block_co = power_of_two_divisor(64, group_outputs)
-    block_c = power_of_two_divisor(64, group, representative, channels - representative)
+    block_co = gcd(64, group_outputs)
+    block_c = gcd(64, group, representative, channels - representative)
     return WeightTile(block_co, block_c, 4, 3 if block_c == 64 else 4)
 
 

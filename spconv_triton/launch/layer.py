@@ -63,19 +63,20 @@ def spconv2d(
     Args:
         x: [N, L, H, W]; a channel slice of a channels_last tensor is read in place.
         weight_gwc, weight_pwc, weight_redundant: [M, alpha L / G, k, k], [M, alpha L, 1, 1], [M, L - alpha L, 1, 1].
-        bias: [M]; branch_bias: [2, M].
+        bias: [M] or None, added after the gate.
+        branch_bias: [2, M] or None, added to U3 and U1 before it.
         norm_scale: [M], multiplies beta U3 + gamma U1, before the bias is added.
         residual: [N, M, H_out, W_out], added to the output.
         activation: ``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"``, after the residual.
         path: the convolution's kernel: ``"flat"`` takes any layer, ``"descriptor"`` what
             :func:`.descriptor.supports`, ``"auto"`` the latter where :func:`.descriptor.can_run`.
 
-    Raises:
-        ValueError: ``"descriptor"`` for a layer that its kernel does not compute, or an unknown path.
-
     Returns:
         Y [N, M, H_out, W_out], channels_last, and what the backward needs: gamma / beta [N, M] float32, the mean of
         what each tap reads [N, k k, alpha L], and of what the point-wise convolutions read [N, L], in the dtype of x.
+
+    Raises:
+        ValueError: ``"descriptor"`` for a layer that its kernel does not compute, or an unknown path.
     """
     x, spacing = pixel_major(x)
     batch, channels, height, width = x.shape

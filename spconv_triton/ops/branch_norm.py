@@ -12,7 +12,7 @@ from .. import launch, native
 from ..autocast import cast
 from ..flop_formulas import flop_formula
 from ..registration import NAMESPACE, register_autocast, traceable_op
-from .common import geometry_of, layer_flops
+from .common import backward_flops, forward_flops, geometry_of
 from .second_order import differentiate_pullback, register_second_order
 
 
@@ -203,13 +203,5 @@ def _normalise(u: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> Tensor:
 register_second_order(spconv2d_batch_norm_backward, _second_order)
 
 
-@flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm)
-def _(x_shape: Any, gwc_shape: Any, pwc_shape: Any, redundant_shape: Any, *rest: Any, **kwargs: Any) -> int:
-    return layer_flops(x_shape, gwc_shape, redundant_shape, rest[-4:])
-
-
-@flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm_backward)
-def _(
-    grad_shape: Any, x_shape: Any, gwc_shape: Any, pwc_shape: Any, redundant_shape: Any, *rest: Any, **kwargs: Any
-) -> int:
-    return 2 * layer_flops(x_shape, gwc_shape, redundant_shape, rest[-4:])
+flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm)(forward_flops)
+flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_batch_norm_backward)(backward_flops)

@@ -38,16 +38,11 @@ def layer_flops(
     return branch_flops(representative, gwc_shape, window) + pointwise
 
 
-def forward_flops(
-    x_shape: Any,
-    gwc_shape: Any,
-    pwc_shape: Any,
-    redundant_shape: Any,
-    bias: Any,
-    branch_bias: Any,
-    *window: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    """A formula for the operators that take a layer's tensors and its window."""
-    return layer_flops(x_shape, gwc_shape, redundant_shape, window)
+def forward_flops(x: Any, gwc: Any, _pwc: Any, redundant: Any, *rest: Any, **_: Any) -> int:
+    """A formula for operators whose arguments begin with a layer's x and weights, and end with its window."""
+    return layer_flops(x, gwc, redundant, rest[-4:])
+
+
+def backward_flops(_grad: Any, *arguments: Any, **_: Any) -> int:
+    """Of their backwards."""
+    return 2 * forward_flops(*arguments)

@@ -12,7 +12,7 @@ from .. import launch
 from ..autocast import cast
 from ..flop_formulas import flop_formula
 from ..registration import NAMESPACE, register_autocast, traceable_op
-from .common import geometry_of, layer_flops
+from .common import forward_flops, geometry_of
 
 
 @traceable_op("spconv2d_inference", lambda: launch.layer.FORWARD_KERNELS)
@@ -78,19 +78,4 @@ def _autocast(*args: Any) -> tuple[Any, ...]:
 register_autocast(spconv2d_inference, _autocast)
 
 
-@flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_inference)
-def _(
-    x_shape: Any,
-    gwc_shape: Any,
-    pwc_shape: Any,
-    redundant_shape: Any,
-    bias: Any,
-    branch_bias: Any,
-    norm_scale: Any,
-    residual: Any,
-    activation: str,
-    *window: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    return layer_flops(x_shape, gwc_shape, redundant_shape, window)
+flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_inference)(forward_flops)

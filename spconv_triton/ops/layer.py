@@ -12,7 +12,7 @@ from .. import launch, native
 from ..autocast import cast
 from ..flop_formulas import flop_formula
 from ..registration import NAMESPACE, register_autocast, traceable_op
-from .common import forward_flops, geometry_of, layer_flops
+from .common import backward_flops, forward_flops, geometry_of
 from .second_order import differentiate_pullback, register_second_order
 
 
@@ -150,21 +150,4 @@ register_second_order(spconv2d_backward, _second_order)
 
 
 flop_formula(getattr(torch.ops, NAMESPACE).spconv2d)(forward_flops)
-
-
-@flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_backward)
-def _(
-    grad_shape: Any,
-    x_shape: Any,
-    gwc_shape: Any,
-    pwc_shape: Any,
-    redundant_shape: Any,
-    branch_bias: Any,
-    ratio: Any,
-    tap_mean: Any,
-    pool_mean: Any,
-    *window: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    return 2 * layer_flops(x_shape, gwc_shape, redundant_shape, window)
+flop_formula(getattr(torch.ops, NAMESPACE).spconv2d_backward)(backward_flops)
