@@ -127,7 +127,10 @@ COMMANDS = [
     Command("demo --image-size 1", ("--image-size must be at least 8, got 1",)),
     Command("demo --epochs 0", ("argument --epochs: must be an integer of at least 1, got '0'",)),
     Command("train --workers -1", ("argument --workers: must be an integer of at least 0", "got '-1'")),
-    Command("train --lr nan", ("argument --lr: must be a number of at least 0, got 'nan'",)),
+    Command("train --lr nan", ("argument --lr: must be a number of float32 of at least 0, got 'nan'",)),
+    Command(
+        "train --weight-decay 1e39", ("argument --weight-decay: must be a number of float32 of at least 0, got '1e39'",)
+    ),
     Command("demo --alpha 0", ("argument --alpha: must be in (0, 1], as 0.5 or 1/2, got '0'",)),
     Command("train --alpha 3/2", ("must be in (0, 1], as 0.5 or 1/2, got '3/2'; none trains the vanilla network",)),
     Command("train --model resnet21", ("--model must be one of resnet20, resnet50, vgg16, got 'resnet21'",)),
@@ -162,6 +165,21 @@ COMMANDS = [
         ("WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set: torchrun sets them all",),
         "with WORLD_SIZE=2",
         lambda: mock.patch.dict(os.environ, WORLD_SIZE="2"),
+    ),
+    Command(
+        f"train {SMALL}",
+        ("WORLD_SIZE in the environment must be an integer of at least 1, got ''",),
+        "with an empty WORLD_SIZE",
+        lambda: mock.patch.dict(os.environ, WORLD_SIZE=""),
+    ),
+    Command(
+        f"train {SMALL}",
+        ("MASTER_PORT in the environment must be an integer of at least 0, got 'abc'",),
+        "with WORLD_SIZE=2 and a MASTER_PORT that is no number",
+        lambda: mock.patch.dict(os.environ, WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"),
+    ),
+    Command(
+        "demo --samples 64 --image-size 200000", ("out of memory; try a smaller --image-size, or fewer --samples",)
     ),
     Command(f"train {SMALL} --epochs 3 --lr 1e30", ("training diverged in epoch", "try a lower --lr")),
     Command("train --data mnist", ("--data must be digits, cifar10:DIR or folder:DIR, got 'mnist'",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import torch
 from spconv_triton import models
 from spconv_triton.training import checkpoint, cli, datasets, demo
 from spconv_triton.training.errors import UserError
+from spconv_triton.training.learner import Learner, Score
 from spconv_triton.training.measure import count_parameters
 
 TRAIN = ("train", "--samples", "32", "--batch-size", "16", "--image-size", "8", "--device", "cpu", "--threads", "1")
@@ -48,7 +50,7 @@ def train(out: Path, *arguments: str) -> None:
         (("demo", "--alpha", "0"), "--alpha: must be in (0, 1]"),
         (("demo", "--epochs", "0"), "--epochs: must be an integer of at least 1, got '0'"),
         (("train", "--epochs", "two"), "got 'two'"),
-        (("train", "--lr", "-1"), "--lr: must be a number of at least 0, got '-1'"),
+        (("train", "--lr", "-1"), "--lr: must be a number of float32 of at least 0, got '-1'"),
         (("train", "--lr", "nan"), "got 'nan'"),
         (("train", "--workers", "-1"), "--workers"),
         (("train", "--amp", "int8"), "--amp: invalid choice: 'int8'"),
@@ -155,6 +157,34 @@ def test_a_run_that_ended_before_its_first_checkpoint(tmp_path: Path, capsys: py
     capsys.readouterr()
     assert "without a checkpoint; remove its metrics.jsonl" in refused(capsys, *TRAIN, "--out", tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_going_on_in_another_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not there is not named, where nothing gets better, and where there is nothing left to do."""
+    monkeypatch.setattr(Learner, "evaluate", lambda *_: Score(1.0, 0.5))
+    one, other, third, missing = (tmp_path / name for name in ("one", "other", "third", "missing"))
+    train(one, "--epochs", "3")
+    assert checkpoint.load(one / "best.pt")["epoch"] == 1
+    capsys.readouterr()
+    train(other, "--epochs", "3", "--resume", str(one / "best.pt"))
+    assert sorted(os.listdir(other)) == ["last.pt", "metrics.jsonl"]
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert f"last.pt, metrics.jsonl in {other}; the best network is an earlier one" in told
+    assert told.endswith(f"look beside {one / 'best.pt'}")
+    train(third, "--epochs", "3", "--resume", str(other / "last.pt"))
+    assert f"nothing new in {third}" in capsys.readouterr().out
+    refused(capsys, *TRAIN, "--out", missing, "--resume")
+    assert not missing.exists()
+
+
+def test_steps_that_the_scaler_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the first of two. They do not count in the schedule, and PyTorch has nothing to warn of."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=1e30, backoff_factor=1e-29)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    train(tmp_path, "--epochs", "1", "--amp", "float16")
+    assert checkpoint.load(tmp_path / "last.pt")["state"]["scheduler"]["last_epoch"] == 1
 
 
 def test_a_folder_is_named_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,9 @@ from .errors import UserError, need
 PROGRAM = "python -m spconv_triton"
 INTERRUPTED = 130
 
+LARGEST = (2 - 2**-23) * 2.0**127
+"""Of float32, which networks and their optimizers compute in."""
+
 
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose errors are one line."""
@@ -186,8 +189,8 @@ def _not_negative(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    if not 0 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a number of float32 of at least 0, got {text!r}")
     return value
 
 

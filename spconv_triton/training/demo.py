@@ -20,7 +20,7 @@ from .datasets import load
 from .errors import UserError, need
 from .files import make_folder, write_whole
 from .learner import Learner, Recipe, Score
-from .processes import Processes, cpu_threads, pick_device
+from .processes import Processes, cpu_threads, pick_device, telling_of_memory
 
 NAMES = ("vanilla", "SPConv")
 BATCH = 64
@@ -85,7 +85,7 @@ class Curve:
 
 def run(options: Options) -> None:
     """The demo on ``options.threads`` threads; see :func:`show`."""
-    with cpu_threads(options.threads):
+    with telling_of_memory("a smaller --image-size, or fewer --samples"), cpu_threads(options.threads):
         show(options)
 
 

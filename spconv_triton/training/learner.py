@@ -105,9 +105,11 @@ class Learner:
         loss = F.cross_entropy(outputs.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
+        if self.scaler.get_scale() >= scale:  # else the gradients were infinite, and it has taken no step
+            self.scheduler.step()
         self._count(loss.detach().double() * len(labels), outputs.detach(), labels)
 
     def finish_epoch(self) -> Score:

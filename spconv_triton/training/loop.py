@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import models
@@ -21,7 +20,7 @@ from .errors import UserError
 from .files import append_line, make_folder, write_whole
 from .learner import Learner, Recipe
 from .measure import count_parameters
-from .processes import Processes, cpu_threads, processes
+from .processes import Processes, cpu_threads, processes, telling_of_memory
 
 LAST, BEST, LOG = "last.pt", "best.pt", "metrics.jsonl"
 
@@ -104,16 +103,10 @@ def run(settings: Settings, surroundings: Surroundings, report: Report) -> None:
     goes_on = resume is not None and resume.parent.resolve() == out.resolve()
     if not goes_on:
         _refuse_another_run(out)
-    try:
+    with telling_of_memory("a smaller --batch-size or --image-size, or fewer --threads"):
         data = load(settings.data, settings.image_size, settings.samples)
         with cpu_threads(surroundings.threads):
             _run(settings, surroundings, data, report)
-    except torch.OutOfMemoryError as error:
-        raise UserError("out of memory on the device; try a smaller --batch-size") from error
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # which has no class on CPUs
-            raise
-        raise UserError("out of memory; try a smaller --batch-size or --image-size, or fewer --threads") from error
 
 
 def _refuse_another_run(out: Path) -> None:
@@ -141,12 +134,11 @@ def _run(settings: Settings, surroundings: Surroundings, data: Data, report: Rep
             parallel=surroundings.parallel,
         )
         start, best = 0, -math.inf
-        if here.is_main:
-            make_folder(surroundings.out)
         learner = Learner(network, recipe, here)
         if surroundings.resume is not None:
             start, best = _take_up(surroundings.resume, settings, learner)
         if here.is_main:
+            make_folder(surroundings.out)
             parameters = count_parameters(network)
             report(
                 f"{settings.model}, alpha {settings.alpha}: {parameters:,} parameters, on {here.device}, "
@@ -169,7 +161,14 @@ def _run(settings: Settings, surroundings: Surroundings, data: Data, report: Rep
                 )
         here.wait()
         if here.is_main:
-            report(f"best test accuracy {100 * best:.2f} %; checkpoints and {LOG} in {surroundings.out}")
+            report(f"best test accuracy {100 * best:.2f} %; {_written(surroundings)}")
+
+
+def _written(surroundings: Surroundings) -> str:
+    """Where what a run wrote is; one that went on elsewhere, and got no better, has no best of its own."""
+    names = [name for name in (BEST, LAST, LOG) if (surroundings.out / name).is_file()]
+    here = f"{', '.join(names)} in {surroundings.out}" if names else f"nothing new in {surroundings.out}"
+    return here if BEST in names else f"{here}; the best network is an earlier one: look beside {surroundings.resume}"
 
 
 def _drop_lines(log: Path, epochs: int) -> None:

@@ -85,13 +85,34 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
+def telling_of_memory(advice: str) -> Iterator[None]:
+    """Too little memory is told in one line, with what to try.
+
+    Args:
+        advice: as of "try ...", on a CPU; on a device it is the batch.
+
+    Raises:
+        UserError: in the place of what PyTorch and Python raise.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError("out of memory on the device; try a smaller --batch-size") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # which has no class on CPUs
+            raise
+        raise UserError(f"out of memory; try {advice}") from error
+
+
+@contextmanager
 def processes(device: str) -> Iterator[Processes]:
     """The processes that ``torchrun`` started (gloo on CPUs, nccl on GPUs), or this one alone.
 
     Raises:
-        UserError: a device that is not there, or variables of the environment that are not.
+        UserError: a device that is not there, or variables of the environment that are not, or are no numbers.
     """
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
+    world = _from_environment("WORLD_SIZE", 1)
+    rank, local_rank = map(_from_environment, ("RANK", "LOCAL_RANK"))
     chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -101,6 +122,7 @@ def processes(device: str) -> Iterator[Processes]:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is {world}, but {', '.join(missing)} not set: torchrun sets them all")
+    _from_environment("MASTER_PORT")
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world, chosen)
@@ -108,4 +130,9 @@ def processes(device: str) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-_ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+def _from_environment(name: str, least: int = 0) -> int:
+    """The number that ``torchrun`` sets; ``least`` where it has not."""
+    text = os.environ.get(name, str(least))
+    if not (text.isdecimal() and int(text) >= least):
+        raise UserError(f"{name} in the environment must be an integer of at least {least}, got {text!r}")
+    return int(text)
