@@ -111,6 +111,9 @@ import importlib.util
 assert importlib.util.find_spec("triton") is None
 {USE_LAYER}
 {REFUSED}
+import spconv_triton
+from spconv_triton import *
+assert {{*spconv_triton.__all__}} <= {{*dir(spconv_triton)}} & {{*globals()}}
 assert "triton" not in sys.modules
 """
     message = run_python(code, tmp_path)

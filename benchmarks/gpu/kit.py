@@ -33,6 +33,9 @@ MINUTES = 8.0
 LEAST = 5.0
 """Seconds without which no section is begun."""
 
+PATIENCE = 4
+"""How many times its seconds a section may take when it is rehearsed: on whatever machine, beside whatever else."""
+
 TAIL = 30
 """Lines of a section's output that are kept if it does not end well."""
 
@@ -140,8 +143,9 @@ def attempt(
     missing = [name for name in needs(section, dry=dry) if importlib.util.find_spec(name) is None]
     if missing or remaining < LEAST:
         return {"status": "skipped", "reason": f"without {', '.join(missing)}" if missing else "no time left"}
-    say(start, f"{section.name}: {section.title}, at most {min(section.seconds, remaining):.0f} s")
-    return run(section, scratch, caches, min(section.seconds, remaining), start, dry=dry)
+    seconds = min(section.seconds * (PATIENCE if dry else 1), remaining)
+    say(start, f"{section.name}: {section.title}, at most {seconds:.0f} s")
+    return run(section, scratch, caches, seconds, start, dry=dry)
 
 
 def parse(arguments: Sequence[str], sections: Sequence[Section]) -> argparse.Namespace:
