@@ -23,10 +23,12 @@ BATCH_NORM_FORWARD = ["branches_forward", "sample_moments", "norm_gate", "norm_b
 BATCH_NORM_BACKWARD = ["norm_sums", "norm_coefficients", "norm_blend_grad", *BACKWARD[:1], *BACKWARD[2:]]
 
 STRIDED = 2
-"""ResNet-20's layers at a stride, whose backward averages windows first."""
+"""ResNet-8's layers at a stride, whose backward averages windows first."""
 
 OTHER_CONVOLUTIONS = 3
-"""ResNet-20's first convolution and its two shortcuts stay what they are."""
+"""ResNet-8's first convolution and its two shortcuts stay what they are."""
+
+LAYERS = 6
 
 
 def launches(source: str) -> list[str]:
@@ -77,9 +79,13 @@ def test_branches_and_fusion_launch_our_kernels() -> None:
     assert launches(backward) == ["fusion_statistics", "fusion_blend_grad", "weight_grad", "finish_weights"]
 
 
-def resnet20(*, branch_norm: bool) -> tuple[torch.nn.Module, torch.Tensor]:
-    network = models.resnet20(0.5, branch_norm=branch_norm, backend="triton").to(memory_format=torch.channels_last)
-    assert sum(isinstance(module, SPConv2d) for module in network.modules()) == 18
+def resnet8(*, branch_norm: bool) -> tuple[torch.nn.Module, torch.Tensor]:
+    """ResNet-20 with one block of each width, where that has three alike."""
+    options = models.SPConvOptions(0.5, 2, branch_norm, "triton")
+    stem = torch.nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    network = models.ResNet(models.BasicBlock, (1, 1, 1), (16, 32, 64), stem, torch.nn.Identity(), 10, options)
+    network.to(memory_format=torch.channels_last)
+    assert sum(isinstance(module, SPConv2d) for module in network.modules()) == LAYERS
     return network, torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 
 
@@ -93,13 +99,13 @@ def test_dynamic_sizes_give_symbolic_grids() -> None:
     assert "'BLOCK_W': 64" in forward, "the block of a width that is no symbol: it has been asked"
 
 
-def test_resnet20_launches_three_kernels_a_layer_forward_and_four_or_five_backward() -> None:
+def test_resnet8_launches_three_kernels_a_layer_forward_and_four_or_five_backward() -> None:
     """As one graph, for any batch."""
-    network, x = resnet20(branch_norm=False)
+    network, x = resnet8(branch_norm=False)
     torch._dynamo.mark_dynamic(x, 0)
     forward, backward = inductor_sources(network, x, dynamic=None)
-    assert launches(forward) == 18 * FORWARD
-    assert without_pooling(launches(backward), STRIDED) == 18 * BACKWARD
+    assert launches(forward) == LAYERS * FORWARD
+    assert without_pooling(launches(backward), STRIDED) == LAYERS * BACKWARD
     assert convolutions(forward) == convolutions(backward) == OTHER_CONVOLUTIONS
     assert "fused_empty" not in forward + backward
     for call in calls(forward) + calls(backward):
@@ -108,16 +114,16 @@ def test_resnet20_launches_three_kernels_a_layer_forward_and_four_or_five_backwa
             assert call.symbolic, call
 
 
-def test_resnet20_with_branch_norms_launches_in_every_layer_what_one_alone_does() -> None:
+def test_resnet8_with_branch_norms_launches_in_every_layer_what_one_alone_does() -> None:
     layer = SPConv2d(32, 32, 3, padding=1, bias=False, branch_norm=True, backend="triton")
     x = torch.randn(4, 32, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
     alone = inductor_sources(layer.to(memory_format=torch.channels_last), x)
     assert launches(alone[0]) == BATCH_NORM_FORWARD
     assert launches(alone[1]) == BATCH_NORM_BACKWARD
-    network, images = resnet20(branch_norm=True)
+    network, images = resnet8(branch_norm=True)
     for strided, one, whole in zip((0, STRIDED), alone, inductor_sources(network, images), strict=True):
-        assert without_pooling(launches(whole), strided) == 18 * launches(one)
-        assert convolutions(whole) == OTHER_CONVOLUTIONS + 18 * convolutions(one)
+        assert without_pooling(launches(whole), strided) == LAYERS * launches(one)
+        assert convolutions(whole) == OTHER_CONVOLUTIONS + LAYERS * convolutions(one)
 
 
 def test_branch_norms_fold_in_eval() -> None:
