@@ -181,9 +181,12 @@ def _is_wrapper(tensor: Any) -> bool:
     return type(tensor) not in (Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor)
 
 
-def is_batched(grad: Tensor) -> bool:
-    """Whether it is many gradients at a time, of ``torch.autograd.grad(..., is_grads_batched=True)`` or of a
-    ``torch.vmap`` around ``torch.autograd.grad``, whose tensors know neither memory formats nor writing in place."""
+def needs_plain_backward(grad: Tensor) -> bool:
+    """Whether a backward is to be made of plain operations: one that will itself be differentiated, that is compiled
+    (compiled autograd), or that takes many gradients at a time (``is_grads_batched=True``, ``torch.vmap`` around
+    ``torch.autograd.grad``), whose tensors know neither memory formats nor writing in place."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return True
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import native
 from .autocast import without_autocast
-from .dispatch import is_batched, needs_plain_operations
+from .dispatch import needs_plain_backward, needs_plain_operations
 from .geometry import Geometry
 from .layout import gradient_of
 from .native_backward import differentiable_gradients
@@ -114,7 +114,7 @@ class OnePass(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, (u3, u1, d, *statistics) = saved[:TENSORS], saved[TENSORS:]
         with without_autocast(grads[0]):
-            if torch.is_grad_enabled() or is_batched(grads[0]):
+            if needs_plain_backward(grads[0]):
                 found = differentiable_gradients(
                     lambda *tensors: native.batch_norm(tensors, ctx.eps, ctx.geometry)[0], tensors, grads[0]
                 )

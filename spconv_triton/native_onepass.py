@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import native
 from .autocast import without_autocast
-from .dispatch import is_batched, is_exporting, needs_plain_operations
+from .dispatch import is_exporting, needs_plain_backward, needs_plain_operations
 from .epilogue import NOTHING, Epilogue, activate
 from .geometry import Geometry
 from .layout import memory_format
@@ -189,7 +189,7 @@ class OnePass(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         *inputs, d, difference = ctx.saved_tensors
         with without_autocast(grads[0]):
-            if torch.is_grad_enabled() or is_batched(grads[0]):
+            if needs_plain_backward(grads[0]):
                 layer = functools.partial(native.compose, geometry=ctx.geometry)
                 return (*differentiable_gradients(layer, inputs, grads[0]), None)
             return (*gradients(inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad, difference), None)

@@ -140,3 +140,13 @@ def test_exports() -> None:
     inputs = inputs_of(layer, x)
     same_dtype, exact = (run(reference.spconv2d, i)["y"] for i in (inputs, inputs.to(torch.float64)))
     assert_within_budget("y", torch.export.load(file).module()(x), same_dtype, exact)
+
+
+@pytest.mark.parametrize("options", [{}, {"branch_norm": True}, {"alpha": 1.0}], ids=str)
+def test_compiled_autograd_takes_the_backward_whole(options: dict[str, Any]) -> None:
+    layer, x = SPConv2d(8, 8, 3, padding=1, **options), torch.randn(2, 8, 6, 6)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        layer(x).square().sum().backward()
+    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-3)
