@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from benchmarks import markdown
 from benchmarks.peers import Ghost, build_network, count_macs, count_parameters
 from benchmarks.peers.catalogue import swap
 from spconv_triton import models
@@ -142,7 +143,7 @@ def train(
 
 def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of Markdown: ours and the published, for the rows that were run."""
-    lines = ["| | parameters (M), printed | MACs (M), printed | accuracy (%), printed |", "|---|---:|---:|---:|"]
+    rows = []
     for row in TABLE:
         found = [run["accuracy"] for run in runs if run["row"] == row.key]
         if not found:
@@ -150,14 +151,15 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
         with torch.device("meta"):
             network = row.build()
         spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-        cells = (
-            row.key,
-            f"{count_parameters(network) / 1e6:.3g}, {row.parameters}",
-            f"{count_macs(network, IMAGE) / 1e6:.2f}, {row.macs}",
-            f"{statistics.fmean(found):.2f}{spread}, {row.accuracy}",
+        rows.append(
+            (
+                row.key,
+                f"{count_parameters(network) / 1e6:.3g}, {row.parameters}",
+                f"{count_macs(network, IMAGE) / 1e6:.2f}, {row.macs}",
+                f"{statistics.fmean(found):.2f}{spread}, {row.accuracy}",
+            )
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    return markdown.table(("", "parameters (M), printed", "MACs (M), printed", "accuracy (%), printed"), rows)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from triton.runtime import Autotuner
 
 from benchmarks.machine_code import TARGETS, CompileOnlyDriver
 from benchmarks.ratios import machine, quantiles
-from benchmarks.turns import turns
+from benchmarks.turns import round_count, turns
 from spconv_triton import SPConv2d, dispatch
 from spconv_triton.launch import TUNED_KERNELS, common, launching
 
@@ -154,7 +154,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description="Python's time of a layer")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds per row (default: %(default)s)")
+    parser.add_argument("--rounds", type=round_count, default=15, help="rounds per row (default: %(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(f"{machine()}, triton {triton.__version__}; {options.rounds} rounds;", end=" ")

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ratios import machine, quantiles
+from benchmarks.turns import round_count
 from spconv_triton import SPConv2d
 
 CASES = {
@@ -101,7 +102,7 @@ def measure(call: Callable[[], Any], rounds: int) -> tuple[list[float], list[flo
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description="calls beside their kernels")
-    parser.add_argument("--rounds", type=int, default=25, help="rounds per row (default: %(default)s)")
+    parser.add_argument("--rounds", type=round_count, default=25, help="rounds per row (default: %(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")

@@ -19,7 +19,7 @@ from cases import RESNET50, Case
 
 from benchmarks.competitors import DEVICE, DIRECTIONS, DTYPE, NAMES, Competitor, build, count_macs, with_batch
 from benchmarks.peers.catalogue import COMPILED, KEPT
-from benchmarks.turns import seconds_of, turns
+from benchmarks.turns import round_count, seconds_of, turns
 
 COMPILED_TOO = (f"reference{COMPILED}", f"native{COMPILED}")
 
@@ -32,13 +32,11 @@ SAMPLE_SECONDS = 0.02
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description="SPConv2d against nn.Conv2d")
-    parser.add_argument("--rounds", type=int, default=25, help="rounds per row (default: %(default)s)")
+    parser.add_argument("--rounds", type=round_count, default=25, help="rounds per row (default: %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: %(default)s)")
     parser.add_argument("--compiled", action="store_true", help="SPConv and its reference through torch.compile too")
     options = parser.parse_args(arguments)
-    if options.rounds < 2:
-        parser.error(f"--rounds must be at least 2, for quantiles, got {options.rounds}")
     torch.set_num_threads(options.threads)
     names = (*NAMES, *KEPT_TOO, *(COMPILED_TOO if options.compiled else ()))
     print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")
@@ -73,14 +71,20 @@ def measure(
     """Median milliseconds of nn.Conv2d, and per competitor its speed in each round as a multiple of nn.Conv2d's."""
     torch.compiler.reset()
     field = [build(case, name, direction) for name in names if direction == DIRECTIONS[1] or name not in KEPT_TOO]
+    seconds = seconds_in_turns(field, rounds)
+    dense = seconds["conv2d"]
+    ratios = {name: [d / s for d, s in zip(dense, own, strict=True)] for name, own in seconds.items()}
+    return 1e3 * statistics.median(dense), ratios
+
+
+def seconds_in_turns(field: Sequence[Competitor], rounds: int) -> dict[str, list[float]]:
+    """What a call takes of each, by name and in the order of the field, in every round."""
     repeats = {competitor.name: repeats_of(competitor) for competitor in field}
     seconds: dict[str, list[float]] = {competitor.name: [] for competitor in field}
     for order in turns(field, rounds):
         for competitor in order:
             seconds[competitor.name].append(seconds_of(competitor.call, repeats[competitor.name]))
-    dense = seconds["conv2d"]
-    ratios = {name: [d / s for d, s in zip(dense, own, strict=True)] for name, own in seconds.items()}
-    return 1e3 * statistics.median(dense), ratios
+    return seconds
 
 
 def repeats_of(competitor: Competitor) -> int:

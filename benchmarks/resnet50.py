@@ -24,7 +24,7 @@ from cases import assert_within_budget, kept_bytes
 from torch import Tensor, nn
 
 from benchmarks.ratios import machine, quantiles
-from benchmarks.turns import fastest, turns
+from benchmarks.turns import fastest, round_count, turns
 from spconv_triton import convert, fuse
 
 VANILLA = "vanilla"
@@ -33,15 +33,13 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resnet50", description="SPConv in ResNet-50, on a CPU")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=round_count, default=15, help="rounds (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="their height and width (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.5, help="share of representative channels (default: 0.5)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="time the compiled networks too (minutes)")
     options = parser.parse_args(arguments)
-    if options.rounds < 2:
-        parser.error(f"--rounds must be at least 2, for quantiles, got {options.rounds}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     images = torch.randn(options.batch, 3, options.size, options.size)

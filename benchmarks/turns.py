@@ -1,7 +1,8 @@
-"""Competitors take turns: in which order, and which of a few is the fastest."""
+"""Competitors take turns: how often, in which order, and which of a few is the fastest."""
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,13 @@ One = TypeVar("One")
 
 CHOICE_SECONDS = 0.005
 """A sample repeats its call until it takes about this long, where one of two is chosen."""
+
+
+def round_count(text: str) -> int:
+    """``--rounds`` of a command line: enough for quantiles."""
+    if not (text.isdecimal() and int(text) >= 2):
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 2, for quantiles, got {text!r}")
+    return int(text)
 
 
 def turns(competitors: Sequence[One], rounds: int) -> Iterator[list[One]]:

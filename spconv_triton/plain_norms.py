@@ -9,7 +9,8 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .chains import Chain, norm_misfit
-from .regions import Region, attribute, has_hooks
+from .hooks import has_hooks
+from .regions import Region, attribute
 from .sources import is_only_called
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
 from cases import RESNET50, Case
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import competitors, dense_init, overhead, ratios
+from benchmarks import competitors, dense_init, overhead, products, ratios
 from benchmarks.turns import fastest, turns
 from spconv_triton import SPConv2d, convert, models
 from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
@@ -72,6 +74,35 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(competitors.SPConv2d, "forward", wrong)
     with pytest.raises(AssertionError, match=r"tiny, native, channels_last: y: error .* against float64"):
         competitors.build(TINY, "native", "forward")
+
+
+@pytest.mark.parametrize("way", [min, max])
+def test_products_are_those_of_the_layer(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either way to multiply matrices: as many multiply-accumulates as the layer, and the gradients' shapes."""
+    monkeypatch.setattr(products, "fastest", way)
+    forward, step = (products.calls(TINY, direction) for direction in competitors.DIRECTIONS)
+    with FlopCounterMode(display=False) as counter:
+        products.run(forward)
+    if way is min:  # the counter does not know oneDNN's, nor groups in a backward
+        assert counter.get_total_flops() == 2 * competitors.count_macs(TINY, "native", "forward")
+    results = products.run(step)
+    y, of_pixels, dx3, dweight, dz, dpointwise = results
+    height, width = TINY.size
+    assert y.shape == (2, 8, height, width)
+    assert dx3.shape == (2, 4, height, width)
+    assert dweight.shape == (8, 2, 3, 3)
+    assert of_pixels.shape == dz.shape == (2 * height * width, 8)
+    assert dpointwise.shape == (8, 8)
+    assert all(result.isfinite().all() for result in results)
+
+
+def test_table_of_products(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(products, "RESNET50", (TINY,))
+    monkeypatch.setattr(ratios, "SAMPLE_SECONDS", 0.0)
+    products.main(["--rounds", "2", "--batches", "1"])
+    head, _, *rows = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    assert len(rows) == 2 * len(competitors.DIRECTIONS)
+    assert {row.count("|") for row in rows} == {head.count("|")}
 
 
 def test_table_is_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.comparison.probe import NAMES
 from benchmarks.ratios import SAMPLE_SECONDS, quantiles
+from benchmarks.turns import round_count
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 1 where a layer is slower than in BASE, 2 where BASE is no revision."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.comparison.compare", description="against a revision")
     parser.add_argument("base", help="a revision, as git knows it")
-    parser.add_argument("--rounds", type=int, default=15, help="of each layer (default: %(default)s)")
+    parser.add_argument("--rounds", type=round_count, default=15, help="of each layer (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
     parser.add_argument("--large", action="store_true", help="ResNet-50's layers at batches of 64: five minutes")
     parser.add_argument("--rehearse", action="store_true", help="few layers, two rounds: shows that it runs")

@@ -165,7 +165,7 @@ def _call(model: nn.Module, images: Tensor, layout: str, step: bool, classes: in
     model = copy.deepcopy(model).to(memory_format=memory_format)
     if step:
         labels = torch.arange(len(images), device=images.device) % classes
-        work = training_step(model, images, labels, lr=0.0)
+        work = training_step(model, images, labels)
     else:
         work = forward_pass(model, images)
     return functools.partial(wait_for, work)

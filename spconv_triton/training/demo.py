@@ -177,9 +177,7 @@ def compare(learners: list[Learner], data: Data, curves: list[Curve], rounds: in
         Row("test accuracy", "%", last[0], last[1], last[1] - last[0]),
         timing("latency, batch 1", [measure.forward_pass(n, batches[1][0]) for n in networks], 5),
         timing(f"latency, batch {BATCH}", [measure.forward_pass(n, batches[BATCH][0]) for n in networks], 1),
-        timing(
-            f"training step, batch {BATCH}", [measure.training_step(n, *batches[BATCH], lr=0.0) for n in networks], 1
-        ),
+        timing(f"training step, batch {BATCH}", [measure.training_step(n, *batches[BATCH]) for n in networks], 1),
         ratio(
             f"kept for backward, batch {BATCH}",
             "MB",

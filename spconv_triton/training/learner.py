@@ -24,6 +24,9 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """A state as one process without a GPU would have it."""
 
 
+MOMENTUM = 0.9
+
+
 @dataclass(frozen=True)
 class Recipe:
     """SGD with Nesterov momentum; the learning rate warms up over the first tenth and falls to zero along a cosine.
@@ -32,7 +35,6 @@ class Recipe:
         lr: peak learning rate.
         weight_decay: L2 penalty, on weights of more than one dimension: norms and biases are left alone.
         steps: of the whole training.
-        momentum: of SGD.
         amp: ``"none"``, ``"bfloat16"`` or ``"float16"``: what autocast computes in.
         compile: pass the network through ``torch.compile``.
         parallel: what several processes do: ``"ddp"``, each holds the network and they average gradients; ``"fsdp"``,
@@ -42,7 +44,6 @@ class Recipe:
     lr: float
     weight_decay: float
     steps: int
-    momentum: float = 0.9
     amp: str = "none"
     compile: bool = False
     parallel: str = "ddp"
@@ -83,8 +84,8 @@ class Learner:
         self.optimizer = torch.optim.SGD(
             _parameter_groups(self.network, recipe.weight_decay),
             lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.momentum > 0,
+            momentum=MOMENTUM,
+            nesterov=True,
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.factor)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=recipe.amp == "float16")
