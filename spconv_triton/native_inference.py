@@ -53,12 +53,13 @@ class Inference:
 
     def weights(self, x: Tensor, given: Given, geometry: Geometry) -> Weights:
         """The weights, prepared where that is possible, and kept where they can be watched."""
+        if torch.is_autocast_enabled("cpu"):  # which makes new ones for every call
+            return prepare(x, *given, geometry)
         can_be_watched = can_watch(given)
         kept = self._kept
         if kept is not None and not (can_be_watched and kept.watch.holds(given)):
             self._kept = kept = None  # whatever follows, their memory is free
-        autocast = torch.is_autocast_enabled("cpu")  # which makes new ones for every call
-        if autocast or not can_be_watched or not are_preparable(x, given[0], geometry):
+        if not can_be_watched or not are_preparable(x, given[0], geometry):
             return prepare(x, *given, geometry)
         if kept is not None and kept.weights.geometry == geometry:
             return kept.weights

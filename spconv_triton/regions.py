@@ -101,7 +101,7 @@ class _Asked(fx.Proxy):
         return super().__hash__()
 
     def __str__(self) -> str:
-        if _is_called_by_name():  # and not part of a message, f"{value}"
+        if _is_called_by_name() and not _caller().startswith("torch."):  # and is not part of a message, f"{value}"
             self.tracer.ask("for the text of a value")
         return super().__str__()
 
