@@ -1,4 +1,4 @@
-# Every target sets itself up: the first one makes .venv and installs the pinned development tools into it.
+# Every target but gpu sets itself up: the first one makes .venv and installs the pinned development tools into it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +38,7 @@ test: lint docs ## lint, the documentation, the suite, and the kernel tests agai
 matrix: $(READY) ## the suite on other versions of Python, PyTorch, Triton and NumPy; FULL=1 runs all of it
 	$(BIN)/nox $(if $(FULL),-- full)
 
-bench: $(READY) ## compare SPConv2d with its peers and write benchmarks/REPORT.md; FULL=1 takes 20 minutes, not 5
+bench: $(READY) ## compare SPConv2d with its peers and write benchmarks/REPORT.md; FULL=1 takes 20 to 40 minutes, not 5
 	$(BIN)/python -m benchmarks.comparison --mode $(if $(FULL),full,quick)
 
 bench-compare: $(READY) ## time the library against revision BASE, and fail where it is slower by more than noise; LARGE=1: batches of 64

@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=round_count, default=15, help="rounds per row (default: %(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    print(f"{machine()}, triton {triton.__version__}; {options.rounds} rounds;", end=" ")
+    print(f"{machine('cpu', torch.float16)}, triton {triton.__version__}; {options.rounds} rounds;", end=" ")
     print(f"{datetime.datetime.now(datetime.timezone.utc).date()}\n")
     print("| layer | direction | launches | through Triton us | again us | x |\n|---|---|---|---|---|---|")
     names: list[str] = []

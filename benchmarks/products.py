@@ -1,11 +1,10 @@
 """``python -m benchmarks.products``: how fast a layer would be on this CPU if it were its products alone.
 
-The least that it can call, each in the way that takes the least time here: the group-wise convolution of x3, which lies
-by itself already, and one matrix product with all point-wise weights, the same for every sample; in a step their
-gradients as well, of the whole batch in one call. There is no gate, no pass over a map and no sum of two, nothing is
-recomputed, and what a product writes into is there. What is left between that and *MACs x* is the libraries': their
-convolutions do fewer multiply-accumulates a second where groups are narrow. What is left between the layer and that is
-ours.
+Each in the way that takes the least time here: the group-wise convolution of x3, which lies by itself already, and one
+matrix product with all point-wise weights, the same for every sample; in a step their gradients as well, of the whole
+batch in one call. There is no gate, no pass over a map and no sum of two, nothing is recomputed, and what a product
+writes into is there. What is left between that and *MACs x* is the libraries': their convolutions do fewer
+multiply-accumulates a second where groups are narrow. What is left between the layer and that is ours.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from cases import RESNET50, Case
 from torch import Tensor
 
-from benchmarks.competitors import DIRECTIONS, Competitor, build, count_macs, with_batch
+from benchmarks.competitors import DEVICE, DIRECTIONS, Competitor, build, count_macs, with_batch
 from benchmarks.ratios import machine, quantiles, seconds_in_turns
 from benchmarks.turns import fastest, round_count
 
@@ -34,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
+    if DEVICE != "cpu":
+        parser.error("these are a CPU's products: hide the GPU (CUDA_VISIBLE_DEVICES=)")
     torch.set_num_threads(options.threads)
     print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")
     print("| layer | N | direction | conv2d GMAC/s | products GMAC/s | products x | native x | MACs x |")

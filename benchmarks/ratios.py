@@ -97,10 +97,10 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return deciles[1], deciles[4], deciles[7]
 
 
-def machine() -> str:
+def machine(device: str = DEVICE, dtype: torch.dtype = DTYPE) -> str:
     """What the figures were taken on; a load above 0 before the first of them is somebody else's."""
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, {str(DTYPE).removeprefix('torch.')}"
-    if DEVICE == "cuda":
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
+    if device == "cuda":
         return f"{torch.cuda.get_device_name()}; {versions}"
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

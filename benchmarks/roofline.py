@@ -17,6 +17,7 @@ from typing import NamedTuple
 from cases import RESNET50, TRANSITIONS
 
 from benchmarks import markdown
+from benchmarks.files import write
 from benchmarks.floors import DEVICES, PATHS, Device, chosen, floor_seconds, useful_flops
 from benchmarks.networks import IMAGES, Convolution, convolutions
 from benchmarks.roofline_picture import draw
@@ -220,13 +221,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=IMAGES, default=list(IMAGES))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), metavar="N")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder that tables and picture are written to")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="folder; nothing is written of a part",
+    )
     options = parser.parse_args(argv)
     text = report(options.networks, options.batches)
     print(text)
     if (options.networks, options.batches) == (list(IMAGES), list(BATCHES)):
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "roofline.md").write_text(text)
+        write(options.out / "roofline.md", text)
         draw(options.out / "roofline.svg")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.files import write
 from benchmarks.floors import DEVICES, PATHS, Device, chosen, floor_seconds, useful_flops
 from benchmarks.networks import convolutions
 
@@ -54,7 +56,9 @@ def draw(file: Path) -> None:
             panel.set_ylabel("useful TFLOP/s")
         figure.suptitle(TITLE, fontsize=13)
         figure.legend(handles=_legend(), loc="outside lower center", ncols=5, frameon=False)
-        figure.savefig(file, metadata={"Date": None})
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None})
+    write(file, drawing.getvalue())
 
 
 def _roof(panel: Axes, device: Device) -> None:

@@ -140,7 +140,6 @@ def make_inputs(
         gate: shifts every S3 - S1 by about this much (through the branch biases), to saturate the gate.
     """
     aL, rest = case.representative, case.in_channels - case.representative
-    taps = case.kernel_size[0] * case.kernel_size[1]
     like: dict[str, Any] = {"device": device, "dtype": torch.float32}
 
     def weight(*shape: int) -> Tensor:
@@ -151,7 +150,7 @@ def make_inputs(
     biases[0] += gate
     return Inputs(
         x.to(dtype).contiguous(memory_format=memory_format).requires_grad_(),
-        weight(case.out_channels, aL // case.groups, *case.kernel_size) if taps else x,
+        weight(case.out_channels, aL // case.groups, *case.kernel_size),
         weight(case.out_channels, aL, 1, 1),
         weight(case.out_channels, rest, 1, 1) if rest else None,
         torch.randn(case.out_channels, **like).to(dtype).requires_grad_() if bias else None,

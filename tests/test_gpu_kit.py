@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -156,7 +157,7 @@ def test_a_rehearsal_finds_nothing_wrong(halves: list[Rehearsed]) -> None:
             assert section["rows"] or section["checks"] or section["notes"], section["name"]
         assert status == 0
         assert "A rehearsal, not a measurement" in text
-        assert "measured" not in text.partition("## Outcome")[2].replace("not a measured", "")
+        assert "measured" not in text.partition("## Outcome")[2]
         assert str(torch.__version__) in text
 
 
@@ -253,12 +254,12 @@ def test_tiles_of_a_section_that_ended_before_the_chosen_one() -> None:
 
 
 def test_a_section_that_hangs_is_ended_with_all_it_started(fakes: Path) -> None:
-    status, report, _ = run(fakes, fake("hangs", 2), fake("works"))
+    status, report, _ = run(fakes, fake("hangs", 10), fake("works"))
     hung, worked = report["sections"]
     assert (status, hung["status"], worked["status"]) == (1, "timed out", "passed")
     assert [check["check"] for check in hung["checks"]] == ["before"]
-    stat = Path(f"/proc/{hung['notes'][0]}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it is gone, or a zombie
+        assert Path(f"/proc/{hung['notes'][0]}/stat").read_text().split()[2] == "Z"
 
 
 def test_checks_run_side_by_side(fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,9 +318,8 @@ def test_an_unknown_capability_is_refused(capability: str, capsys: pytest.Captur
     assert f"--capability must be one of 8.0, 9.0, 10.0, 12.0, got {capability}" in capsys.readouterr().err
 
 
-def test_after_the_deadline_sections_are_skipped_and_listed(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kit, "LEAST", 1.0)
-    status, report, text = run(fakes, fake("hangs"), fake("works"), options=("--minutes", "0.04"))
+def test_after_the_deadline_sections_are_skipped_and_listed(fakes: Path) -> None:
+    status, report, text = run(fakes, fake("hangs"), fake("works"), options=("--minutes", "0.15"))
     assert status == 1
     assert [section["status"] for section in report["sections"]] == ["timed out", "skipped"]
     assert "skipped: no time left" in text

@@ -76,9 +76,6 @@ def assert_identical(ours: Any, theirs: Any) -> None:
         assert same, f"{key} differs: {value} and {theirs[key]}"
 
 
-# Data
-
-
 def test_digits_are_split_once_and_evenly() -> None:
     first, second = datasets.digits(8), datasets.digits(8)
     assert torch.equal(first.train.images, second.train.images)
@@ -256,9 +253,6 @@ def test_data_that_is_not_there(source: str, size: int | None, samples: int | No
         datasets.load(source, size, samples)
 
 
-# Steps
-
-
 def test_learning_rate_rises_and_falls() -> None:
     factors = [Recipe(1.0, 0.0, steps=100).factor(step) for step in range(100)]
     assert factors[:10] == sorted(factors[:10])
@@ -324,9 +318,6 @@ def test_networks_learn(amp: str, alpha: float | None, branch_norm: bool) -> Non
     assert losses[-1] < 0.5, losses
 
 
-# Measurements
-
-
 def test_saved_bytes_count_each_storage_once() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
     saved = measure.count_saved_bytes(network, torch.rand(5, 1, 2, 2), torch.arange(5) % 3)
@@ -350,9 +341,6 @@ def test_timings_take_turns() -> None:
     assert "".join(calls) == "ab" + 3 * "aabb"
     assert [len(times) for times in seconds] == [3, 3]
     assert measure.median_ratio([2, 9, 4], [1, 3, 4]) == 2
-
-
-# Whole runs
 
 
 def log(folder: Path) -> list[dict[str, Any]]:

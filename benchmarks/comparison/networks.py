@@ -108,14 +108,16 @@ class Networks:
         calls: dict[str, Callable[[], object]] = {}
         for name, model in models.items():
             rows[name] = {"network": self.network, "batch": load.batch, "step": load.step, "name": name}
+            eager, choice = self.models[name.partition(" ")[0]], {}
             try:
-                check(name, model, self.models[name.partition(" ")[0]], images[:CHECKED])
-            except AssertionError as error:
-                rows[name]["error"] = str(error)
+                for layout, memory_format in LAYOUTS.items():
+                    laid_out = copy.deepcopy(model).to(memory_format=memory_format)
+                    check(f"{name}, {layout}", laid_out, eager, images.contiguous(memory_format=memory_format))
+                    choice[layout] = _call(model, images, layout, load.step, self.classes)
+                    choice[layout]()
+            except (AssertionError, RuntimeError) as error:
+                rows[name]["error"] = str(error).partition("\n")[0]
                 continue
-            choice = {layout: _call(model, images, layout, load.step, self.classes) for layout in LAYOUTS}
-            for call in choice.values():
-                call()
             rows[name]["layout"] = fastest(choice, rounds=3)
             calls[name] = choice[rows[name]["layout"]]
         for name in load.compiled:
@@ -128,11 +130,12 @@ class Networks:
             try:
                 if not load.step:
                     check(key, compiled, models[name], images.contiguous(memory_format=LAYOUTS[layout]))
-            except AssertionError as error:
-                rows[key]["error"] = str(error)
+                call = _call(compiled, images, layout, load.step, self.classes)
+                call()
+            except (AssertionError, RuntimeError) as error:
+                rows[key]["error"] = str(error).partition("\n")[0]
                 continue
-            calls[key] = _call(compiled, images, layout, load.step, self.classes)
-            calls[key]()
+            calls[key] = call
         for name, timing in compare(calls, effort).items():
             rows[name] |= {"seconds": timing.seconds, "rounds": timing.rounds}
             if "conv2d" in calls:  # else there is nothing to compare with

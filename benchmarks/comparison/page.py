@@ -27,7 +27,7 @@ METHOD = """\
 - **Nothing is timed whose result is wrong**: outputs and all gradients of the very call that is timed are compared with
   float64 before, for the first two images. Of networks the logits of two images in inference are compared with those
   of an eager copy in float64, not a training step. Latencies beside accuracies are in channels_last, and not checked.
-- **In turns**: each round times every competitor, each round starts with another one, and a speed is nn.Conv2d's time
+- **In turns**: each round times every competitor, in an order of its own, and a speed is nn.Conv2d's time
   over the competitor's *in the same round*. A cell is the median of the rounds, with their 20 % and 80 % quantiles.
 - **Free memory stays with the process** (`benchmarks/allocator.py`), as in any that has held a batch of images; else
   small processes are timed by their page faults.
@@ -71,7 +71,7 @@ def _head(results: Results) -> list[str]:
         "The other mode, the machine's own figures, and a comparison of two revisions:",
         "",
         "    make bench                       # quick, under 5 minutes",
-        "    make bench FULL=1                # full, under 40 minutes",
+        "    make bench FULL=1                # full, 20 to 40 minutes",
         "    make bench-compare BASE=REV      # is the working tree slower than REV?",
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from benchmarks.comparison.accuracy import CANDIDATES
+from benchmarks.files import write
 from benchmarks.peers import TITLES
 
 Row = dict[str, Any]
@@ -131,5 +133,6 @@ def _save(file: Path, size: tuple[float, float], fill: Callable[[Figure], None])
     with mpl.rc_context(options):
         figure = Figure(figsize=size, facecolor=PAPER, layout="constrained")
         fill(figure)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, metadata={"Date": None})
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None})
+    write(file, drawing.getvalue())
