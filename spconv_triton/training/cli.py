@@ -107,7 +107,7 @@ def make_parser() -> Parser:
 
     demo = commands.add_parser(
         "demo",
-        help="vanilla and SPConv ResNet-20 side by side on handwritten digits, in about a minute",
+        help="vanilla and SPConv ResNet-20 side by side on handwritten digits, in a few minutes",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.set_defaults(run=_demo)
