@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd import forward_ad
 
 from .hooks import has_hooks
 
@@ -61,6 +62,8 @@ def track(norm: nn.Module, mean: Tensor, variance: Tensor, values: int) -> None:
     assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
     if not (norm.training and norm.track_running_stats):
         return
+    if forward_ad._current_level >= 0:  # statistics have no tangents, which no_grad leaves
+        mean, variance = (forward_ad.unpack_dual(value).primal for value in (mean, variance))
     share: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
     with torch.no_grad():
         if norm.num_batches_tracked is not None:

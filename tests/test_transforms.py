@@ -145,6 +145,17 @@ def test_dual_numbers(name: str, grads: bool) -> None:
     torch.testing.assert_close(tangent, jvp(by_reference(module), (x,), (u,))[1])
 
 
+def test_running_statistics_have_no_tangents() -> None:
+    layer, x = SPConv2d(8, 8, 3, padding=1, branch_norm=True), torch.randn(2, 8, 5, 5)
+    expected = copy.deepcopy(layer)
+    with forward_ad.dual_level():
+        layer(forward_ad.make_dual(x, torch.randn_like(x)))
+        assert forward_ad.unpack_dual(layer.eval()(x)).tangent is None
+    expected(x)
+    for name, statistic in expected.named_buffers():
+        torch.testing.assert_close(layer.get_buffer(name), statistic)
+
+
 def test_jacobians_and_hessians() -> None:
     module, x = make("network")
     rows, columns = (transform(lambda x: module(x))(x[:1]) for transform in (jacrev, jacfwd))
