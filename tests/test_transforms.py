@@ -70,29 +70,20 @@ def test_grad_of_functional_call_is_autograds(name: str, training: bool) -> None
 
 @every_module
 @pytest.mark.parametrize("training", [False, True], ids=("eval", "train"))
-def test_batched_gradients_are_gradients(name: str, training: bool) -> None:
-    module, x = make(name, training=training)
-    x = x.detach().requires_grad_()
-    y = module(x)
-    cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
-    inputs = (x, *module.parameters())
-    batched = torch.autograd.grad(y, inputs, cotangents, retain_graph=True, is_grads_batched=True)
-    for i, cotangent in enumerate(cotangents):
-        for got, expected in zip(batched, torch.autograd.grad(y, inputs, cotangent, retain_graph=True), strict=True):
-            torch.testing.assert_close(got[i], expected)
-
-
-@every_module
-@pytest.mark.parametrize("training", [False, True], ids=("eval", "train"))
-def test_vmap_around_autograd(name: str, training: bool) -> None:
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+def test_batched_gradients_are_gradients(name: str, training: bool, way: str) -> None:
     module, x = make(name, training=training)
     x = x.detach().requires_grad_()
     y = module(x)
     inputs = (x, *module.parameters())
+
+    def gradients(cotangent: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, inputs, cotangent, retain_graph=True, **options)
+
     cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
-    batched = vmap(lambda cotangent: torch.autograd.grad(y, inputs, cotangent, retain_graph=True))(cotangents)
+    batched = vmap(gradients)(cotangents) if way == "vmap" else gradients(cotangents, is_grads_batched=True)
     for i, cotangent in enumerate(cotangents):
-        for got, expected in zip(batched, torch.autograd.grad(y, inputs, cotangent, retain_graph=True), strict=True):
+        for got, expected in zip(batched, gradients(cotangent), strict=True):
             torch.testing.assert_close(got[i], expected)
 
 
