@@ -49,8 +49,6 @@ def test_views_keep_their_format_as_of_conv2d(
 @pytest.mark.parametrize("backend", ["reference", "native", "compiled", "without-onednn"])
 def test_gradients_of_one_image_that_was_hwc(alpha: float, branch_norm: bool, backend: str) -> None:
     """ATen's own grouped convolution gets the gradient of a weight in channels_last wrong, by more than its size."""
-    if branch_norm and alpha == 1 and backend == "compiled":
-        pytest.skip("two layers of two forms are compiled already")
     dtype = torch.float32 if backend == "without-onednn" else torch.float64
     image = torch.randn(8, 5, 16, dtype=dtype)
     name = backend if backend in ("reference", "native") else "native"
