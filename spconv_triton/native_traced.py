@@ -10,7 +10,14 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .dispatch import is_exporting
-from .native_convolution import misses_columns, misses_rows, misses_weight_gradient, padded, reaches_beyond
+from .native_convolution import (
+    misses_columns,
+    misses_grouped_gradient,
+    misses_rows,
+    misses_weight_gradient,
+    padded,
+    reaches_beyond,
+)
 from .registration import traceable_op
 
 
@@ -34,7 +41,7 @@ def convolution(
     :func:`misses_rows`, rows are taken before; and what :func:`misses_weight_gradient` is of float32.
     """
     if x.is_cpu:
-        if groups > 1 and x.dtype == torch.float64:  # which misses_grouped_gradient
+        if misses_grouped_gradient(x, groups):
             weight = weight.contiguous()
         if torch.is_grad_enabled() and not is_exporting() and misses_weight_gradient(x, weight, dilation):
             with without_autocast(x):
