@@ -115,9 +115,10 @@ def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _layer_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 10
-    *grads, d_branch_bias = spconv2d_backward(grad, *ctx.saved_tensors, *ctx.window)
+    kept = ctx.saved_tensors  # once: a checkpoint computes them again for that, and forgets them
+    *grads, d_branch_bias = spconv2d_backward(grad, *kept, *ctx.window)
     d_bias = None if ctx.bias_dtype is None else grad.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
-    return *grads, d_bias, d_branch_bias if ctx.saved_tensors[4] is not None else None, None, None, None, None
+    return *grads, d_bias, None if kept[4] is None else d_branch_bias, None, None, None, None
 
 
 spconv2d.register_autograd(_layer_autograd, setup_context=_save_layer)
