@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..geometry import Geometry
@@ -182,6 +183,11 @@ def convolve(
 ) -> Tensor:
     """Y [N, M, H_out, W_out], channels_last, of a layer that :func:`supports` takes.
 
+    In eager mode, with few samples, the kernel begins while the one ahead of it runs, and reads ``x`` and ``packed``
+    before it waits: they have to be there when that one stops waiting (see :mod:`..kernels.overlap`), as they are
+    behind the gate's launch. So it does not where ``x`` is copied first, nor as an operator, in a graph or called by
+    others: what is ahead of it there may be what writes ``x``. (A residual is read after the wait.)
+
     Args:
         x: [N, L, H, W].
         packed: [M, columns], as the statistics' launch wrote it.
@@ -201,11 +207,12 @@ def convolve(
     tile = best_tile(plan, groups, stride, (*size, outputs))
     box, pixel_box = tile[:3], [*tile[:3], tile.block_co]
     block_k = max(16, tile.block_k * 2 // x.itemsize)  # as many bytes in float32
+    read, spacing = (adjacent(x), channels) if stride == 2 else aligned(x)
     y_boxes = boxes(y, outputs, pixel_box)
     launch_untraced(
         kernel,
         (tile.programs(*size, outputs),),
-        strided_boxes(adjacent(x), [*box, block_k]) if stride == 2 else boxes(*aligned(x), [*box, block_k]),
+        strided_boxes(read, [*box, block_k]) if stride == 2 else boxes(read, spacing, [*box, block_k]),
         TensorDescriptor.from_tensor(packed, [tile.block_co, block_k]),
         ratio,
         scale,
@@ -222,7 +229,7 @@ def convolve(
         PRECISION=dot_precision(x),
         RESIDUAL=residual is not None,
         ACTIVATION=activation,
-        OVERLAP=can_overlap(x),
+        OVERLAP=can_overlap(x) and read is x and not is_wrap_triton_enabled(),
         BLOCK_N=tile.block_n,
         BLOCK_H=tile.block_h,
         BLOCK_W=tile.block_w,
