@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
@@ -22,6 +21,7 @@ from . import dispatch, functional, registration
 from .branch_norm import folds, normalises_batch
 from .checks import check_input, shape
 from .geometry import pair
+from .kept import kept_bytes
 from .layout import memory_format
 from .modules import SPConv2d
 from .native_gate import gate_comes_first
@@ -79,8 +79,9 @@ class Explanation:
 def explain(module: SPConv2d, x: Tensor, *, capability: tuple[int, int] | None = None) -> Explanation:
     """Find out which path serves ``x``, print it, and return it.
 
-    On a GPU the layer is traced, not run. On a CPU it is run once, forward. With ``capability`` it is traced as on a
-    CUDA device of that compute capability, so that a machine without one can ask.
+    On a GPU the layer is traced, not run. On a CPU a copy of it is run: three inferences, of which the last is
+    recorded, and a forward with gradients. With ``capability`` it is traced as on a CUDA device of that compute
+    capability, so that a machine without one can ask.
 
     Args:
         module: the layer.
@@ -188,20 +189,9 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
         for event in profiler.events()
         if "::" in event.name and _is_outermost(event) and not _is_free(event.name)
     )
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-        given = x.clone() if x.is_inference() else x.detach()
-        result = module(given.requires_grad_())
-    for parameter in module.parameters():
-        storages.pop(parameter.untyped_storage().data_ptr(), None)
-    del result
-    kept = sum(storages.values())
+    with torch.inference_mode(False), torch.enable_grad():
+        given = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        kept = kept_bytes(lambda: module(given), module.parameters())
     backend = dispatch.choose(x, module.backend)
     name = _native_path(module, x) if backend == "native" else backend
     path = next(p for p in dispatch.PATHS if p.backend == backend and p.name == name)

@@ -35,6 +35,7 @@ HELPERS = (
     "folded_norms",
     "geometry",
     "hooks",
+    "kept",
     "layout",
     "optional_arguments",
     "recomputation",
@@ -208,13 +209,13 @@ def test_models_import_modules_only(internal: list[Import]) -> None:
 def test_conversion_is_built_on_the_layer(internal: list[Import]) -> None:
     """The layer and what computes it know nothing of the networks that it is put into."""
     above = {"conversion", "dense", "eligibility", "network_summary"}
-    assert {i.imported for i in internal if i.importer in above} <= {*above, *HELPERS, "fused", "models", "modules"}
-    assert {top(i.importer) for i in internal if i.imported in above} <= {*above, "", "fusing", "training"}
+    assert {i.imported for i in internal if i.importer in above} <= {*above, *HELPERS, "fused", "modules"}
+    assert {top(i.importer) for i in internal if i.imported in above} <= {*above, "", "training"}
 
 
 def test_fusing_is_built_on_the_layer(internal: list[Import]) -> None:
     above = {"chains", "fused", "fusing", "module_changes", "plain_norms", "regions", "sources"}
-    below = {"conversion", "functional", "modules", *HELPERS}
+    below = {"functional", "modules", *HELPERS}
     assert {i.imported for i in internal if i.importer in above and not is_aten(i.imported)} <= {*above, *below}
     assert {top(i.importer) for i in internal if i.imported in above} <= {*above, "", "eligibility", "network_summary"}
 

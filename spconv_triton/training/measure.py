@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kept import kept_bytes
 from ..network_summary import summarize
 
 
@@ -35,18 +36,7 @@ def count_saved_bytes(network: nn.Module, images: Tensor, labels: Tensor) -> int
     """
     subject = copy.deepcopy(network).train()
     lasting = (*subject.parameters(), *subject.buffers(), images, labels)
-    known = {tensor.untyped_storage().data_ptr() for tensor in lasting}
-    kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = F.cross_entropy(subject(images), labels)
-    total = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
-    del loss
-    return total
+    return kept_bytes(lambda: F.cross_entropy(subject(images), labels), lasting)
 
 
 def forward_pass(network: nn.Module, images: Tensor) -> Callable[[], None]:
