@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import functional, reference
+from . import functional, models, reference
 from .checkpoints import load_reference_checkpoint
 from .conversion import convert
 from .modules import SPConv2d
@@ -22,6 +22,7 @@ __all__ = [
     "fuse",
     "load_reference_checkpoint",
     "load_tuning",
+    "models",
     "reference",
     "save_tuning",
     "set_recompute",

@@ -14,8 +14,7 @@ from .dense import split_weights
 from .dispatch import BACKENDS
 from .eligibility import MIN_CHANNELS, Convolution, Owners, find_convolutions, find_owners, misfit, obstacle
 from .hooks import is_compiled
-from .models import legal_alpha
-from .modules import SPConv2d
+from .modules import SPConv2d, legal_alpha
 
 INITS = ("default", "dense")
 
@@ -167,7 +166,7 @@ def _decide(
 ) -> Decision:
     wanted, reason = choices.alpha_of(names)
     reason = obstacle(module, owners) or reason or misfit(module, wanted, groups, min_channels)
-    channels = module.in_channels
+    channels = int(module.in_channels)  # which may be NumPy's
     if reason:
         return Decision(names, _described(module), reason, channels)
     alpha = legal_alpha(channels, wanted, groups)

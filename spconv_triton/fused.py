@@ -14,7 +14,7 @@ from .checks import ACTIVATIONS, check_input
 from .epilogue import Epilogue, activate
 from .geometry import Geometry
 from .layout import padded_by_mode
-from .modules import SPConv2d
+from .modules import SPConv2d, layer_repr
 from .native_inference import Inference
 from .symbols import call_of, is_symbol
 
@@ -41,8 +41,8 @@ class FusedSPConv2d(nn.Module):
 
     Attributes:
         weight_gwc, weight_pwc, weight_redundant: as of the layer.
-        bias, norm_scale: [M] or None, in float32 or better; see
-            :func:`spconv_triton.functional.spconv2d_inference`.
+        bias: [M] or None; in float32 or better where a norm is folded into it, else in the dtype of the layer's.
+        norm_scale: [M] or None, in float32 or better; see :func:`spconv_triton.functional.spconv2d_inference`.
         branch_bias: [2, M] or None, in float32 or better.
 
     Raises:
@@ -90,10 +90,15 @@ class FusedSPConv2d(nn.Module):
                 self.register_buffer(name, None if tensor is None else tensor.detach().clone())
         super().train(False)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | float | None = None) -> Tensor:
         """activation(norm_scale (beta U3 + gamma U1) + bias + residual): [N, L, H, W] -> [N, M, H_out, W_out].
 
-        The first argument is called what the layer calls it.
+        Args:
+            input: called what the layer calls it.
+            residual: None without; a number or a map of another shape or dtype is added after the layer.
+
+        Returns:
+            The output, in the memory format of ``input``, and in its dtype unless a residual of another is added.
 
         Raises:
             TypeError, ValueError: as of the layer.
@@ -101,7 +106,8 @@ class FusedSPConv2d(nn.Module):
         if is_symbol(input, residual):
             return call_of(self, input) if residual is None else call_of(self, input, residual)
         x = input
-        fits = residual is None or self._fits(x, residual)
+        fitting = residual if isinstance(residual, Tensor) and self._fits(x, residual) else None
+        activation = self.activation if residual is fitting else "none"  # else it waits for the residual
         padding = self.geometry.padding
         if self.padding_mode != "zeros":
             check_input("x", x)
@@ -113,23 +119,22 @@ class FusedSPConv2d(nn.Module):
         y = functional.inference_forward(
             (x, *tensors),
             (self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups),
-            Epilogue(norm_scale, residual if fits else None, self.activation if fits else "none"),
+            Epilogue(norm_scale, fitting, activation),
             self.backend,
             inference,
         )
-        if fits or residual is None:
+        if residual is None or fitting is not None:
             return y
         added = y + residual
         if self.in_place:
-            added = added.to(y.dtype if self.in_place == "output" else residual.dtype)
+            written = residual if self.in_place == "residual" and isinstance(residual, Tensor) else y
+            added = added.to(written.dtype)
         return activate(added, self.activation)
 
-    def _fits(self, x: Tensor, residual: Tensor | float) -> bool:
-        """Whether the residual, which may be a number, is a map of the output's shape and dtype."""
+    def _fits(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether the residual is a map of the output's shape, dtype and device."""
         check_input("x", x)
-        if not isinstance(residual, Tensor) or residual.device != x.device:
-            return False
-        if x.dim() != 4 or residual.dtype != computed_dtype(x):
+        if x.dim() != 4 or residual.device != x.device or residual.dtype != computed_dtype(x):
             return False
         return residual.shape == (x.shape[0], self.weight_gwc.shape[0], *self.geometry.output_size(*x.shape[2:]))
 
@@ -148,25 +153,13 @@ class FusedSPConv2d(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        if self.padding not in ((0, 0), "valid"):
-            parts.append(f"padding={self.padding!r}")
-        if self.dilation != (1, 1):
-            parts.append(f"dilation={self.dilation}")
-        parts.append(f"groups={self.groups}, alpha={self.alpha}")
-        if self.padding_mode != "zeros":
-            parts.append(f"padding_mode={self.padding_mode!r}")
-        if self.branch_bias is not None:
-            parts.append("branch_norm=True")
-        if self.has_norm:
-            parts.append("norm=True")
-        if self.has_residual:
-            parts.append("residual=True")
-        if self.activation != "none":
-            parts.append(f"activation={self.activation!r}")
-        if self.backend != "auto":
-            parts.append(f"backend={self.backend!r}")
-        return ", ".join(parts)
+        return layer_repr(
+            self,
+            branch_norm=self.branch_bias is not None,
+            norm=self.has_norm,
+            residual=self.has_residual,
+            activation=self.activation,
+        )
 
 
 def _folded(layer: SPConv2d, norm: nn.Module | None) -> dict[str, Tensor | None]:

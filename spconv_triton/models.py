@@ -15,44 +15,14 @@ paper leaves open is settled by its published sizes:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .modules import SPConv2d
+from .modules import SPConv2d, legal_alpha
 
 __all__ = ["MODELS", "VGG", "ResNet", "legal_alpha", "resnet20", "resnet50", "vgg16"]
-
-
-def legal_alpha(in_channels: int, alpha: float, groups: int = 2) -> float:
-    """The alpha closest below ``alpha`` that leaves a multiple of ``groups`` representative channels, else the least.
-
-    The paper's ratios reach below what narrow layers can have: 1/16 of 16 channels is 1, and G = 2 needs 2. Such a
-    layer gets the fewest channels it can have. The paper's own networks at its own ratios are never changed.
-
-    Args:
-        in_channels: L, at least ``groups``.
-        alpha: ratio in (0, 1].
-        groups: G.
-
-    Returns:
-        The ratio; ``alpha`` itself where it is legal.
-
-    Raises:
-        ValueError: alpha outside (0, 1], or fewer channels than groups.
-    """
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha must be in (0, 1], got {alpha}")
-    if not 1 <= groups <= in_channels:
-        raise ValueError(f"groups must be between 1 and in_channels={in_channels}, got {groups}")
-    representative = int(in_channels * alpha)
-    rounded = max(representative // groups, 1) * groups
-    if rounded == representative:
-        return alpha
-    legal = rounded / in_channels
-    return legal if int(in_channels * legal) == rounded else math.nextafter(legal, 1)  # int(44 * (30 / 44)) is 29
 
 
 class SPConvOptions(NamedTuple):
@@ -231,7 +201,7 @@ def resnet20(
         A network [N, in_channels, H, W] -> [N, classes], in float32 on the CPU.
 
     Raises:
-        ValueError: an alpha, groups or backend that SPConv2d cannot have.
+        TypeError, ValueError: an alpha, groups, branch_norm or backend that SPConv2d cannot have.
     """
     stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
     options = SPConvOptions(alpha, groups, branch_norm, backend)

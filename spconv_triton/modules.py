@@ -126,6 +126,9 @@ class SPConv2d(nn.Module):
         super().__init__()
         geometry = resolve(kernel_size, stride, padding, dilation, groups)
         representative = count_representative(in_channels, out_channels, groups, alpha)
+        for name, value in (("bias", bias), ("branch_norm", branch_norm)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {', '.join(map(repr, PADDING_MODES))}, got {padding_mode!r}")
         if backend not in BACKENDS:
@@ -269,7 +272,12 @@ class SPConv2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Y = beta U3 + gamma U1 + bias: [N, L, H, W] -> [N, M, H_out, W_out].
 
-        The argument is called what ``nn.Conv2d`` calls it.
+        Args:
+            input: called what ``nn.Conv2d`` calls it; in a dtype that the backend has, that of the parameters unless
+                ``torch.autocast`` says otherwise.
+
+        Returns:
+            Y, in the dtype and memory format of ``input``.
 
         Raises:
             TypeError, ValueError: an input that does not fit, as of :func:`spconv_triton.functional.spconv2d`, whose
@@ -366,21 +374,30 @@ class SPConv2d(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        if self.padding not in ((0, 0), "valid"):
-            parts.append(f"padding={self.padding!r}")
-        if self.dilation != (1, 1):
-            parts.append(f"dilation={self.dilation}")
-        parts.append(f"groups={self.groups}, alpha={self.alpha}")
-        if self.bias is None:
-            parts.append("bias=False")
-        if self.padding_mode != "zeros":
-            parts.append(f"padding_mode={self.padding_mode!r}")
-        if self.branch_norm:
-            parts.append("branch_norm=True")
-        if self.backend != "auto":
-            parts.append(f"backend={self.backend!r}")
-        return ", ".join(parts)
+        return layer_repr(self, bias=self.bias is not None, branch_norm=self.branch_norm)
+
+
+def layer_repr(layer: Any, *, bias: bool = True, **options: Any) -> str:
+    """The arguments of a layer, fused or not, in a ``repr``: those that are not at their defaults.
+
+    Args:
+        bias: whether it has one, where that is told.
+        options: what it is besides, by name; told unless False or ``"none"``.
+    """
+    parts = [f"{layer.in_channels}, {layer.out_channels}, kernel_size={layer.kernel_size}, stride={layer.stride}"]
+    if layer.padding not in ((0, 0), "valid"):
+        parts.append(f"padding={layer.padding!r}")
+    if layer.dilation != (1, 1):
+        parts.append(f"dilation={layer.dilation}")
+    parts.append(f"groups={layer.groups}, alpha={layer.alpha}")
+    if not bias:
+        parts.append("bias=False")
+    if layer.padding_mode != "zeros":
+        parts.append(f"padding_mode={layer.padding_mode!r}")
+    parts += [f"{name}={value!r}" for name, value in options.items() if value not in (False, "none")]
+    if layer.backend != "auto":
+        parts.append(f"backend={layer.backend!r}")
+    return ", ".join(parts)
 
 
 def count_representative(in_channels: int, out_channels: int, groups: int, alpha: float) -> int:
@@ -399,14 +416,8 @@ def count_representative(in_channels: int, out_channels: int, groups: int, alpha
         ValueError: channel counts below 1, alpha outside (0, 1], or an alpha L or M that G does not divide.
     """
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"alpha must be a number, got {alpha!r}")
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha must be in (0, 1], got {alpha}")
+        _check_count(name, value)
+    _check_alpha(alpha)
     representative = int(in_channels * alpha)
     if representative < groups or representative % groups:
         raise ValueError(
@@ -416,3 +427,48 @@ def count_representative(in_channels: int, out_channels: int, groups: int, alpha
     if out_channels % groups:
         raise ValueError(f"groups must divide out_channels={out_channels}, got groups={groups}")
     return representative
+
+
+def legal_alpha(in_channels: int, alpha: float, groups: int = 2) -> float:
+    """The alpha closest below ``alpha`` that leaves a multiple of ``groups`` representative channels, else the least.
+
+    The paper's ratios reach below what narrow layers can have: 1/16 of 16 channels is 1, and G = 2 needs 2. Such a
+    layer gets the fewest channels it can have. The paper's own networks at its own ratios are never changed.
+
+    Args:
+        in_channels: L, at least ``groups``.
+        alpha: ratio in (0, 1].
+        groups: G.
+
+    Returns:
+        The ratio; ``alpha`` itself where it is legal.
+
+    Raises:
+        TypeError: counts that are not ints, or an alpha that is not a number.
+        ValueError: counts below 1, alpha outside (0, 1], or fewer channels than groups.
+    """
+    for name, value in (("in_channels", in_channels), ("groups", groups)):
+        _check_count(name, value)
+    _check_alpha(alpha)
+    if groups > in_channels:
+        raise ValueError(f"groups must be between 1 and in_channels={in_channels}, got {groups}")
+    representative = int(in_channels * alpha)
+    rounded = max(representative // groups, 1) * groups
+    if rounded == representative:
+        return alpha
+    legal = rounded / in_channels
+    return legal if int(in_channels * legal) == rounded else math.nextafter(legal, 1)  # int(44 * (30 / 44)) is 29
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_alpha(alpha: object) -> None:
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise TypeError(f"alpha must be a number, got {alpha!r}")
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha must be in (0, 1], got {alpha}")

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from spconv_triton.training import checkpoint, cli, datasets, loop
+from spconv_triton.training import checkpoint, cli, datasets, demo, loop
 from spconv_triton.training.errors import UserError
 
 SMALL = "--samples 32 --batch-size 16 --image-size 8 --epochs 1 --device cpu --threads 1"
@@ -150,7 +150,7 @@ COMMANDS = [
     ),
     Command(
         f"train {SMALL}",
-        ("out of memory on the device; try a smaller --batch-size",),
+        ("out of memory on the device; try a smaller --batch-size or --image-size",),
         "with too large a batch",
         lambda: mock.patch.object(loop, "_run", side_effect=torch.OutOfMemoryError("out of memory")),
     ),
@@ -177,6 +177,12 @@ COMMANDS = [
         ("MASTER_PORT in the environment must be an integer of at least 0, got 'abc'",),
         "with WORLD_SIZE=2 and a MASTER_PORT that is no number",
         lambda: mock.patch.dict(os.environ, WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"),
+    ),
+    Command(
+        "demo",
+        ("out of memory on the device; try a smaller --image-size",),
+        "on a GPU with too little memory",
+        lambda: mock.patch.object(demo, "show", side_effect=torch.OutOfMemoryError("out of memory")),
     ),
     Command(
         "demo --samples 64 --image-size 200000", ("out of memory; try a smaller --image-size, or fewer --samples",)

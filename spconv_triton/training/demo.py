@@ -85,7 +85,8 @@ class Curve:
 
 def run(options: Options) -> None:
     """The demo on ``options.threads`` threads; see :func:`show`."""
-    with telling_of_memory("a smaller --image-size, or fewer --samples"), cpu_threads(options.threads):
+    advice = "a smaller --image-size, or fewer --samples"
+    with telling_of_memory(advice, "a smaller --image-size"), cpu_threads(options.threads):
         show(options)
 
 

@@ -103,7 +103,8 @@ def run(settings: Settings, surroundings: Surroundings, report: Report) -> None:
     goes_on = resume is not None and resume.parent.resolve() == out.resolve()
     if not goes_on:
         _refuse_another_run(out)
-    with telling_of_memory("a smaller --batch-size or --image-size, or fewer --threads"):
+    advice = "a smaller --batch-size or --image-size, or fewer --threads"
+    with telling_of_memory(advice, "a smaller --batch-size or --image-size"):
         data = load(settings.data, settings.image_size, settings.samples)
         with cpu_threads(surroundings.threads):
             _run(settings, surroundings, data, report)

@@ -85,11 +85,12 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def telling_of_memory(advice: str) -> Iterator[None]:
+def telling_of_memory(advice: str, on_device: str) -> Iterator[None]:
     """Too little memory is told in one line, with what to try.
 
     Args:
-        advice: as of "try ...", on a CPU; on a device it is the batch.
+        advice: as of "try ...", on a CPU.
+        on_device: the same on a GPU.
 
     Raises:
         UserError: in the place of what PyTorch and Python raise.
@@ -97,7 +98,7 @@ def telling_of_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError("out of memory on the device; try a smaller --batch-size") from error
+        raise UserError(f"out of memory on the device; try {on_device}") from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # which has no class on CPUs
             raise
