@@ -122,6 +122,22 @@ assert "triton" not in sys.modules
     assert "'native'" in message
 
 
+@pytest.mark.parametrize("hidden", [False, True], ids=["as installed", "without triton"])
+def test_operators_that_are_exported_are_there(tmp_path: Path, hidden: bool) -> None:
+    code = f"""
+{HIDE_TRITON if hidden else ""}
+from spconv_triton import dispatch, ops
+from spconv_triton.ops import *
+assert {{*ops.__all__}} <= {{*globals()}}
+assert bool(ops.__all__) == dispatch.HAS_TRITON
+assert not {hidden} or not dispatch.HAS_TRITON
+import torch
+assert hasattr(torch.ops.spconv_triton, "native_gap_softmax_fusion")
+assert hasattr(torch.ops.spconv_triton, "spconv2d") == dispatch.HAS_TRITON
+"""
+    run_python(code, tmp_path)
+
+
 def test_with_a_triton_that_does_not_import(tmp_path: Path) -> None:
     """A wheel for another platform or Python is found, and then fails; a CPU has no use for it anyway."""
     broken = tmp_path / "broken" / "triton"

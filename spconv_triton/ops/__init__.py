@@ -1,10 +1,13 @@
 """The operators ``torch.ops.spconv_triton.*``: schemas, fakes, autograd, FLOP formulas.
 
-They are the Triton kernels as PyTorch sees them. Without triton there are none, and
-:func:`spconv_triton.dispatch.choose` leads to none.
+They are the Triton kernels as PyTorch sees them. Without triton this package is empty, and
+:func:`spconv_triton.dispatch.choose` leads to none of them. One operator more needs no triton: that of
+:mod:`spconv_triton.native_traced`, for compiled layers on ATen.
 """
 
 from ..dispatch import HAS_TRITON
+
+__all__: list[str] = []
 
 if HAS_TRITON:
     from . import opaque
@@ -14,15 +17,15 @@ if HAS_TRITON:
     from .inference import spconv2d_inference
     from .layer import spconv2d, spconv2d_backward
 
-__all__ = [
-    "gap_softmax_fusion",
-    "gap_softmax_fusion_backward",
-    "opaque",
-    "representative_branch",
-    "representative_branch_backward",
-    "spconv2d",
-    "spconv2d_backward",
-    "spconv2d_batch_norm",
-    "spconv2d_batch_norm_backward",
-    "spconv2d_inference",
-]
+    __all__ += [
+        "gap_softmax_fusion",
+        "gap_softmax_fusion_backward",
+        "opaque",
+        "representative_branch",
+        "representative_branch_backward",
+        "spconv2d",
+        "spconv2d_backward",
+        "spconv2d_batch_norm",
+        "spconv2d_batch_norm_backward",
+        "spconv2d_inference",
+    ]
