@@ -38,15 +38,6 @@ class Path(NamedTuple):
 PATHS = (
     Path(
         "triton",
-        "descriptor",
-        "CUDA, compute capability 9.x or 10.x",
-        "float16, bfloat16, float32 as TF32",
-        "3 x 3, padding 1, stride 1, or stride 2 on even sizes; channels in multiples that fill its tiles",
-        "onepass_descriptor",
-    ),
-    Path("triton", "flat", "any GPU", "float32, float16, bfloat16", "any", "onepass_forward"),
-    Path(
-        "triton",
         "batch norm",
         "any GPU",
         "float32, float16, bfloat16",
@@ -54,6 +45,15 @@ PATHS = (
         "branches_forward",
     ),
     Path("triton", "branch", "any GPU", "float32, float16, bfloat16", "alpha = 1, other norms", "branch_forward"),
+    Path(
+        "triton",
+        "descriptor",
+        "CUDA, compute capability 9.x or 10.x",
+        "float16, bfloat16, float32 as TF32",
+        "3 x 3, padding 1, stride 1, or stride 2 on even sizes; channels in multiples that fill its tiles",
+        "onepass_descriptor",
+    ),
+    Path("triton", "flat", "any GPU", "float32, float16, bfloat16", "any", "onepass_forward"),
     Path("native", "batch norm", "CPU", "float32, float64", "batch norms in both branches, in training", ""),
     Path(
         "native",
@@ -83,9 +83,10 @@ PATHS = (
     Path("native", "given weights", "any", "any", "any", ""),
     Path("reference", "reference", "any", "any", "any", ""),
 )
-"""The paths, of which the first that matches is taken. ``choose`` finds the backend, and within Triton's the launch of
-the layer asks ``launch.descriptor.can_run`` and ``launch.gradients_descriptor.can_run``, which hold their rows'
-conditions, as ``native_weights`` and ``native_folding`` do of ATen's."""
+"""The paths. ``choose`` finds the backend, and of its rows the first that matches is taken: within Triton's the launch
+of the layer asks ``launch.descriptor.can_run`` and ``launch.gradients_descriptor.can_run``, which hold their rows'
+conditions, as ``native_weights`` and ``native_folding`` do of ATen's. All of ATen's but the first and the last are for
+layers without norms, or with norms that are folded."""
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -119,6 +119,14 @@ def test_norms_in_training_on_a_cpu() -> None:
     assert any("conv" in launch.name for launch in half.launches)
 
 
+def test_no_row_of_paths_hides_behind_another() -> None:
+    """Of a backend the first row that matches is taken, so the one that takes any layer comes last."""
+    for backend in dispatch.BACKENDS[1:]:
+        rows = [path for path in dispatch.PATHS if path.backend == backend]
+        assert len({path.name for path in rows}) == len(rows)
+        assert [path.layers == "any" for path in rows] == [*(False for _ in rows[1:]), True], backend
+
+
 @pytest.mark.parametrize("capability", [9, (9,), "9.0", (9, 0.0), (-1, 0)], ids=str)
 def test_capability_is_a_pair(capability: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="capability must be"):
