@@ -110,6 +110,8 @@ def redundant_branch(
 ) -> Tensor:
     """U1 = PWC'(x1): the 1 x 1 convolution of the redundant channels, at the centre taps of the k x k window.
 
+    At a stride it reads the average over the valid pixels of a stride-sized window, as :func:`representative_branch`.
+
     Args:
         x1: [N, L - alpha L, H, W], floating point.
         weight_redundant: [M, L - alpha L, 1, 1], dtype of ``x1``.
@@ -439,7 +441,8 @@ def spconv2d_batch_norm(
 
 
 def takes_batch_norm(x: Tensor, backend: str) -> bool:
-    """Whether :func:`spconv2d_batch_norm` has a pass of its own for ``x``: on Triton, or eagerly on a CPU."""
+    """Whether :func:`spconv2d_batch_norm` has a pass of its own for ``x``: on Triton, or eagerly on a CPU in float32 or
+    float64."""
     chosen = choose(x, backend)
     return chosen == "triton" or (chosen == "native" and native_batch_norm.takes(x))
 

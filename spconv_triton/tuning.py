@@ -54,7 +54,7 @@ def load_tuning(path: str | os.PathLike[str]) -> int:
         path: a file of :func:`save_tuning`.
 
     Returns:
-        How many choices were taken. None, if the file was written for another kind of device or version of Triton.
+        How many choices were taken: 0 of a file that was written for another kind of device or version of Triton.
         Choices that a kernel's table no longer holds, or that this process has tuned itself, are skipped.
 
     Raises:
