@@ -206,7 +206,7 @@ def convolve(
     y = empty_channels_last(x, outputs, *size[1:])
     tile = best_tile(plan, groups, stride, (*size, outputs))
     box, pixel_box = tile[:3], [*tile[:3], tile.block_co]
-    block_k = max(16, tile.block_k * 2 // x.itemsize)  # as many bytes in float32
+    block_k = input_block(tile, x.dtype)
     read, spacing = (adjacent(x), channels) if stride == 2 else aligned(x)
     y_boxes = boxes(y, outputs, pixel_box)
     launch_untraced(
@@ -277,9 +277,14 @@ def describe(
     tile = best_tile(plan, groups, stride, output)
     return (
         f"{tile.block_n} samples x {tile.block_h} x {tile.block_w} pixels x {tile.block_co} channels, "
-        f"BLOCK_K={tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages, "
+        f"BLOCK_K={input_block(tile, x.dtype)}, {tile.num_warps} warps, {tile.num_stages} stages, "
         f"grid ({tile.programs(*output)},){merged}"
     )
+
+
+def input_block(tile: Tile, dtype: torch.dtype) -> int:
+    """Input channels of a step: in float32 half as many, which are as many bytes, but no fewer than 16."""
+    return max(16, tile.block_k * 2 // dtype.itemsize)
 
 
 def aligned(x: Tensor) -> tuple[Tensor, int]:

@@ -234,6 +234,29 @@ def test_operator_passes_opcheck(device: str) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [*descriptor.DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [PLAIN, replace(PLAIN, in_channels=32), CASES[7]], ids=str)
+def test_what_is_described_is_launched(
+    case: Case, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+
+    def note(_kernel: Any, grid: tuple[int], *_: Any, **options: Any) -> None:
+        launched.append(
+            "{BLOCK_N} samples x {BLOCK_H} x {BLOCK_W} pixels x {BLOCK_CO} channels, BLOCK_K={BLOCK_K}, "
+            "{num_warps} warps, {num_stages} stages, ".format(**options)
+            + f"grid {grid}"
+        )
+
+    monkeypatch.setattr(descriptor, "launch_untraced", note)
+    x = torch.randn(case.batch, case.in_channels, *case.size, device=device).to(dtype)
+    packed = torch.randn(64, case.representative * 9 + case.in_channels - case.representative, device=device).to(dtype)
+    planes = torch.rand(3, case.batch, 64, device=device)
+    arguments = (x, packed, *planes, None, case.representative, 1, case.stride[0], "none")
+    descriptor.convolve(*arguments)
+    assert launched == [descriptor.describe(*arguments)]
+
+
 def test_what_is_expanded_is_copied_for_descriptors() -> None:
     """Nobody says whether a descriptor may have pixels that are all the same place."""
     for x in (torch.ones(2, 16, 1, 1).expand(2, 16, 4, 4), torch.ones(1, 16, 1, 1).expand(1, 16, 4, 4)):
