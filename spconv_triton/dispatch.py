@@ -131,7 +131,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Whether Triton multiplies float32 in TF32 there: on NVIDIA's GPUs, of AMD's on gfx942."""
+    """Whether Triton multiplies float32 in TF32 there: on NVIDIA's GPUs from compute capability 8.0 on, of AMD's on
+    gfx942."""
+    found = capability(device)
+    if found is not None:
+        return found[0] >= 8
     if device.type != "cuda" or torch.version.hip is None:
         return True
     return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0] == "gfx942"

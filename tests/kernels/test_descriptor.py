@@ -11,7 +11,7 @@ from cases import Case, Inputs, assert_within_budget, make_inputs, run
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 
-from spconv_triton import functional, launch, reference
+from spconv_triton import dispatch, functional, launch, reference
 from spconv_triton.dispatch import INTERPRETED
 from spconv_triton.geometry import Geometry
 from spconv_triton.launch import common, descriptor
@@ -208,6 +208,17 @@ def test_float32_is_declined_unless_tf32_is_allowed(device: str, monkeypatch: py
     monkeypatch.setattr(descriptor, "dot_precision", lambda x: "tf32")
     # TF32 has 13 bits fewer; the interpreter multiplies as float32.
     check(inputs, PLAIN, condition=1.0 if INTERPRETED else 2.0**13)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"), [((7, 0), "ieee"), ((7, 5), "ieee"), ((8, 0), "tf32"), ((8, 9), "tf32"), ((12, 0), "tf32")]
+)
+def test_there_is_tf32_from_compute_capability_8_on(found: tuple[int, int], expected: str) -> None:
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # until the end of the test, as of each in this folder
+    x = torch.empty(1, device="meta")
+    with dispatch.assuming(found):
+        assert common.dot_precision(x) == expected
+        assert common.statistics_precision(x) == ("ieee" if expected == "ieee" else "tf32x3")
 
 
 def test_unknown_path_is_named(device: str) -> None:
