@@ -6,7 +6,6 @@ rounding of the result, both measured against float64.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spconv_triton import reference
+from spconv_triton import functional, reference
 from spconv_triton.native_convolution import misses_weight_gradient, readable
 
 GATE_CLAMP = 1e-24
@@ -98,6 +97,9 @@ SMALL = (
 )
 
 
+BY_NAME = {case.name: case for case in SMALL}
+
+
 @dataclass
 class Inputs:
     """Leaf tensors of one call; ``None`` where the layer has none."""
@@ -171,6 +173,11 @@ def run(
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
+def native(*arguments: Tensor | None, **options: Any) -> Tensor:
+    """``spconv2d`` on ATen."""
+    return functional.spconv2d(*arguments, backend="native", **options)
+
+
 def output_grad(inputs: Inputs) -> Tensor:
     """A random upstream gradient for ``spconv2d``, in the dtype of ``x`` and in channels_last."""
     shape = run(reference.spconv2d, inputs.to(torch.float64))["y"].shape
@@ -212,6 +219,7 @@ def assert_within_budget(
 
 
 def _assert_comparable(name: str, got: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+    assert got is not same_dtype, f"{name}: judged by itself"
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     assert got.dtype == same_dtype.dtype, f"{name}: dtype {got.dtype}, expected {same_dtype.dtype}"
     assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite"
@@ -281,7 +289,10 @@ def assert_within_budget_over_draws(
         sensitivities: of each draw, by name: an absolute error that is allowed beside the rounding.
     """
     logarithms: dict[str, list[float]] = {}
-    for (got, same_dtype, exact), moves in zip(draws, sensitivities or itertools.repeat({}), strict=False):
+    judged = list(draws)
+    assert judged, "no draws"
+    allowed = [{}] * len(judged) if sensitivities is None else sensitivities
+    for (got, same_dtype, exact), moves in zip(judged, allowed, strict=True):
         for name, judge in exact.items():
             _assert_comparable(name, got[name], same_dtype[name], judge)
             roundings = 16 if got[name].dtype == torch.float64 else 1  # as of single draws
@@ -363,33 +374,29 @@ def _reference_in(layout: torch.memory_format, inputs: Inputs, grad: Tensor) -> 
     return run(reference.spconv2d, replace(inputs, **leaves), grad.contiguous(memory_format=layout))
 
 
-def kept_bytes(call: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of ``call``, each storage counted once, whole."""
-    storages: dict[int, int] = {}
+def kept_bytes(call: Callable[[], Tensor], beside: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward of ``call``, each storage counted once, whole.
+
+    The library has this too (:mod:`spconv_triton.kept`); benchmarks run this file beside older revisions of it.
+
+    Args:
+        beside: whose storages do not count, such as parameters.
+    """
+    others = {tensor.untyped_storage().data_ptr() for tensor in beside}
+    storages: dict[int, torch.UntypedStorage] = {}  # held while they are counted, or an address could be used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()  # alive while it is counted, or its storages' addresses would be reused
-    del result
-    return sum(storages.values())
+        result = call()
+    assert result.requires_grad
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in others)
 
 
 def kept_beside_parameters(function: Callable[..., Tensor], inputs: Inputs) -> int:
     """Bytes that autograd keeps for the backward of ``function``, parameters aside."""
-    parameters = {t.untyped_storage().data_ptr() for name, t in inputs.tensors().items() if name != "x"}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function(*inputs.positional(), **inputs.window)
-    assert y.requires_grad
-    return sum(found.values())
+    parameters = [tensor for name, tensor in inputs.tensors().items() if name != "x"]
+    return kept_bytes(lambda: function(*inputs.positional(), **inputs.window), parameters)

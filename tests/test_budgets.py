@@ -10,11 +10,12 @@ from cases import (
     assert_agrees_over_draws,
     assert_within_budget,
     assert_within_budget_over_draws,
+    kept_bytes,
     make_inputs,
 )
 from torch import Tensor
 
-from spconv_triton import reference
+from spconv_triton import kept, reference
 
 EXACT = torch.ones(4, dtype=torch.float64)
 EPS = torch.finfo(torch.float32).eps
@@ -35,6 +36,37 @@ def test_a_single_result_is_within_budget_or_not() -> None:
     assert_within_budget("y", wrong_by(4), wrong_by(1), EXACT)
     with pytest.raises(AssertionError, match=r"error 5.96.* allowed 4.76"):
         assert_within_budget("y", wrong_by(5), wrong_by(1), EXACT)
+
+
+def test_nothing_is_judged_by_itself() -> None:
+    got = wrong_by(100)
+    with pytest.raises(AssertionError, match="y: judged by itself"):
+        assert_within_budget("y", got, got, EXACT)
+    with pytest.raises(AssertionError, match="y: judged by itself"):
+        assert_within_budget_over_draws([({"y": got}, {"y": got}, {"y": EXACT})])
+
+
+def test_every_draw_is_judged() -> None:
+    with pytest.raises(AssertionError, match="no draws"):
+        assert_within_budget_over_draws([])
+    with pytest.raises(ValueError, match="shorter"):
+        assert_within_budget_over_draws(map(draw, (1, 100)), sensitivities=[{}])
+
+
+def test_what_is_kept_is_counted_whole_though_memory_is_used_again() -> None:
+    """Of two maps, the second may lie where the first lay, once that is let go; parameters do not count."""
+    weight = torch.ones(1000, requires_grad=True)
+
+    def forward() -> Tensor:
+        for _ in range(8):
+            y = weight.exp().sum()
+        return y * weight.sum()
+
+    for count in (kept_bytes, kept.kept_bytes):
+        assert count(forward) - count(forward, [weight]) == 0  # exp keeps its result
+        assert 8 * 4000 <= count(forward) <= 8 * 4000 + 8
+        assert count(lambda: weight.square().sum()) == 4000
+        assert count(lambda: weight.square().sum(), [weight]) == 0
 
 
 def test_luck_evens_out_over_draws() -> None:

@@ -21,8 +21,6 @@ from spconv_triton.native_folding import (
     unfold_gradient,
 )
 
-BY_NAME = {case.name: case for case in SMALL}
-
 
 def geometry_of(case: Case) -> Geometry:
     return Geometry(case.kernel_size, case.stride, case.padding, case.dilation, case.groups)

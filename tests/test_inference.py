@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    BY_NAME,
     RESNET50,
     SMALL,
     Case,
@@ -25,7 +26,6 @@ from spconv_triton import native_onepass, native_parts, native_weights, referenc
 from spconv_triton.functional import spconv2d, spconv2d_inference
 from spconv_triton.native_products import can_be_matrix_product
 
-BY_NAME = {case.name: case for case in SMALL}
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

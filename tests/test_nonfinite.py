@@ -7,20 +7,15 @@ import math
 
 import pytest
 import torch
-from cases import Case, Inputs, make_inputs, run
+from cases import Case, Inputs, make_inputs, native, run
 from hypothesis import given
 from nonfinite import assert_spreads_as_in_the_reference
 from strategies import NOT_FINITE, calls_with_what_is_not_finite
-from torch import Tensor
 
 from spconv_triton import SPConv2d, native_folding, native_parts, native_weights, reference
 from spconv_triton.epilogue import activate
-from spconv_triton.functional import gap_softmax_fusion, spconv2d, spconv2d_inference
+from spconv_triton.functional import gap_softmax_fusion, spconv2d_inference
 from spconv_triton.geometry import resolve
-
-
-def native(*arguments: Tensor | None, **options: object) -> Tensor:
-    return spconv2d(*arguments, backend="native", **options)
 
 
 @given(inputs=calls_with_what_is_not_finite())

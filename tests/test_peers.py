@@ -113,7 +113,8 @@ def test_ghost_with_its_norms_is_timms() -> None:
     ours.cheap.load_state_dict(theirs.cheap_operation[0].state_dict())
     x = torch.randn(3, 8, 7, 8, dtype=torch.float64)
     y = nn.BatchNorm2d(12).double()(ours(x)).relu()
-    assert_within_budget("y", y, y, theirs(x), condition=4)
+    judge = theirs(x)
+    assert_within_budget("y", y, judge, judge, condition=4)
 
 
 def test_hetconv_weights_are_never_stale() -> None:
@@ -167,10 +168,10 @@ def test_octave_is_one_convolution_of_both_resolutions(alpha_in: float, alpha_ou
     exact_high = torch.einsum("ml,nlhw->nmhw", weight, full)[:, :high_out]
     exact_low = torch.einsum("ml,nlhw->nmhw", weight, half)[:, high_out:]
     if not low_out:
-        assert_within_budget("high", y, y, exact_high)
+        assert_within_budget("high", y, exact_high, exact_high)
         return
-    assert_within_budget("high", y.high, y.high, exact_high)
-    assert_within_budget("low", y.low, y.low, exact_low)
+    assert_within_budget("high", y.high, exact_high, exact_high)
+    assert_within_budget("low", y.low, exact_low, exact_low)
 
 
 def test_octave_with_its_spatial_kernels() -> None:
@@ -188,7 +189,7 @@ def test_octave_with_its_spatial_kernels() -> None:
             there = there.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :7]
         y = layer(Octaves(high, low))
         got, other = (y.high, y.low) if way.endswith("high") else (y.low, y.high)
-        assert_within_budget(way, got, got, there)
+        assert_within_budget(way, got, there, there)
         assert not other.any(), way
 
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RESNET50, SMALL, Case, Inputs, assert_within_budget, assert_within_budget_over_draws, make_inputs
+from cases import (
+    BY_NAME,
+    RESNET50,
+    SMALL,
+    Case,
+    Inputs,
+    assert_within_budget,
+    assert_within_budget_over_draws,
+    make_inputs,
+)
 from inference_cases import DTYPES
 from torch import Tensor
 
@@ -27,8 +36,6 @@ from spconv_triton.native_weights import AVAILABLE, PreparedWeights, are_prepara
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDNN")
 
-
-BY_NAME = {case.name: case for case in SMALL}
 FORMS = ("merged", "folded", "exchanged", "prepared", "gate first")
 
 
