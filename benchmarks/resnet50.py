@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for line in speeds(vanilla, split, images, options.rounds, compiled=options.compile):
         print(line, flush=True)
     dense, sparse = (training_bytes(model, images) for model in (vanilla, split))
-    print("\nkept for the backward of a training step: "
+    print("\nkept for the backward of a training step, beside the weights: "
           f"{dense / 1e6:.0f} MB vanilla, {sparse / 1e6:.0f} MB SPConv, {sparse / dense:.3f} x")  # fmt: skip
 
 
@@ -132,10 +132,10 @@ def check(name: str, model: nn.Module, images: Tensor, judge: nn.Module) -> None
 
 
 def training_bytes(model: nn.Module, images: Tensor) -> int:
-    """Bytes that autograd keeps in a training step, each storage once, parameters included; of the whole batch."""
+    """Bytes that autograd keeps in a training step beside the parameters, each storage once; of the whole batch."""
     images = images.contiguous(memory_format=torch.channels_last)
     model = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
-    return kept_bytes(lambda: model(images))
+    return kept_bytes(lambda: model(images), model.parameters())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -170,8 +171,18 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not (compare.ROOT / ".git").exists(), reason="needs the repository's history")
 def test_two_revisions(capsys: pytest.CaptureFixture[str]) -> None:
     """HEAD and the working tree, which no test expects to be equally fast: it runs, and leaves no worktree behind."""
+    before = _worktrees()
     assert compare.main(["HEAD", "--rehearse", "--threads", "1"]) in (0, 1)
+    assert _worktrees() == before
     printed = capsys.readouterr().out
     assert printed.count("\n| resnet") == len(plan.rehearsal().cells)
     assert compare.main(["no-such-revision"]) == 2
     assert "no-such-revision" in capsys.readouterr().err
+    assert _worktrees() == before
+
+
+def _worktrees() -> list[str]:
+    """The folders of the repository's worktrees that are this test's: others may come and go meanwhile."""
+    command = ["git", "-C", str(compare.ROOT), "worktree", "list", "--porcelain"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if line.startswith("worktree ") and compare.PREFIX in line]

@@ -28,6 +28,9 @@ ROOT = Path(__file__).parents[2]
 MARGIN = 0.02
 """What is never flagged: a fiftieth, by which code moves when its neighbours in memory do."""
 
+PREFIX = "bench-compare-"
+"""Of the names of temporary folders."""
+
 
 class Verdict(NamedTuple):
     """Of one comparison.
@@ -98,7 +101,7 @@ class Probe:
 @contextmanager
 def trees(base: str) -> Iterator[tuple[Path, Path]]:
     """A folder for BASE and one for here: each revision's library, this tree's benchmarks and tests."""
-    with tempfile.TemporaryDirectory(prefix="bench-compare-") as folder:
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
         checkout = Path(folder) / "checkout"
         _git("worktree", "add", "--quiet", "--detach", str(checkout), base)
         try:
