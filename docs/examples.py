@@ -11,9 +11,10 @@ import functools
 import io
 import os
 import re
+import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ FOLDER = Path(__file__).parent
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+INDENTED = re.compile(r"^ {4}((?:[A-Z_]+=\S+ )?(?:make|git|(?:\.venv/bin/)?(?:python|pytest)) .*)$", re.MULTILINE)
+
+INLINE = re.compile(r"`((?:make|python\s-m|pytest)\s[^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,17 @@ def examples(page: Path) -> list[Example]:
     ]
 
 
-def commands(page: Path) -> list[str]:
-    """The lines of the page's ``sh`` blocks, without comments."""
-    lines = "\n".join(SHELL.findall(page.read_text())).splitlines()
-    return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
+def commands(page: Path) -> list[list[str]]:
+    """The commands in the page's ``sh`` blocks, indented lines and text, as words, without comments and ``...``."""
+    text = page.read_text()
+    inline = [" ".join(command.split()) for command in INLINE.findall(text)]
+    lines = [*"\n".join(SHELL.findall(text)).splitlines(), *INDENTED.findall(text), *inline]
+    split = [[word for word in shlex.split(line, comments=True) if word != "..."] for line in lines]
+    return [words for words in split if words]
 
 
-def run(page: Path) -> Iterator[tuple[Example, str]]:
-    """Run the page's examples in an empty folder, each with what it prints.
+def run(page: Path, prepare: Callable[[], None] = lambda: None) -> Iterator[tuple[Example, str]]:
+    """Run the page's examples in an empty folder, in which ``prepare`` is called first, each with what it prints.
 
     ``torch.compile`` stops in front of the code generator: what that makes is tested elsewhere, and it takes long.
     """
@@ -75,6 +83,7 @@ def run(page: Path) -> Iterator[tuple[Example, str]]:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch, "compile", fast):
         os.chdir(folder)
         try:
+            prepare()
             for example in examples(page):
                 printed = io.StringIO()
                 with contextlib.redirect_stdout(printed):

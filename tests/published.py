@@ -5,8 +5,12 @@ Parameter names are theirs, so that their checkpoints fit. With an odd size at s
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
+
+from spconv_triton import SPConv2d
 
 
 class PublishedSPConv(nn.Module):
@@ -31,3 +35,14 @@ class PublishedSPConv(nn.Module):
         pooled = [nn.functional.adaptive_avg_pool2d(branch, 1).flatten(1) for branch in (three, one)]
         ratios = torch.stack(pooled, dim=2).softmax(dim=2)[..., None, None]
         return three * ratios[:, :, 0] + one * ratios[:, :, 1]
+
+
+def as_published(network: nn.Module) -> nn.Module:
+    """A network with the published layer in place of ours, freshly initialised."""
+    network = copy.deepcopy(network)
+    for path, layer in list(network.named_modules()):
+        if isinstance(layer, SPConv2d):
+            parent, _, name = path.rpartition(".")
+            theirs = PublishedSPConv(layer.in_channels, layer.out_channels, layer.stride[0], layer.alpha)
+            setattr(network.get_submodule(parent), name, theirs)
+    return network

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import importlib
 import importlib.util
 import inspect
+import io
+import itertools
 import re
-import shlex
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from published import as_published
 
 import spconv_triton
 from docs import examples, figure
@@ -21,17 +26,32 @@ from spconv_triton.training.cli import make_parser
 
 ROOT = FOLDER.parent
 
-PAGES = [*examples.pages(), ROOT / "README.md"]
+README = ROOT / "README.md"
+
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *examples.pages()]
+
+WITH_COMMANDS = [page for page in PAGES if examples.commands(page)]
 
 EXACT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-@pytest.mark.parametrize("page", examples.pages(), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [p for p in examples.pages() if examples.examples(p)], ids=lambda page: page.stem)
 @pytest.mark.filterwarnings("ignore:No complete tensor found in the group:UserWarning")  # torch.export.load's
 def test_examples_print_what_the_page_shows(page: Path) -> None:
     for example, printed in examples.run(page):
         right = doctest.OutputChecker().check_output(f"{example.output}\n", f"{printed}\n", EXACT)
         assert right, f"{page.name}:{example.line} prints\n{printed}\ninstead of\n{example.output}"
+
+
+def test_examples_of_the_readme_run() -> None:
+    """One after the other; what they print is not shown there."""
+
+    def checkpoint() -> None:
+        torch.save(as_published(models.resnet50(alpha=0.5)).state_dict(), "model.pth")
+
+    pytest.importorskip("torchvision")
+    found = list(examples.run(README, checkpoint))
+    assert len(found) == README.read_text().count("```py") >= 4
 
 
 def test_every_page_with_python_is_run() -> None:
@@ -41,19 +61,57 @@ def test_every_page_with_python_is_run() -> None:
     assert sum(counts.values()) > 15
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: "-".join(page.relative_to(ROOT).parts))
 def test_commands_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     for command in examples.commands(page):
-        words = shlex.split(command)
-        if words[0] == "make":
-            assert set(words[1:2]) <= targets, command
+        words = list(itertools.dropwhile(lambda word: "=" in word, command))
+        program = Path(words[0]).name
+        if program == "make":
+            variables = [word.partition("=")[0] for word in words[1:] if "=" in word]
+            assert {*words[1:]} - targets <= {word for word in words if "=" in word}, command
+            assert all(re.search(rf"\b{name}\b", makefile) for name in variables), command
         elif "spconv_triton" in words:
             make_parser().parse_args(words[words.index("spconv_triton") + 1 :])
-        elif words[:2] == ["python", "-m"]:
-            assert importlib.util.find_spec(words[2]), command
+        elif program == "python":
+            assert words[1] == "-m", command
+            check_options(words[2], words[3:])
+        elif program == "pytest":
+            check_selection(words[1:])
+        elif program == "git":
+            assert (ROOT / words[2].partition(":")[2]).exists(), command
         else:
             assert words[:2] == ["pip", "install"], command
+
+
+def check_options(module: str, words: list[str]) -> None:
+    """``python -m module`` is there, and its help names the options among ``words``."""
+    found = importlib.util.find_spec(module)
+    assert found, module
+    options = [word for word in words if word.startswith("--")]
+    if not options:
+        return
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        importlib.import_module(f"{module}.__main__" if found.submodule_search_locations else module).main(["--help"])
+    for option in options:
+        assert re.search(rf"{option}(?![\w-])", printed.getvalue()), f"python -m {module} has no {option}"
+
+
+def check_selection(words: list[str]) -> None:
+    """``pytest`` with these arguments finds its files, and in them a test for what ``-k`` says."""
+    paths = [ROOT / word for word in words if (ROOT / word).exists()]
+    assert paths, words
+    for flag, expression in itertools.pairwise(words):
+        if flag == "-k":
+            assert re.search(rf"def test_\w*{expression}", paths[0].read_text()), words
+
+
+def test_the_pages_with_commands_are_found() -> None:
+    names = {str(page.relative_to(ROOT)) for page in WITH_COMMANDS}
+    assert names >= {"README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/performance.md"}
+    assert len(examples.commands(README)) >= 6
 
 
 def public() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_within_budget
-from published import PublishedSPConv
+from published import PublishedSPConv, as_published
 from torch import Tensor, nn
 
 from spconv_triton import SPConv2d, load_reference_checkpoint, models
@@ -20,17 +20,6 @@ def small_network(alpha: float = 0.5) -> ResNet:
     """Two stages of one block each, the second at stride 2, named as the published ResNets are."""
     options = SPConvOptions(alpha, 2, True, "auto")
     return ResNet(Bottleneck, (1, 1), (8, 16), nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Identity(), 5, options)
-
-
-def as_published(network: nn.Module) -> nn.Module:
-    """A network with the published layer in place of ours, freshly initialised."""
-    network = copy.deepcopy(network)
-    for path, layer in list(network.named_modules()):
-        if isinstance(layer, SPConv2d):
-            parent, _, name = path.rpartition(".")
-            theirs = PublishedSPConv(layer.in_channels, layer.out_channels, layer.stride[0], layer.alpha)
-            setattr(network.get_submodule(parent), name, theirs)
-    return network
 
 
 def randomise(network: nn.Module) -> None:
