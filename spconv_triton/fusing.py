@@ -19,7 +19,6 @@ from .module_changes import unchanged
 from .modules import SPConv2d
 from .plain_norms import FoldedNorm, find_folded_norms
 from .regions import Region, Tracer, attribute, find_regions, trace
-from .sources import is_only_called, only_calls
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusio
     rounding. Anything else is as it was, unless ``plain_norms`` asks for the norms behind plain convolutions too.
 
     The graph is read by ``torch.fx``. Modules that cannot be traced, because of control flow say, are left as they are,
-    and their parts are fused each on its own. Where a norm and an activation are modules of their own, nothing else
+    and the parts that they call, as far as their source tells, are fused each on its own. Where a norm and an activation are modules of their own, nothing else
     calls them and no residual is added, ``nn.Identity`` takes their places. Else the module in whose forward they are
     called becomes a ``torch.fx.GraphModule``, which has its parts under their names but is of no class of its own.
     timm's ``BatchNormAct2d``, a norm and an activation in one, becomes a sequence of the two first.
@@ -82,8 +81,12 @@ def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusio
     where an activation stands before the norm; where a norm is in training mode, has no running statistics, another
     dtype or hooks; where calls of it are followed by different things; where a forward has optional arguments, which
     may change what follows; where a forward asks what a symbol cannot answer (types, gradients, autocast), keeps what
-    it computes, or looks into parts of which less would be left; and where the layer, or what would have to be
-    rewritten, has hooks.
+    it computes, or looks into parts of which less would be left; where a forward that cannot be traced may do more with
+    it, or with what follows, than call the part around both; where a list or another attribute holds it beside the
+    network's own tree; and where the layer, or what would have to be rewritten, has hooks.
+
+    What is fused is the forward as it is now. Other methods that stop before a norm find it in the layer already, and
+    flags that are set on the copy later change nothing.
 
     Args:
         model: in eval mode. Compile it and export it afterwards.
@@ -108,20 +111,35 @@ def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusio
     if report is not None and not callable(report):
         raise TypeError(f"report must be callable or None, got {report!r}")
     _check_state(model)
-    model = _with_norms_apart(copy.deepcopy(model))
+    model = _with_norms_apart(_copied(model))
     plan = _Plan(model, plain_norms)
     if report is not None:
         report(plan.report())
     return plan.carry_out()
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy in the same modes and with the same hooks: that of a ``torch.fx.GraphModule`` is a new one."""
+    copied = copy.deepcopy(model)
+    for module, other in zip(model.modules(), copied.modules(), strict=True):
+        other.training = module.training
+        if isinstance(module, fx.GraphModule) and has_hooks(module):
+            hooks = {name: value for name, value in vars(module).items() if "_hooks" in name}
+            vars(other).update(copy.deepcopy(hooks))
+    return copied
+
+
 def _with_norms_apart(model: nn.Module) -> nn.Module:
     """``model`` with a norm and an activation in the place of each of timm's modules that are both, in eval mode."""
-    apart: dict[nn.Module, nn.Module] = {}
-    for parent in model.modules():
-        for key, norm in parent.named_children():
-            if _has_activation(norm) and only_calls(parent, key, unknown=True):
-                apart[norm] = nn.Sequential(_as_batch_norm(norm), norm.get_submodule("act")).eval()
+    norms = [module for module in model.modules() if _has_activation(module)]
+    if not norms:
+        return model
+    network = find_regions(model)
+    apart: dict[nn.Module, nn.Module] = {
+        norm: nn.Sequential(_as_batch_norm(norm), norm.get_submodule("act")).eval()
+        for norm in norms
+        if network.only_calls(norm, model)
+    }
     return _replace(model, apart)
 
 
@@ -190,10 +208,11 @@ class _Plan:
             if isinstance(module, SPConv2d):
                 decision = self.decisions.setdefault(module, _Decision((), reason=_obstacle(module)))
                 decision.names = (*decision.names, name)
-        self.regions = regions = find_regions(model)
+        self.network = find_regions(model)
+        regions = self.network.regions
         sites = self._follow_calls(regions)
         owners = _owners(regions)
-        self.norms = find_folded_norms(regions, owners) if plain_norms else []
+        self.norms = find_folded_norms(self.network, owners) if plain_norms else []
         for layer, decision in self.decisions.items():
             if not decision.reason:
                 self._decide(layer, decision, sites.get(layer, []), owners)
@@ -234,13 +253,15 @@ class _Plan:
         chain, region = sites[0]
         scope = chain.frames[-1].module
         decision.reason = chain.stopped
-        if owners[layer] > 1:
+        if owners[layer] + self.network.callers[layer] > 1:
             decision.reason = "is shared by parts that are traced separately"
         elif any(c.signature != chain.signature or c.frames[-1].module is not scope for c, _ in sites):
             decision.reason = f"is called {len(sites)} times, and different things follow"
         elif len(chain.nodes) == 1:
             return
-        elif _are_read([c for c, _ in sites], region, self.regions):
+        elif exposed := self._exposure([c for c, _ in sites], region):
+            decision.reason = exposed
+        elif _are_read([c for c, _ in sites], region, self.network.regions):
             decision.reason = "has parameters, or is followed by what has, that a forward reads itself"
         elif self._is_looked_into([c for c, _ in sites], region, owners):
             decision.reason = "is called or followed by a module that another forward does not only call"
@@ -257,13 +278,23 @@ class _Plan:
         else:
             decision.chain, decision.region = chain, region
 
+    def _exposure(self, chains: list[Chain], region: Region) -> str:
+        """What else may reach a part of chains that fold; empty if nothing does."""
+        for node in (node for chain in chains for node in chain.nodes if node.op == "call_module"):
+            module = region.module_of(node)
+            if module in self.network.exposed:
+                subject = "" if node is chains[0].nodes[0] else f"is followed by {region.name_of(node)}, which "
+                return subject + self.network.exposed[module]
+        return ""
+
     def _is_looked_into(self, chains: list[Chain], region: Region, owners: dict[nn.Module, int]) -> bool:
         """Whether anything does more than call a module of which less will be left: attributes are read, say."""
         if _is_made_of_modules(chains, region, owners):
             less = {region.module_of(node) for chain in chains for node in chain.nodes[1:]}
         else:
             less = {chains[0].frames[-1].module}
-        return not all(is_only_called(module, self.model) for module in less)
+        layer = region.module_of(chains[0].nodes[0])
+        return layer in self.network.asked or not all(self.network.only_calls(module, self.model) for module in less)
 
     def _join_nested(self) -> None:
         """Where the graph of one scope will hold the forward of another, it folds what is folded there, too."""

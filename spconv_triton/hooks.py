@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 
 from torch import nn
+from torch.nn.modules import module as everywhere
+
+HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at, or changes, what goes into ``module`` or comes out."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names) or "forward" in vars(module)
+    """Whether somebody looks at, or changes, what goes into ``module`` or comes out; of this module or of every one."""
+    if any(getattr(module, f"_{name}") or getattr(everywhere, f"_global_{name}", None) for name in HOOKS):
+        return True
+    return "forward" in vars(module)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -19,10 +19,12 @@ class Changes:
     Attributes:
         attributes: those on which it set some.
         contents: those into whose lists and dictionaries it put something.
+        state: those on which it set a number, a flag or a text to another, which its next call may go by.
     """
 
     attributes: list[nn.Module] = field(default_factory=list)
     contents: list[nn.Module] = field(default_factory=list)
+    state: list[nn.Module] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -36,6 +38,8 @@ def unchanged(model: nn.Module) -> Iterator[Changes]:
         for module, attributes, contents in before:
             if not _are_the_same(vars(module), attributes):
                 changes.attributes.append(module)
+            if any(_is_plain(value) and value != attributes.get(name) for name, value in vars(module).items()):
+                changes.state.append(module)
             if not all(_are_the_same(attributes[name], was) for name, was in contents.items()):
                 changes.contents.append(module)
             vars(module).clear()
@@ -52,6 +56,10 @@ def _contents(module: nn.Module) -> dict[str, Any]:
     """Copies of the lists and dictionaries that are attributes, those of its parts and parameters among them."""
     kept = (list, dict)
     return {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, kept)}
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (bool, int, float, str)
 
 
 def _are_the_same(now: Any, was: Any) -> bool:

@@ -10,8 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .chains import Chain, norm_misfit
 from .hooks import has_hooks
-from .regions import Region, attribute
-from .sources import is_only_called
+from .regions import Network, Region, attribute
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +35,16 @@ class FoldedNorm:
         return {self.convolution: convolution, self.norm: nn.Identity().eval()}
 
 
-def find_folded_norms(regions: list[Region], owners: dict[nn.Module, int]) -> list[FoldedNorm]:
-    """The norms of ``regions`` whose only input is the result of an ``nn.Conv2d`` that nothing else reads.
+def find_folded_norms(network: Network, owners: dict[nn.Module, int]) -> list[FoldedNorm]:
+    """The norms of a network whose only input is the result of an ``nn.Conv2d`` that nothing else reads.
 
     Both are called once and nothing else reads their parameters; hooked and parametrized ones and subclasses stay.
 
     Args:
-        regions: the network's graphs.
+        network: its graphs.
         owners: in how many of them a module stands.
     """
-    found = []
+    found, regions = [], network.regions
     read = {id(attribute(node, region)) for region in regions for node in region.graph.nodes if node.op == "get_attr"}
     for region in regions:
         calls = Counter(region.module_of(node) for node in region.graph.nodes if node.op == "call_module")
@@ -55,9 +54,12 @@ def find_folded_norms(regions: list[Region], owners: dict[nn.Module, int]) -> li
                 continue
             convolution = region.module_of(node)
             user = next(iter(node.users))
-            once = all(calls[module] == 1 and owners[module] == 1 for module in (convolution, norm))
+            once = all(
+                calls[module] == 1 and owners[module] == 1 and module not in network.exposed
+                for module in (convolution, norm)
+            )
             state = (t for module in (convolution, norm) for t in (*module.parameters(), *module.buffers()))
-            alone = not any(id(t) in read for t in state) and is_only_called(norm, region.root)
+            alone = not any(id(t) in read for t in state) and network.only_calls(norm, region.root)
             if once and alone and not any(f.is_open for f in Chain([node, user]).inner_frames):
                 assert isinstance(convolution, nn.Conv2d)
                 found.append(FoldedNorm(convolution, norm, (region.name_of(node), region.name_of(user))))

@@ -1,9 +1,9 @@
 """A network as graphs.
 
 ``torch.fx`` runs a network's forward on symbols. Where that fails, at control flow that depends on values say, the
-module in whose forward it failed becomes a node of the graphs around it, and each of its children is traced on its own,
-if that is all that its source does with them: call them. Modules with hooks, which must not see symbols, are nodes
-likewise. A network is thus a list of :class:`Region`.
+module in whose forward it failed becomes a node of the graphs around it, and each of the parts that it calls is traced
+on its own; what else its source does with parts, :mod:`.reach` tells. Modules with hooks, which must not see symbols,
+are nodes likewise. A network is thus a list of :class:`Region`.
 
 A forward that asks what a symbol cannot answer truly (what type it is, whether gradients are on) fails as well, even if
 it gets an answer, or goes on after an exception. What other threads do meanwhile is theirs.
@@ -17,6 +17,7 @@ import inspect
 import operator
 import sys
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ from .fused import FusedSPConv2d
 from .hooks import has_hooks
 from .module_changes import unchanged
 from .modules import SPConv2d
-from .sources import asks_for_none, asks_for_type, only_calls
+from .reach import held_by_attributes, reach_of
+from .sources import asks_for_none, asks_for_type, is_only_called
 
 IN_PLACE = [name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name[1:]}__")]
 """iadd, imul and so on."""
@@ -274,11 +276,49 @@ def _noting_questions(tracer: Tracer) -> Iterator[None]:
         yield
 
 
-def find_regions(model: nn.Module) -> list[Region]:
-    """The network as graphs that together hold every module that is called, as far as it can be known."""
-    regions: list[Region] = []
+@dataclass
+class Network:
+    """What is known of the calls in a network.
+
+    Attributes:
+        regions: graphs that together hold every module that is called, as far as it can be known.
+        callers: for each SPConv layer, how many forwards call it that cannot be traced.
+        exposed: modules that may be called, or looked into, by what is in no graph; each with that.
+        asked: modules of which such code asks what they are.
+        opaque: modules whose forwards are in no graph.
+    """
+
+    regions: list[Region]
+    callers: Counter[nn.Module]
+    exposed: dict[nn.Module, str]
+    asked: set[nn.Module]
+    opaque: set[nn.Module]
+
+    def only_calls(self, part: nn.Module, model: nn.Module) -> bool:
+        """Whether no forward in ``model`` is known to do more with ``part`` than call it."""
+        traced = (module for module in model.modules() if module not in self.opaque)
+        return part not in self.asked and part not in self.exposed and is_only_called(part, traced)
+
+
+def find_regions(model: nn.Module) -> Network:
+    """The network as graphs, and what is outside of them."""
+    held = held_by_attributes(model)
+    exposed = {part: f"is held by the attribute {place} too" for part, place in held.items()}
+    network = Network([], Counter(), exposed, set(), set())
     seen: set[nn.Module] = set()
     pending = [("", model)]
+
+    def leave_opaque(name: str, module: nn.Module) -> None:
+        called, exposed, asked = reach_of(module)
+        network.opaque.add(module)
+        network.asked.update(asked)
+        reason = f"may be reached by {type(module).__name__}.forward, which cannot be traced"
+        for part in exposed:
+            network.exposed.setdefault(part, reason)
+        for key, part in called.items():
+            pending.append((f"{name}.{key}" if name else key, part))
+            network.callers[part] += isinstance(part, SPConv2d)
+
     while pending:
         name, root = pending.pop()
         if root in seen or isinstance(root, (SPConv2d, FusedSPConv2d)):
@@ -286,28 +326,20 @@ def find_regions(model: nn.Module) -> list[Region]:
         seen.add(root)
         region = _trace_region(name, root)
         if region is None:
-            pending += _called_children(name, root)
+            leave_opaque(name, root)
             continue
-        regions.append(region)
+        network.regions.append(region)
         for below, part in root.named_modules(prefix=name):
-            if part in region.leaves:
-                pending += [(below, part)] if has_hooks(part) else _called_children(below, part)
-    return regions
-
-
-def _called_children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The parts that a forward calls which cannot be traced; of those that it reaches into, their parts."""
-    found: list[tuple[str, nn.Module]] = []
-    for key, child in module.named_children():
-        below = f"{name}.{key}" if name else key
-        if only_calls(module, key, unknown=False) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            found.append((below, child))
-        else:
-            found += _called_children(below, child)
-    return found
+            if part in region.leaves and has_hooks(part):
+                pending.append((below, part))
+            elif part in region.leaves and not isinstance(part, (SPConv2d, FusedSPConv2d)):
+                leave_opaque(below, part)
+    return network
 
 
 def _trace_region(name: str, root: nn.Module) -> Region | None:
+    if "forward" in vars(root):  # torch.fx would trace that of its class
+        return None
     opaque: set[nn.Module] = set()
     while True:
         tracer = Tracer(opaque)
@@ -317,9 +349,10 @@ def _trace_region(name: str, root: nn.Module) -> Region | None:
         except Exception:  # a forward may raise anything at a symbol
             failed = tracer.failed
         else:
-            if not changes.contents:
+            changed = [*changes.contents, *changes.state]  # in which others, or the next call, may find something
+            if not changed:
                 return Region(root, graph, tracer.found_leaves, name)
-            failed = changes.contents[0]  # in which others may find what was computed
+            failed = changed[0]
         if failed is None or failed is root or failed in opaque:
             return None
         opaque.add(failed)

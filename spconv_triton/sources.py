@@ -6,13 +6,26 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-WHOLE = ("children", "modules", "named_children", "named_modules", "_modules", "get_submodule")
+WHOLE = ("apply", "children", "modules", "named_children", "named_modules", "_modules", "get_submodule", "__dict__")
 """Attributes of a module by which it may reach any part."""
+
+
+class Method(NamedTuple):
+    """One that a forward leads to.
+
+    Attributes:
+        tree: its definition.
+        instance: the name of its first argument; empty if that is no instance.
+    """
+
+    tree: ast.FunctionDef
+    instance: str
 
 
 class Uses(NamedTuple):
@@ -31,31 +44,24 @@ class Uses(NamedTuple):
     asks_type: bool
 
 
-def only_calls(parent: nn.Module, part: str, *, unknown: bool) -> bool:
-    """Whether the forward of ``parent`` does nothing with its child ``part`` but call it.
+def is_only_called(part: nn.Module, parents: Iterable[nn.Module]) -> bool:
+    """Whether no forward of ``parents``, all of which can be traced, is known to do more with ``part`` than call it."""
+    children = ((parent, key) for parent in parents for key, child in parent.named_children() if child is part)
+    return all(only_calls(parent, key) for parent, key in children)
 
-    Elements of containers count as called.
 
-    Args:
-        unknown: the answer where there is no source.
-    """
+def only_calls(parent: nn.Module, part: str) -> bool:
+    """Whether the forward of ``parent``, which can be traced, does nothing with its child ``part`` but call it, as far
+    as is known. Elements of containers count as called."""
     if isinstance(parent, (fx.GraphModule, nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return True
-    if type(parent).__module__.startswith("torch.nn."):
-        return True
-    uses = uses_of(type(parent))  # type: ignore[arg-type]  # whose hash mypy does not see
-    return unknown if uses is None else not (uses.any_part or part in uses.touched)
-
-
-def is_only_called(part: nn.Module, model: nn.Module) -> bool:
-    """Whether no forward in ``model`` is known to do more with ``part``, a child of some module, than call it."""
-    children = ((parent, key) for parent in model.modules() for key, child in parent.named_children() if child is part)
-    return all(only_calls(parent, key, unknown=True) for parent, key in children)
+    uses = uses_of(type(parent))
+    return uses is None or not (uses.any_part or part in uses.touched)
 
 
 def asks_for_none(module: nn.Module) -> bool:
     """Whether the forward of ``module`` asks if an argument that must be given is None."""
-    uses = uses_of(type(module))  # type: ignore[arg-type]
+    uses = uses_of(type(module))
     return uses is not None and bool(uses.asked)
 
 
@@ -63,41 +69,91 @@ def asks_for_type(module: nn.Module) -> bool:
     """Whether the forward of ``module`` takes the type of something else than the module."""
     if type(module).__module__.startswith("torch.nn."):
         return False
-    uses = uses_of(type(module))  # type: ignore[arg-type]
+    uses = uses_of(type(module))
     return uses is not None and uses.asks_type
 
 
-@functools.lru_cache(maxsize=1024)
-def uses_of(kind: Any) -> Uses | None:
+def uses_of(kind: type[nn.Module]) -> Uses | None:
     """What a class does; None without its source."""
-    methods: dict[str, list[ast.FunctionDef]] = {}
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            return None
-        for definition in ast.walk(tree):
-            if isinstance(definition, ast.FunctionDef):
-                methods.setdefault(definition.name, []).append(definition)
-    touched: set[str] = set()
-    asks_type = False
-    for method in _reached(methods):
-        touched |= set(_touched(method))
-        asks_type |= any(map(_is_type_of_another, ast.walk(method)))
-    return Uses(frozenset(touched), not touched.isdisjoint(WHOLE), frozenset(_asked(methods)), asks_type)
+    methods = methods_of(kind)
+    return None if methods is None else _uses(methods)
 
 
-def _reached(methods: dict[str, list[ast.FunctionDef]]) -> Iterator[ast.FunctionDef]:
-    """The definitions that forward leads to, by name."""
+def methods_of(kind: type[nn.Module]) -> tuple[Method, ...] | None:
+    """The methods that forward leads to, by name; None if one has no source."""
+    found: list[Method] = []
     pending, seen = ["forward"], {"forward"}
     while pending:
-        for method in methods.get(pending.pop(), []):
-            yield method
-            named = {node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute)}
-            pending += named - seen
+        name = pending.pop()
+        for base in kind.__mro__:
+            if name not in vars(base) or base is nn.Module:
+                continue
+            method = definition_of(vars(base)[name])
+            if method is None:
+                return None
+            found.append(method)
+            named = {node.attr for node in ast.walk(method.tree) if isinstance(node, ast.Attribute)} - seen
             seen |= named
-            if not any(isinstance(node, ast.Name) and node.id == "super" for node in ast.walk(method)):
+            pending += [attribute for attribute in sorted(named) if _is_method(kind, attribute)]
+            if not any(isinstance(node, ast.Name) and node.id == "super" for node in ast.walk(method.tree)):
                 break  # those of the classes above are not called
+    return tuple(found)
+
+
+def _is_method(kind: type[nn.Module], name: str) -> bool:
+    """Whether a class, and not ``nn.Module`` itself, gives this name to what has a definition."""
+    value = inspect.getattr_static(kind, name, None)
+    return _function(value) is not None and inspect.getattr_static(nn.Module, name, None) is not value
+
+
+def _function(value: Any) -> FunctionType | None:
+    """What runs when an attribute of a class is called or read."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, functools.cached_property):
+        value = value.func
+    while isinstance(value, FunctionType) and value.__globals__.get("__name__", "").startswith("torch."):
+        inner = getattr(value, "__wrapped__", None)  # of @torch.no_grad(), say
+        if inner is None:
+            break
+        value = inner
+    return value if isinstance(value, FunctionType) else None
+
+
+def definition_of(value: Any) -> Method | None:
+    """What is behind an attribute of a class; None if that is no function, or one without its source."""
+    function = _function(value)
+    if function is None or hasattr(function, "__wrapped__"):  # a decorator may do anything
+        return None
+    tree = _definition(function)
+    if tree is None:
+        return None
+    arguments = [*tree.args.posonlyargs, *tree.args.args]
+    is_instance = arguments and not isinstance(value, (staticmethod, classmethod))
+    return Method(tree, arguments[0].arg if is_instance else "")
+
+
+@functools.lru_cache(maxsize=4096)
+def _definition(function: FunctionType) -> ast.FunctionDef | None:
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, ValueError, SyntaxError):
+        return None
+    return tree if isinstance(tree, ast.FunctionDef) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _uses(methods: tuple[Method, ...]) -> Uses:
+    touched: set[str] = set()
+    asks_type = False
+    for method in methods:
+        touched |= set(_touched(method.tree))
+        asks_type |= any(_is_type_of_another(node, method.instance) for node in ast.walk(method.tree))
+    forward = next((method for method in methods if method.tree.name == "forward"), None)
+    asked = () if forward is None else _asked(forward.tree)
+    return Uses(frozenset(touched), not touched.isdisjoint(WHOLE), frozenset(asked), asks_type)
 
 
 def _touched(method: ast.FunctionDef) -> Iterator[str]:
@@ -105,29 +161,29 @@ def _touched(method: ast.FunctionDef) -> Iterator[str]:
     for node in ast.walk(method):
         if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Attribute) and node.func.attr in WHOLE):
             harmless.add(node.func)
-        elif isinstance(node, ast.Compare) and _is_with_none(node):
+        elif isinstance(node, ast.Compare) and is_with_none(node):
             harmless.add(node.left)
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node not in harmless:
             yield node.attr
 
 
-def _asked(methods: dict[str, list[ast.FunctionDef]]) -> Iterator[str]:
-    for forward in methods.get("forward", [])[:1]:
-        arguments = forward.args.args[1 : len(forward.args.args) - len(forward.args.defaults)]
-        names = {argument.arg for argument in arguments}
-        for node in ast.walk(forward):
-            if isinstance(node, ast.Compare) and _is_with_none(node) and isinstance(node.left, ast.Name):
-                yield from names & {node.left.id}
+def _asked(forward: ast.FunctionDef) -> Iterator[str]:
+    arguments = forward.args.args[1 : len(forward.args.args) - len(forward.args.defaults)]
+    names = {argument.arg for argument in arguments}
+    for node in ast.walk(forward):
+        if isinstance(node, ast.Compare) and is_with_none(node) and isinstance(node.left, ast.Name):
+            yield from names & {node.left.id}
 
 
-def _is_type_of_another(node: ast.AST) -> bool:
+def _is_type_of_another(node: ast.AST, instance: str) -> bool:
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "type"):
         return False
-    return len(node.args) == 1 and not (isinstance(node.args[0], ast.Name) and node.args[0].id == "self")
+    return len(node.args) == 1 and not (isinstance(node.args[0], ast.Name) and node.args[0].id == instance)
 
 
-def _is_with_none(node: ast.Compare) -> bool:
+def is_with_none(node: ast.Compare) -> bool:
+    """Whether it is ``... is None`` or ``... is not None``."""
     operands = node.comparators
     is_none = len(operands) == 1 and isinstance(operands[0], ast.Constant) and operands[0].value is None
     return is_none and isinstance(node.ops[0], (ast.Is, ast.IsNot))

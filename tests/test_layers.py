@@ -214,7 +214,7 @@ def test_conversion_is_built_on_the_layer(internal: list[Import]) -> None:
 
 
 def test_fusing_is_built_on_the_layer(internal: list[Import]) -> None:
-    above = {"chains", "fused", "fusing", "module_changes", "plain_norms", "regions", "sources"}
+    above = {"chains", "fused", "fusing", "module_changes", "plain_norms", "reach", "regions", "sources"}
     below = {"functional", "modules", *HELPERS}
     assert {i.imported for i in internal if i.importer in above and not is_aten(i.imported)} <= {*above, *below}
     assert {top(i.importer) for i in internal if i.imported in above} <= {*above, "", "eligibility", "network_summary"}
