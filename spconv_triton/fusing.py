@@ -72,10 +72,11 @@ def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusio
     rounding. Anything else is as it was, unless ``plain_norms`` asks for the norms behind plain convolutions too.
 
     The graph is read by ``torch.fx``. Modules that cannot be traced, because of control flow say, are left as they are,
-    and the parts that they call, as far as their source tells, are fused each on its own. Where a norm and an activation are modules of their own, nothing else
-    calls them and no residual is added, ``nn.Identity`` takes their places. Else the module in whose forward they are
-    called becomes a ``torch.fx.GraphModule``, which has its parts under their names but is of no class of its own.
-    timm's ``BatchNormAct2d``, a norm and an activation in one, becomes a sequence of the two first.
+    and the parts that they call, as far as their source tells, are fused each on its own. Where a norm and an
+    activation are modules of their own, nothing else calls them and no residual is added, ``nn.Identity`` takes their
+    places. Else the module in whose forward they are called becomes a ``torch.fx.GraphModule``, which has its parts
+    under their names but is of no class of its own. timm's ``BatchNormAct2d``, a norm and an activation in one, becomes
+    a sequence of the two first.
 
     A layer stays, with the reason in the report, where its result is used more than once or is a result of the network;
     where an activation stands before the norm; where a norm is in training mode, has no running statistics, another

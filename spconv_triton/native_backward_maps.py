@@ -14,7 +14,7 @@ from . import native
 from .native_backward_operands import Operands
 from .native_convolution import channels_last, convolve
 from .native_convolution_backward import convolution_backward
-from .native_folding import Block, fold, folding_pays, other_blocks, unfold_gradient, whole
+from .native_folding import Block, fold, folding_pays, other_blocks, whole
 from .native_gate import sums_of_maps
 from .native_products import columns, is_matrix_product, plus_pointwise
 
@@ -107,17 +107,17 @@ def _representative_gradients(
     """
     _, convolved, blocks, is_folded = made
     dx3 = dconvolved = dweight_pwc = None
-    through = needed[0], needed[1] or (needed[2] and is_folded)
-    if any(through):
-        dx3, dconvolved = convolution_backward(e, given.x3, convolved, through, *given.geometry[1:])
-    if needed[2]:
-        dweight_pwc = torch.empty_like(given.weight_pwc)
-        if is_folded and dconvolved is not None:
-            unfold_gradient(dconvolved, dweight_pwc, given.geometry)
+    if any(needed[:2]):
+        dx3, dconvolved = convolution_backward(e, given.x3, convolved, needed[:2], *given.geometry[1:])
     is_x = given.z is given.x
     read, added = given.x3 if is_x else given.z, channels_last(dx3) if is_x and dx3 is not None else None
+    if needed[2]:
+        dweight_pwc = torch.empty_like(given.weight_pwc)
+        if is_folded:  # in one product, not block by block
+            (block,) = whole(dweight_pwc)
+            _block_gradients(e, read, block, block.of(given.weight_pwc), block.of(dweight_pwc), None)
     for block in blocks:
-        of_block = None if dweight_pwc is None else block.of(dweight_pwc)
+        of_block = None if dweight_pwc is None or is_folded else block.of(dweight_pwc)
         _block_gradients(e, read, block, block.of(given.weight_pwc), of_block, dz, added)
     if dz is not None and not blocks:
         of_representative = dz.narrow(1, 0, given.x3.shape[1])

@@ -12,7 +12,9 @@ and there are two ways to it, with s x s pixels pooled:
 - *merged*: GWC' is dense, with all of Wp in it, and there is no W'. oneDNN computes with blocks of channels, so a
   layer of few channels is convolved in the same time for fewer calls.
 
-The gradients of GWC' at these taps are, summed over them, those of Wp's blocks.
+The gradients of GWC' at these taps are, summed over them, those of Wp's blocks, but not as precise over many pixels:
+without AVX-512 oneDNN adds up a tap's one by one, and at a stride they are means of larger sums. There the gradient of
+Wp is a product of its own, which takes no longer than its blocks beside the diagonal and the rest of the way back.
 """
 
 from __future__ import annotations
@@ -32,8 +34,7 @@ FEW_PRODUCTS = 3e5
 """Multiply-accumulates by Wp up to which merging pays in a single call."""
 
 SHORT_SUM = 1 << 10
-"""Output pixels of a batch up to which the gradient of Wp is as precise in a merged weight's as by itself: on some
-processors oneDNN adds up a tap's one after the other."""
+"""Output pixels of a batch up to which the gradient of Wp is as precise in a merged weight's as by itself."""
 
 FOLDED_PRODUCTS = 8e6
 """Multiply-accumulates that must be saved for folding to pay in a single call."""
@@ -166,11 +167,3 @@ def shared_taps(weight: Tensor, geometry: Geometry) -> tuple[Tensor, float]:
     height, width = geometry.stride
     top, left = geometry.kernel_size[0] // 2, geometry.kernel_size[1] // 2
     return weight[:, :, top : top + height, left : left + width], 1 / (height * width)
-
-
-def unfold_gradient(folded: Tensor, pwc: Tensor, geometry: Geometry) -> None:
-    """From the gradient of the folded GWC', that of Wp's blocks on the diagonal into ``pwc``, [M, alpha L, 1, 1]."""
-    taps, share = shared_taps(folded, geometry)
-    of_own = taps.flatten(2).squeeze(2) if share == 1 else taps.mean((2, 3))
-    for block in own_blocks(folded, geometry.groups):
-        block.of(pwc).copy_(of_own.narrow(0, block.output, block.outputs))

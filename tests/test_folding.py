@@ -18,7 +18,6 @@ from spconv_triton.native_folding import (
     own_blocks,
     part_gradient,
     reads_the_same,
-    unfold_gradient,
 )
 
 
@@ -113,19 +112,6 @@ def test_merged_weights(case: Case) -> None:
 @pytest.mark.parametrize("case", FOLDABLE, ids=str)
 def test_folded_weights(case: Case) -> None:
     assert_stands_for_both(case, merged=False)
-
-
-@pytest.mark.parametrize("case", FOLDABLE, ids=str)
-def test_gradients_of_the_blocks_are_in_that_of_the_folded_weight(case: Case) -> None:
-    """As autograd has them of :func:`fold`; blocks beside the diagonal are left alone."""
-    geometry = geometry_of(case)
-    _, gwc, pwc = operands(case)
-    pwc.requires_grad_()
-    gradient = torch.randn_like(gwc)
-    (expected,) = torch.autograd.grad(fold(gwc, pwc, geometry), pwc, gradient)
-    got = torch.zeros_like(pwc)
-    unfold_gradient(gradient, got, geometry)
-    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("case", FITTING, ids=str)

@@ -133,7 +133,7 @@ def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypa
         assert_agrees(native, make_inputs(case, torch.float64, **options))
         # Of single draws of k1-padded, one in 150 has a reference too lucky for any other order of summation.
         assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
-        if backward != "all products":
+        if backward == "maps" or (backward == "products" and native_convolution.MULTIPLIES_BFLOAT16):
             draw = functools.partial(make_inputs, case, torch.bfloat16, **options)
             assert_agrees_over_draws(native, draw, 4)
     for options in EXTREME:
