@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from triton import cdiv
 
 from benchmarks.tally import Tally, tensor_of
@@ -474,6 +475,9 @@ def _input_grad_descriptor(a: SimpleNamespace, t: Tally) -> int:
     )
     gates = 2 if a.TRANSPOSED and a.MIXED else 1
     t.load("gate_desc", gates * a.N * (blocks * depth + redundant_blocks * redundant_depth))
+    divided = a.TRANSPOSED and tensor_of(a.weight_desc).dtype == torch.float16
+    largest = gates * a.N * places * (phases * blocks + redundant_blocks)
+    t.load("largest_ptr", divided * largest)
     if a.STRIDE == 1:
         edges, channels = 2 * a.TILES_H + 2 * a.TILES_W + 4, a.C if a.MIXED else representative
         t.load("constant_ptr", a.N * (a.C * places + channels * edges), a.N * (a.C + 8 * channels))

@@ -17,7 +17,8 @@ kernel that finishes the weights makes. The gate multiplies an operand in regist
 - g, where a tile of pixels spans several samples (7 x 7 and smaller): acc[pixel, c] = (gate[n] g)[pixel, m] W[m, c];
 - the weights, where it lies in one sample (56 x 56 to 14 x 14): acc[c, pixel] = (gate[n] W)^T[c, m] g^T[m, pixel]. The
   weight tile is the smaller operand, and g, the second one, goes from shared memory to the tensor cores without a
-  register.
+  register. Float16 has few digits below 6e-5, and weights times a small gate would lose theirs: there the gates of a
+  sample come divided by the largest of them, and acc is multiplied by that in the end.
 
 The weights come packed, [ROWS, C], a row for each output channel m of a tap, and the own group's block of Wp is folded
 into the centre tap (they read the same pixel): 3 L M products instead of 3.25 at the defaults. Columns c of a merged
@@ -130,6 +131,7 @@ def input_grad_descriptor(
     grad_desc,  # g [N, H, W, CO], in blocks [BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K]
     weight_desc,  # packed weights [ROWS, C], in blocks [BLOCK_K, BLOCK_C]
     gate_desc,  # beta, gamma [2, N, CO] float32, in blocks [1, BLOCK_N, BLOCK_K]
+    largest_ptr,  # what they have been divided by [2, N] float32; read only if TRANSPOSED in float16
     constant_ptr,  # [9, N, C] float32
     dx_desc,  # [N, H, W, C], in blocks [BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C]; at stride 2 [N, H, 2, W, 2 C], of one row
     N,
@@ -166,6 +168,7 @@ def input_grad_descriptor(
     TAP_STEPS: tl.constexpr = COM // BLOCK_K
     SAMPLE_PIX: tl.constexpr = BLOCK_H * BLOCK_W
     BLOCK_PIX: tl.constexpr = BLOCK_N * SAMPLE_PIX
+    DIVIDED: tl.constexpr = TRANSPOSED and weight_desc.dtype == tl.float16
 
     pid = tl.program_id(0)
     block = pid % C_BLOCKS
@@ -201,6 +204,10 @@ def input_grad_descriptor(
     channel = c0 + tl.arange(0, BLOCK_C)
     sample = n0 + tl.arange(0, BLOCK_N)
     branch = tl.where(redundant, 1, 0)
+    if DIVIDED:
+        largest = tl.load(largest_ptr + branch * N + n0)
+        if MIXED:
+            largest = tl.where((channel < CR)[:, None], largest, tl.load(largest_ptr + N + n0))
     if TRANSPOSED:
         acc = tl.zeros((BLOCK_C, BLOCK_PIX), tl.float32)
     else:
@@ -229,6 +236,9 @@ def input_grad_descriptor(
         else:
             g = g.reshape(BLOCK_N, SAMPLE_PIX, BLOCK_K).to(tl.float32) * gate.reshape(BLOCK_N, 1, BLOCK_K)
             acc = dot_computed(g.reshape(BLOCK_PIX, BLOCK_K).to(w.dtype), w, acc, "ieee", HOPPER)
+
+    if DIVIDED:
+        acc *= largest
 
     # acc, the pixels' places and the constant in shapes that broadcast.
     pixel = tl.arange(0, SAMPLE_PIX)

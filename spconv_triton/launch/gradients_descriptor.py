@@ -26,6 +26,8 @@ SINGLE_PIXELS = 1.65
 SPLIT_PIXELS = 1024
 """A part of the weight gradient's sums is over at least so many pixels: parts are written, and added up afterwards."""
 
+LEAST = 1e-30
+"""What gates are divided by, at least: all of a branch may be 0."""
 
 REGISTERS = 128
 """Of a thread of the weight gradient at stride 2: with four more a processor runs three programs, not four."""
@@ -287,6 +289,8 @@ def input_grad(
 
     Args:
         packed, gate, constant: see :class:`Prepared`.
+
+    In float16 the kernel that multiplies the weights by a gate gets each sample's as parts of the largest one.
     """
     dx = empty_input_grad(grad, packed, gate, constant, representative, groups, stride)
     batch, outputs, height, width = grad.shape
@@ -297,12 +301,17 @@ def input_grad(
     tiles_h, tiles_w = cdiv(height, tile.block_h), cdiv(width, tile.block_w)
     blocks = channels // tile.block_c + (stride**2 - 1) * cdiv(representative, tile.block_c)
     dx_box = [*box, tile.block_c]
+    largest = gate
+    if tile.transposed and packed.dtype == torch.float16:
+        largest = gate.amax(2, keepdim=True).clamp_(min=LEAST)
+        gate = gate / largest
     launch_untraced(
         input_grad_descriptor,
         (cdiv(batch, tile.block_n) * tiles_h * tiles_w * blocks,),
         boxes(*aligned(grad), [*box, tile.block_k]),
         TensorDescriptor.from_tensor(packed, [tile.block_k, tile.block_c]),
         TensorDescriptor.from_tensor(gate, [1, tile.block_n, tile.block_k]),
+        largest,
         constant,
         boxes(dx, channels, dx_box) if stride == 1 else strided_boxes(dx, dx_box),
         batch,

@@ -140,6 +140,22 @@ def test_saturated_gate(case: Case, gate: float, device: str) -> None:
     check(case, torch.float16, device, condition=abs(gate), gate=gate)
 
 
+@pytest.mark.parametrize("gate", [-14.0, -11.0, 11.0, 14.0])
+@pytest.mark.parametrize("case", [*TRANSPOSED[:2], SHARED[0], *STRIDED[:2]], ids=str)
+def test_the_branch_that_a_saturated_gate_leaves_little_of(case: Case, gate: float, device: str) -> None:
+    """Beside the gradients of the other branch's channels no error in its own would show, and weights times such a
+    gate are smaller than half precision's normal numbers; a loss scale makes g as much larger."""
+    inputs = make_inputs(case, torch.float16, device=device, gate=gate)
+    grad = output_grad(inputs) * 200
+    results = (
+        backward(inputs, grad),
+        *(run(reference.spconv2d, inputs.to(t), grad) for t in (grad.dtype, torch.float64)),
+    )
+    got, same_dtype, exact = (result["x"].tensor_split([case.representative], 1) for result in results)
+    for branch, three in zip(("dx3", "dx1"), zip(got, same_dtype, exact, strict=True), strict=True):
+        assert_within_budget(branch, *three, condition=abs(gate))
+
+
 def test_a_gate_s_gradient_of_any_size(device: str) -> None:
     """What is spread over the pixels comes of products in half precision, which holds neither 1e-30 nor 1e30."""
     case = Case("sizes", 4, 64, 64, (3, 5))
