@@ -201,13 +201,13 @@ def fusion_launches(case: Case, dtype: torch.dtype) -> list[Launch]:
     return found
 
 
-def batch_norm_launches(case: Case, dtype: torch.dtype) -> list[Launch]:
+def batch_norm_launches(case: Case, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[Launch]:
     """Of the layer with batch norms in its branches, in training: forward and gradients."""
     t = layer_tensors(case, dtype)
     assert t.weight_redundant is not None
     weights = (t.weight_gwc, t.weight_pwc, t.weight_redundant)
     norms = launch.Norms(*(torch.empty(case.out_channels, device="meta") for _ in range(4)))
-    with recording(None) as found:
+    with recording(capability) as found:
         _, kept = launch.spconv2d_batch_norm(t.x, *weights, t.bias, norms, (1e-5, 1e-5), t.geometry)
         launch.spconv2d_batch_norm_backward(t.grad, t.x, *weights, norms, kept, t.geometry)
     return found

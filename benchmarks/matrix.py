@@ -258,7 +258,7 @@ def _launches(layer: Layer, dtype: torch.dtype, capability: tuple[int, int] | No
         *forward_launches(layer.case, dtype, capability, **layer.options),
         *backward_launches(layer.case, dtype, capability, branch_bias=branch_bias),
         *(fusion_launches(layer.case, dtype) if layer.case.alpha == 1 else ()),
-        *(batch_norm_launches(layer.case, dtype) if layer.batch_norm else ()),
+        *(batch_norm_launches(layer.case, dtype, capability) if layer.batch_norm else ()),
     ]
 
 

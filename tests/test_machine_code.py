@@ -26,7 +26,7 @@ if not HAS_TRITON or INTERPRETED:
 from cases import RESNET50, Case
 
 from benchmarks import matrix, static
-from benchmarks.launches import Launch, backward_launches
+from benchmarks.launches import Launch, backward_launches, batch_norm_launches
 from benchmarks.machine_code import compiling_for, count
 from benchmarks.machine_code_gate import EXEMPT, SPILLS_NOTHING, Exempt, complaints, unused
 from benchmarks.matrix import Compilation
@@ -211,6 +211,12 @@ def test_what_is_pruned_would_spill() -> None:
 
 
 # The matrix leaves nothing out.
+
+
+def test_batch_norms_are_compiled_as_they_are_launched() -> None:
+    found = {one.name: one.constants for one in batch_norm_launches(RESNET50[3], torch.float16, (9, 0))}
+    assert found["input_grad"]["HOPPER"]
+    assert {c["PRECISION"] for name, c in found.items() if name == "finish_weights"} == {"tf32x3"}
 
 
 def key(config: triton.Config) -> tuple[Any, ...]:

@@ -77,6 +77,10 @@ def layer_input_grad(
         return dx
     grad = channels_last(grad)
     phase_pixels = cdiv(height, stride_h) * cdiv(width, stride_w)
+    constants = layer_constants(x, weight_gwc, weight_pwc, geometry)
+    # Float32 without tensor cores has no product in flight. Without the gate it would spill 8 bytes of odd channels if
+    # it were treated as if it had, and with it 8 bytes at a stride if it were not.
+    in_flight = ratio is not None or x.dtype != torch.float32 or constants["PRECISION"] != "ieee"
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         blocks = geometry.groups * cdiv(representative // geometry.groups, meta["BLOCK_C"])
@@ -102,8 +106,8 @@ def layer_input_grad(
         TAP_STEP_H=stride_h // gcd(stride_h, geometry.dilation[0]),
         TAP_STEP_W=stride_w // gcd(stride_w, geometry.dilation[1]),
         GATED=ratio is not None,
-        HOPPER=is_hopper(x),
-        **layer_constants(x, weight_gwc, weight_pwc, geometry),
+        HOPPER=is_hopper(x) and in_flight,
+        **constants,
     )
     return dx
 
