@@ -126,9 +126,10 @@ class SPConv2d(nn.Module):
         super().__init__()
         geometry = resolve(kernel_size, stride, padding, dilation, groups)
         representative = count_representative(in_channels, out_channels, groups, alpha)
-        for name, value in (("bias", bias), ("branch_norm", branch_norm)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if bias not in (True, False):  # as 0 and NumPy's booleans are, which nn.Conv2d takes
+            raise TypeError(f"bias must be True or False, got {bias!r}")
+        if not isinstance(branch_norm, bool):
+            raise TypeError(f"branch_norm must be True or False, got {branch_norm!r}")
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {', '.join(map(repr, PADDING_MODES))}, got {padding_mode!r}")
         if backend not in BACKENDS:
