@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import native, native_products
 from .native_backward_operands import Operands
-from .native_convolution import channels_last, convolve
+from .native_convolution import HAS_AVX512, channels_last, convolve
 from .native_convolution_backward import convolution_backward
 from .native_gate import gate_comes_first, sums_of_maps
 from .native_products import can_be_matrix_product, is_matrix_product, pixels
@@ -52,7 +52,7 @@ class Products(NamedTuple):
     weight: Tensor
 
 
-PASSES = 150
+PASSES = 150 if HAS_AVX512 else 75
 """The passes over Gg_n take as long as convolving so many pixels, and those over G_n likewise."""
 
 SINGLE_PRODUCT = 8e6

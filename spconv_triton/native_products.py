@@ -18,13 +18,23 @@ from .native_convolution import add_convolution, convolve
 LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def onednn_is_wider() -> bool:
-    """Whether oneDNN multiplies twice as many numbers at once as MKL, which is behind ATen's matrix products.
+def _flags() -> dict[str, Any]:
+    """What the processor has; nothing of a PyTorch that does not tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
-    Of AMD's processors, which SSE4a tells, MKL uses 256 bits. Since Zen 5, which AVX-VNNI tells from Zen 4, they
-    multiply 512 at once.
+
+def is_of_intel() -> bool:
+    """Whether MKL, which is behind ATen's matrix products, uses all that the processor has: SSE4a tells AMD's."""
+    flags = _flags()
+    return flags.get("avx2", False) and not flags.get("sse4a", True) and torch.backends.mkl.is_available()
+
+
+def onednn_is_wider() -> bool:
+    """Whether oneDNN multiplies twice as many numbers at once as MKL.
+
+    Of AMD's processors MKL uses 256 bits. Since Zen 5, which AVX-VNNI tells from Zen 4, they multiply 512 at once.
     """
-    flags: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    flags = _flags()
     of_amd = all(flags.get(name, False) for name in ("sse4a", "avx_vnni", "avx512_f"))
     return of_amd and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
@@ -32,8 +42,9 @@ def onednn_is_wider() -> bool:
 ONEDNN_IS_WIDER = onednn_is_wider()
 """Then ATen's products of float32 matrices take twice the time of oneDNN's convolutions."""
 
-LARGE_PRODUCT = 10e6 if ONEDNN_IS_WIDER else 16e6
-"""Multiply-accumulates from which oneDNN's products take less time than ATen's, though they copy a slice."""
+LARGE_PRODUCT = 10e6 if ONEDNN_IS_WIDER else float("inf") if is_of_intel() else 16e6
+"""Multiply-accumulates from which oneDNN's products take less time than ATen's, though they copy a slice: on Intel's
+processors none do."""
 
 LARGE_WEIGHT = 1 << 17
 """Elements from which it does so from an eighth of those multiply-accumulates on."""

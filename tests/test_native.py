@@ -266,6 +266,21 @@ def test_knows_where_onednn_is_wider(
     assert not native_products.onednn_is_wider(), "of a PyTorch that does not tell"
 
 
+@pytest.mark.parametrize(
+    ("flags", "intel"),
+    [
+        ({"avx2": True, "sse4a": False}, True),
+        ({"avx2": True, "sse4a": True}, False),
+        ({"neon": True}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_knows_intel(flags: dict[str, bool], intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    assert native_products.is_of_intel() == (intel and torch.backends.mkl.is_available())
+
+
 def test_large_products_are_convolutions_where_onednn_is_wider(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of float32, and only if a convolution may be a product at all."""
     x = torch.randn(2, 8, 6, 5)
