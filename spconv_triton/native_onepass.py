@@ -100,7 +100,7 @@ def spconv2d(
         memory: of the layer, in inference.
 
     Returns:
-        [N, M, H_out, W_out], dtype of ``x``, in channels_last on a CPU.
+        [N, M, H_out, W_out], dtype of ``x``, in the memory format that it is made in: the caller sees to that of ``x``.
 
     Source: Zhang et al., IJCAI 2020, sections 3.2 to 3.4.
     """

@@ -1,9 +1,11 @@
 """From tensors to kernels: allocation, strides, grids. The only importer of the kernels.
 
-Every function takes and returns plain tensors; differentiation and registration are :mod:`spconv_triton.ops`'s.
+Every function takes and returns plain tensors; differentiation and registration are :mod:`spconv_triton.ops`'s, but
+for ``opaque``, which registers the three operators whose arguments are host descriptors.
 Activations are channels_last, and so is the group-wise weight; what comes in another layout is copied.
 
-Its modules import triton and build the kernels, so each is imported when it is first used: on a CPU, never.
+All modules but ``opaque`` import triton and build the kernels, so each is imported when it is first used: on a CPU
+never, unless it interprets them.
 """
 
 import importlib

@@ -162,7 +162,7 @@ def is_hopper(x: Tensor) -> bool:
 def can_overlap(x: Tensor) -> bool:
     """Whether kernels of a layer begin while the one ahead still runs: of few samples, which leave processors idle.
 
-    An H200 takes a sixth less for one image so, and up to a third more for 128. It takes a compute capability of 9.0.
+    An H200 takes a sixth less for one image so, and up to a third more for 128. It takes 9.0 or newer.
     """
     found = capability(x.device)
     batch = x.shape[0]  # a symbol may not be asked
