@@ -134,8 +134,8 @@ def _resolve(module: nn.Module, path: Path) -> tuple[dict[str, nn.Module], bool]
     for step in path:
         children: dict[str, nn.Module] = {}
         for name, part in parts.items():
-            for key, child in part.named_children():
-                if step in (key, ELEMENT):
+            for key, child in part._modules.items():  # named_children knows a module by one of its names
+                if child is not None and step in (key, ELEMENT):
                     children[f"{name}.{key}" if name else key] = child
         if not children:
             # An attribute of its own is no part; one of a part is more than a call of that.

@@ -46,7 +46,7 @@ class Uses(NamedTuple):
 
 def is_only_called(part: nn.Module, parents: Iterable[nn.Module]) -> bool:
     """Whether no forward of ``parents``, all of which can be traced, is known to do more with ``part`` than call it."""
-    children = ((parent, key) for parent in parents for key, child in parent.named_children() if child is part)
+    children = ((parent, key) for parent in parents for key, child in parent._modules.items() if child is part)
     return all(only_calls(parent, key) for parent, key in children)
 
 

@@ -153,6 +153,15 @@ class OfItsOwnClass(nn.Sequential):
         return F.relu(self[1](self[0](x) * (2 if x.flatten()[0] > 0 else 3)))
 
 
+class HasTwoNames(Opaque):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = self.stem
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.stem(x) + self.other.conv(x)
+
+
 class HasASequential(Opaque):
     def __init__(self) -> None:
         super().__init__()
@@ -182,6 +191,7 @@ REACHES = (
     HoldsAMethod,
     Decorated,
     HasASequential,
+    HasTwoNames,
 )
 
 
