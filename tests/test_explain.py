@@ -105,6 +105,7 @@ def test_without_redundant_channels_on_a_gpu() -> None:
 def test_large_maps_on_a_cpu(size: int, wider: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where oneDNN multiplies wider than ATen, weights for each sample are not worth it."""
     monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", wider)
+    monkeypatch.setattr(native_products, "LARGE_PRODUCT", 10e6)
     x = torch.randn(8, 64, size, size).to(memory_format=torch.channels_last)
     assert explain(SPConv2d(64, 64, 3, padding=1), x).path.name == path
 
