@@ -5,6 +5,7 @@ In a process whose fresh memory is filled with a pattern, so that what is read b
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ print("all agree")
 @pytest.mark.parametrize("compiler", ["none", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_agrees(compiler: str, tmp_path: Path) -> None:
     seed = int(torch.randint(2**31, ()))
-    wrong = WRONG[4:] if compiler == "inductor" else WRONG  # every case is compiled twice
+    # Every case is compiled twice.
+    wrong = random.Random(seed).sample(WRONG[4:], 5) if compiler == "inductor" else WRONG
     cases = f"[Case(**fields) for fields in {[vars(case) for case in wrong]}]"
     printed = run_python(CODE, tmp_path, TESTS, TESTS.parent, str(seed), cases, compiler, MALLOC_PERTURB_="165")
     assert printed.endswith("all agree\n")
