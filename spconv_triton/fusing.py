@@ -121,12 +121,13 @@ def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusio
 
 def _copied(model: nn.Module) -> nn.Module:
     """A copy in the same modes and with the same hooks: that of a ``torch.fx.GraphModule`` is a new one."""
-    copied = copy.deepcopy(model)
+    memo: dict[int, Any] = {}  # by which hooks of the copy see the copy
+    copied = copy.deepcopy(model, memo)
     for module, other in zip(model.modules(), copied.modules(), strict=True):
         other.training = module.training
         if isinstance(module, fx.GraphModule) and has_hooks(module):
             hooks = {name: value for name, value in vars(module).items() if "_hooks" in name}
-            vars(other).update(copy.deepcopy(hooks))
+            vars(other).update(copy.deepcopy(hooks, memo))
     return copied
 
 

@@ -126,7 +126,8 @@ class SPConv2d(nn.Module):
         super().__init__()
         geometry = resolve(kernel_size, stride, padding, dilation, groups)
         representative = count_representative(in_channels, out_channels, groups, alpha)
-        if bias not in (True, False):  # as 0 and NumPy's booleans are, which nn.Conv2d takes
+        # nn.Conv2d takes 0 and NumPy's booleans too; of an array it cannot be asked.
+        if getattr(bias, "shape", ()) or bias not in (True, False):
             raise TypeError(f"bias must be True or False, got {bias!r}")
         if not isinstance(branch_norm, bool):
             raise TypeError(f"branch_norm must be True or False, got {branch_norm!r}")

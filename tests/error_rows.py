@@ -196,6 +196,7 @@ CONSTRUCTOR: Rows = [
     ("alpha=0.375", ValueError, ("alpha=0.375", "groups=2", "int(8 * 0.375) = 3")),
     ("bias='x'", TypeError, ("bias must be True or False, got 'x'",)),
     ("bias=2", TypeError, ("bias must be True or False, got 2",)),
+    ("bias=ones(6)", TypeError, ("bias must be True or False, got tensor(",)),
     ("branch_norm='yes'", TypeError, ("branch_norm must be True or False, got 'yes'",)),
     ("padding_mode='mirror'", ValueError, ("padding_mode", "'reflect'", "got 'mirror'")),
     ("padding_mode=None", ValueError, ("padding_mode", "'zeros'", "got None")),

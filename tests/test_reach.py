@@ -369,6 +369,26 @@ def test_a_graph_keeps_its_modes_and_hooks() -> None:
     assert_the_same(outer)
 
 
+class Notes(nn.Module):
+    seen = 0
+
+    def note(self, *_: Any) -> None:
+        self.seen += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_hooks_of_a_copied_graph_are_the_copy_s() -> None:
+    graph, notes = fx.symbolic_trace(nn.Sequential(layer(), nn.ReLU())).eval(), Notes().eval()
+    graph.register_forward_hook(notes.note)
+    fused = fuse(nn.Sequential(graph, notes).eval())
+    with torch.no_grad():
+        fused(images())
+    assert [part.seen for part in fused.modules() if isinstance(part, Notes)] == [1]
+    assert notes.seen == 0
+
+
 def test_a_graph_with_a_forward_of_its_own_is_not_that_graph() -> None:
     graph = fx.symbolic_trace(nn.Sequential(Block()))
     assert {"0.conv", "0.bn"} <= reach_of(graph).called.keys()
