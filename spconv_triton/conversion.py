@@ -8,13 +8,12 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .dense import split_weights
 from .dispatch import BACKENDS
 from .eligibility import MIN_CHANNELS, Convolution, Owners, find_convolutions, find_owners, misfit, obstacle
-from .hooks import is_compiled
 from .modules import SPConv2d, legal_alpha
+from .networks import check_is_plain, replace
 
 INITS = ("default", "dense")
 
@@ -116,7 +115,7 @@ def convert(
     Patterns are those of ``fnmatch`` for the dotted names of ``model.named_modules()``; ``*`` matches dots too.
 
     Args:
-        model: a network, or a convolution itself. Compile it and wrap it in DDP afterwards.
+        model: a network, or a convolution itself. Compile it, wrap it in DDP or shard it by FSDP afterwards.
         alpha: share of representative channels, in (0, 1]; or a mapping from patterns to shares, of which the first
             that matches counts, and what none matches stays. A layer that cannot have a share gets the nearest below
             it that it can have, and at least G channels (:func:`spconv_triton.models.legal_alpha`).
@@ -137,7 +136,8 @@ def convert(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument that is not legal; a pattern that matches no convolution, or none that an earlier one
-            has not taken; a model that is scripted, compiled or wrapped in DDP. The model is then as it was.
+            has not taken; a model that is scripted, compiled, wrapped in
+            DDP or sharded by FSDP. The model is then as it was.
     """
     _check_options(model, groups, branch_norm, init, min_channels, backend, report)
     choices = _Choices(alpha, include, exclude)
@@ -154,11 +154,7 @@ def convert(
     if report is not None:
         kept = tuple(decision for decision in decisions.values() if decision.reason)
         report(Conversion(tuple(decision for decision in decisions.values() if not decision.reason), kept))
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child in layers:
-                parent._modules[key] = layers[child]
-    return layers.get(model, model)
+    return replace(model, layers)
 
 
 def _decide(
@@ -301,11 +297,4 @@ def _check_options(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
     if report is not None and not callable(report):
         raise TypeError(f"report must be callable or None, got {report!r}")
-    for name, module in model.named_modules():
-        where = f"its {name}" if name else "it"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"model must not be scripted yet, but {where} is; convert first")
-        if is_compiled(module):
-            raise ValueError(f"model must not be compiled yet, but {where} is; use torch.compile(convert(model))")
-        if isinstance(module, DistributedDataParallel):
-            raise ValueError(f"model must not be wrapped in DistributedDataParallel yet, but {where} is; convert first")
+    check_is_plain(model, "convert")

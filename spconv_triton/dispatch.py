@@ -85,7 +85,7 @@ PATHS = (
 )
 """The paths. ``choose`` finds the backend, and of its rows the first that matches is taken: within Triton's the launch
 of the layer asks ``launch.descriptor.can_run`` and ``launch.gradients_descriptor.can_run``, which hold their rows'
-conditions, as ``native_weights`` and ``native_folding`` do of ATen's. All of ATen's but the first and the last are for
+conditions, as ``native.weights`` and ``native.folding`` do of ATen's. All of ATen's but the first and the last are for
 layers without norms, or with norms that are folded."""
 
 

@@ -24,8 +24,8 @@ from .geometry import pair
 from .kept import kept_bytes
 from .layout import memory_format
 from .modules import SPConv2d
-from .native_gate import gate_comes_first
-from .native_weights import PreparedWeights, prepare
+from .native.gate import gate_comes_first
+from .native.weights import PreparedWeights, prepare
 
 
 @dataclass(frozen=True)

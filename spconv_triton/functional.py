@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, native_batch_norm, native_onepass, ops, reference
+from . import ops, reference
 from .autocast import cast, cast_halves, promote
 from .checks import (
     check_alike,
@@ -30,8 +30,9 @@ from .dispatch import choose
 from .epilogue import NOTHING, Epilogue
 from .geometry import Geometry, IntPair, resolve
 from .layout import memory_format
-from .native_inference import Inference
-from .native_onepass import Arguments, Memory
+from .native import batch_norm, branches, onepass
+from .native.inference import Inference
+from .native.onepass import Arguments, Memory
 
 __all__ = [
     "gap_softmax_fusion",
@@ -87,7 +88,7 @@ def representative_branch(
     if chosen == "triton":
         u3 = ops.representative_branch(x3, weight_gwc, weight_pwc, *geometry[1:])
     elif chosen == "native":
-        u3 = native.representative_branch(x3, weight_gwc, weight_pwc, geometry)
+        u3 = branches.representative_branch(x3, weight_gwc, weight_pwc, geometry)
     else:
         u3 = reference.representative_branch(
             x3,
@@ -131,7 +132,7 @@ def redundant_branch(
     check_pointwise_weight("weight_redundant", weight_redundant, x1.shape[1], "x1")
     geometry = resolve(kernel_size, stride, padding, dilation, 1)
     check_window("x1", x1, geometry)
-    return native.pointwise(x1, weight_redundant, geometry).contiguous(memory_format=memory_format(x1))
+    return branches.pointwise(x1, weight_redundant, geometry).contiguous(memory_format=memory_format(x1))
 
 
 def gap_softmax_fusion(u3: Tensor, u1: Tensor, *, backend: str = "auto") -> Tensor:
@@ -155,7 +156,7 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor, *, backend: str = "auto") -> Tens
     if chosen == "triton":
         y = ops.gap_softmax_fusion(u3, u1)[0]
     elif chosen == "native":
-        y = native.gap_softmax_fusion(u3, u1)
+        y = branches.gap_softmax_fusion(u3, u1)
     else:
         y = reference.gap_softmax_fusion(u3, u1)
     return y.contiguous(memory_format=memory_format(u3))
@@ -214,7 +215,7 @@ def layer_forward(arguments: Arguments, window: Window, backend: str, inference:
     memory = None
     if inference is not None:
         memory = Memory(inference, (window, backend))
-        y = native_onepass.recall(arguments, NOTHING, memory)
+        y = onepass.recall(arguments, NOTHING, memory)
         if y is not None:
             return y
     check = _check_layer if torch.compiler.is_compiling() else _recall
@@ -268,7 +269,7 @@ def _spconv2d(
             branch_bias=branch_bias,
         )
     elif chosen == "native":
-        y = native_onepass.spconv2d(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, memory)
+        y = onepass.spconv2d(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry, memory)
     else:
         y = _on_triton(x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias, geometry)
     return y.contiguous(memory_format=memory_format(x))
@@ -327,7 +328,7 @@ def inference_forward(
     memory = None
     if inference is not None:
         memory = Memory(inference, (window, backend))
-        y = native_onepass.recall(arguments, after, memory)
+        y = onepass.recall(arguments, after, memory)
         if y is not None:
             return y
     x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias = arguments
@@ -356,7 +357,7 @@ def inference_forward(
     weights = (weight_gwc, weight_pwc, weight_redundant)
     chosen = choose(x, backend)
     if chosen == "native":
-        y = native_onepass.spconv2d_inference(x, *weights, bias, branch_bias, geometry, after, memory)
+        y = onepass.spconv2d_inference(x, *weights, bias, branch_bias, geometry, after, memory)
     elif chosen == "triton" and weight_redundant is not None:
         y = ops.spconv2d_inference(x, *weights, bias, branch_bias, *after, *geometry[1:])
     elif chosen == "triton":
@@ -431,12 +432,12 @@ def spconv2d_batch_norm(
         y, *_, statistics = ops.spconv2d_batch_norm(x, *weights, bias, *norms, *eps, *geometry[1:])
         mean, variance, _ = statistics.unbind()
     elif chosen == "native":
-        y, mean, variance = native_batch_norm.batch_norm((x, *weights, bias, *norms), eps, geometry)
+        y, mean, variance = batch_norm.spconv2d_batch_norm((x, *weights, bias, *norms), eps, geometry)
     else:
         x3, x1 = x.split((weight_pwc.shape[1], weight_redundant.shape[1]), 1)
         u3 = reference.representative_branch(x3, weight_gwc, weight_pwc, groups=groups, **geometry.window)
         u1 = reference.redundant_branch(x1, weight_redundant, geometry.kernel_size, (height, width), **geometry.window)
-        y, mean, variance = native.blend_normed((u3, u1), (bias, *norms), eps, reference.gap_softmax_fusion)
+        y, mean, variance = branches.blend_normed((u3, u1), (bias, *norms), eps, reference.gap_softmax_fusion)
     return y.contiguous(memory_format=memory_format(x)), mean, variance
 
 
@@ -444,7 +445,7 @@ def takes_batch_norm(x: Tensor, backend: str) -> bool:
     """Whether :func:`spconv2d_batch_norm` has a pass of its own for ``x``: on Triton, or eagerly on a CPU in float32 or
     float64."""
     chosen = choose(x, backend)
-    return chosen == "triton" or (chosen == "native" and native_batch_norm.takes(x))
+    return chosen == "triton" or (chosen == "native" and batch_norm.takes(x))
 
 
 def _check_layer(arguments: Arguments, window: Window) -> Geometry:

@@ -15,7 +15,7 @@ from .epilogue import Epilogue, activate
 from .geometry import Geometry
 from .layout import padded_by_mode
 from .modules import SPConv2d, layer_repr
-from .native_inference import Inference
+from .native.inference import Inference
 from .symbols import call_of, is_symbol
 
 BUFFERS = ("weight_gwc", "weight_pwc", "weight_redundant", "bias", "branch_bias", "norm_scale")

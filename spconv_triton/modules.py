@@ -15,7 +15,7 @@ from .dispatch import BACKENDS
 from .folded_norms import FoldedNorms
 from .geometry import Geometry, IntPair, as_pair, pair, resolve
 from .layout import memory_format, padded_by_mode
-from .native_inference import Inference
+from .native.inference import Inference
 from .symbols import call_of, is_symbol
 
 TENSORS = dict.fromkeys(("weight_gwc", "weight_pwc", "weight_redundant", "bias")).keys()

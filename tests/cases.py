@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spconv_triton import functional, reference
-from spconv_triton.native_convolution import misses_weight_gradient, readable
+from spconv_triton.native.convolution import misses_weight_gradient, readable
 
 GATE_CLAMP = 1e-24
 """An absolute error that is always allowed: gamma / beta is clamped at e^60, so a beta below 1e-26 looks like 1e-26."""

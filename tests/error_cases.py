@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import nn, ones
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from spconv_triton import SPConv2d, convert, explain, functional, fuse, load_reference_checkpoint, load_tuning

@@ -121,7 +121,13 @@ CONVERT: Rows = [
     (
         "convert(DistributedDataParallel(network))",
         ValueError,
-        ("model must not be wrapped in DistributedDataParallel yet, but it is; convert first",),
+        ("model must not be wrapped in DistributedDataParallel yet, but it is; convert its .module first",),
+        "in a process group",
+    ),
+    (
+        "convert(fully_shard(network))",
+        ValueError,
+        ("model must not be sharded by FSDP yet, but it is; convert first",),
         "in a process group",
     ),
 ]
@@ -139,7 +145,13 @@ NETWORKS: Rows = [
     (
         "fuse(DistributedDataParallel(slim).eval())",
         ValueError,
-        ("model must not be wrapped in DistributedDataParallel, but it is; fuse its .module",),
+        ("model must not be wrapped in DistributedDataParallel yet, but it is; fuse its .module first",),
+        "in a process group",
+    ),
+    (
+        "fuse(nn.Sequential(fully_shard(slim)).eval())",
+        ValueError,
+        ("model must not be sharded by FSDP yet, but its 0 is; fuse first",),
         "in a process group",
     ),
     ("models.legal_alpha(16, 1.5)", ValueError, ("alpha must be in (0, 1], got 1.5",)),

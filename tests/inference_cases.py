@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from spconv_triton import SPConv2d
-from spconv_triton.native_convolution import MULTIPLIES_BFLOAT16
-from spconv_triton.native_weights import PreparedWeights
+from spconv_triton.native.convolution import MULTIPLIES_BFLOAT16
+from spconv_triton.native.weights import PreparedWeights
 
 DTYPES = (torch.float32, torch.bfloat16) if MULTIPLIES_BFLOAT16 else (torch.float32,)
 

@@ -19,7 +19,7 @@ from small_network import CLASSES, images, small_network
 from torch import Tensor, nn
 
 from spconv_triton import SPConv2d, functional
-from spconv_triton.native_products import can_be_matrix_product
+from spconv_triton.native.products import can_be_matrix_product
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spconv_triton import SPConv2d, dispatch, explain, functional, reference
 from spconv_triton.branch_norm import fold_branch_norms, folds
 from spconv_triton.dispatch import INTERPRETED
-from spconv_triton.native_weights import AVAILABLE
+from spconv_triton.native.weights import AVAILABLE
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {"padding": 1},

@@ -9,9 +9,10 @@ import pytest
 import torch
 from cases import RESNET50
 
-from spconv_triton import SPConv2d, dispatch, explain, native_products
+from spconv_triton import SPConv2d, dispatch, explain
 from spconv_triton.dispatch import INTERPRETED
-from spconv_triton.native_weights import AVAILABLE
+from spconv_triton.native import products
+from spconv_triton.native.weights import AVAILABLE
 
 needs_triton = pytest.mark.skipif(
     not dispatch.HAS_TRITON or INTERPRETED or not torch.backends.cuda.is_built(),
@@ -104,8 +105,8 @@ def test_without_redundant_channels_on_a_gpu() -> None:
 )
 def test_large_maps_on_a_cpu(size: int, wider: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where oneDNN multiplies wider than ATen, weights for each sample are not worth it."""
-    monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", wider)
-    monkeypatch.setattr(native_products, "LARGE_PRODUCT", 10e6)
+    monkeypatch.setattr(products, "ONEDNN_IS_WIDER", wider)
+    monkeypatch.setattr(products, "LARGE_PRODUCT", 10e6)
     x = torch.randn(8, 64, size, size).to(memory_format=torch.channels_last)
     assert explain(SPConv2d(64, 64, 3, padding=1), x).path.name == path
 

@@ -8,17 +8,10 @@ import torch.nn.functional as F
 from cases import SMALL, Case, make_inputs
 from torch import Tensor
 
-from spconv_triton import native, reference
+from spconv_triton import reference
 from spconv_triton.geometry import Geometry
-from spconv_triton.native_folding import (
-    can_fold,
-    fold,
-    merge,
-    other_blocks,
-    own_blocks,
-    part_gradient,
-    reads_the_same,
-)
+from spconv_triton.native import branches
+from spconv_triton.native.folding import can_fold, fold, merge, other_blocks, own_blocks, part_gradient, reads_the_same
 
 
 def geometry_of(case: Case) -> Geometry:
@@ -82,7 +75,7 @@ def by_one_weight(x3: Tensor, gwc: Tensor, pwc: Tensor, geometry: Geometry, *, m
     if merged:
         return F.conv2d(x3, merge(gwc, pwc, geometry), None, *geometry[1:4], 1)
     u3 = F.conv2d(x3, fold(gwc, pwc, geometry), None, *geometry[1:])
-    z3 = native.pointwise_input(x3, geometry)
+    z3 = branches.pointwise_input(x3, geometry)
     for block in other_blocks(gwc, geometry.groups):
         read = z3[:, block.input : block.input + block.inputs]
         added = F.conv2d(read, block.of(pwc)[:, :, None, None])

@@ -22,9 +22,11 @@ from cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import native_onepass, native_parts, native_weights, reference
+from spconv_triton import reference
 from spconv_triton.functional import spconv2d, spconv2d_inference
-from spconv_triton.native_products import can_be_matrix_product
+from spconv_triton.native import onepass, parts
+from spconv_triton.native import weights as native_weights
+from spconv_triton.native.products import can_be_matrix_product
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -93,12 +95,12 @@ def tensors_of(after: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_agrees_with_float64(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for cached, pixels in ((native_parts.CACHED, 1 << 30), (1, 1 << 30), (1, 0)):
-        monkeypatch.setattr(native_parts, "CACHED", cached)  # all samples together, or each by itself
+    for cached, pixels in ((parts.CACHED, 1 << 30), (1, 1 << 30), (1, 0)):
+        monkeypatch.setattr(parts, "CACHED", cached)  # all samples together, or each by itself
         monkeypatch.setattr(native_weights, "GATED_PIXELS", pixels)  # the gate last, or first
         monkeypatch.setattr(native_weights, "GATED_BYTES", 0)
         monkeypatch.setattr(
-            native_onepass, "gate_comes_first", lambda x, _, first=pixels == 0: first and can_be_matrix_product(x)
+            onepass, "gate_comes_first", lambda x, _, first=pixels == 0: first and can_be_matrix_product(x)
         )
         for activation in ACTIVATIONS:
             after = functools.partial(following, case, activation, dtype, residual=True)

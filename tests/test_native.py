@@ -29,21 +29,13 @@ from cases import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import (
-    SPConv2d,
-    native_backward_maps,
-    native_backward_products,
-    native_convolution,
-    native_folding,
-    native_gate,
-    native_onepass,
-    native_products,
-    native_weights,
-    reference,
-)
+from spconv_triton import SPConv2d, reference
 from spconv_triton.functional import spconv2d
 from spconv_triton.geometry import resolve
-from spconv_triton.native_products import is_matrix_product
+from spconv_triton.native import backward_maps, backward_products, convolution, folding, onepass, products
+from spconv_triton.native import gate as native_gate
+from spconv_triton.native import weights as native_weights
+from spconv_triton.native.products import is_matrix_product
 
 BY_NAME = {case.name: case for case in SMALL}
 GATED = [case for case in SMALL if case.alpha < 1]
@@ -80,7 +72,7 @@ def test_agrees_on_the_layers_of_resnet50(case: Case, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("case", [BY_NAME["plain"], BY_NAME["stride-2-odd"], BY_NAME["alpha-1"]], ids=str)
 def test_agrees_where_maps_of_bfloat16_are_of_float32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """On processors that do not multiply bfloat16."""
-    monkeypatch.setattr(native_convolution, "MULTIPLIES_BFLOAT16", False)
+    monkeypatch.setattr(convolution, "MULTIPLIES_BFLOAT16", False)
     assert_agrees_over_draws(native, lambda: make_inputs(case, torch.bfloat16, branch_bias=True), 4)
 
 
@@ -123,17 +115,17 @@ def test_agrees_at_saturated_gates_over_many_draws(name: str, gate: float, dtype
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
 def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of samples in the backward: none, point-wise, all; parts of Wp in the group-wise weight; gates first."""
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
-    monkeypatch.setattr(native_backward_products, "pay", lambda given: backward != "maps")
-    monkeypatch.setattr(native_backward_products, "gwc_pays", lambda given: backward == "all products")
-    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if folded else float("inf"))
-    for module in (native_onepass, native_weights):
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 0)
+    monkeypatch.setattr(backward_products, "pay", lambda given: backward != "maps")
+    monkeypatch.setattr(backward_products, "gwc_pays", lambda given: backward == "all products")
+    monkeypatch.setattr(folding, "FOLDED_PRODUCTS", 0 if folded else float("inf"))
+    for module in (onepass, native_weights):
         monkeypatch.setattr(module, "gate_comes_first", lambda *_: backward != "maps" and not folded)
     for options in ({"bias": False}, {"branch_bias": True}):
         assert_agrees(native, make_inputs(case, torch.float64, **options))
         # Of single draws of k1-padded, one in 150 has a reference too lucky for any other order of summation.
         assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
-        if backward == "maps" or (backward == "products" and native_convolution.MULTIPLIES_BFLOAT16):
+        if backward == "maps" or (backward == "products" and convolution.MULTIPLIES_BFLOAT16):
             draw = functools.partial(make_inputs, case, torch.bfloat16, **options)
             assert_agrees_over_draws(native, draw, 4)
     for options in EXTREME:
@@ -143,8 +135,8 @@ def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypa
 @pytest.mark.parametrize("case", GATED, ids=str)
 def test_agrees_with_merged_weights(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever taps of the group-wise weight read what Wp does; the others go as they do."""
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30)
-    monkeypatch.setattr(native_folding, "FEW_PRODUCTS", float("inf"))
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30)
+    monkeypatch.setattr(folding, "FEW_PRODUCTS", float("inf"))
     for options in ({"bias": False}, {"branch_bias": True}, {"mean": 3.0, "memory_format": torch.contiguous_format}):
         assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
     for options in EXTREME:
@@ -159,8 +151,8 @@ def test_agrees_where_many_pixels_are_added() -> None:
 @pytest.mark.parametrize("frozen", ["weight_gwc", "weight_pwc", "weight_redundant", "weights", "x"])
 @pytest.mark.parametrize("name", ["plain", "stride-2"])
 def test_merged_weights_with_some_gradients_only(name: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30)
-    monkeypatch.setattr(native_folding, "FEW_PRODUCTS", float("inf"))
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30)
+    monkeypatch.setattr(folding, "FEW_PRODUCTS", float("inf"))
     inputs = make_inputs(BY_NAME[name], bias=False)
     names = ("weight_gwc", "weight_pwc", "weight_redundant") if frozen == "weights" else (frozen,)
     inputs = replace(inputs, **{name: inputs.tensors()[name].detach() for name in names})
@@ -177,10 +169,10 @@ def test_merged_weights_with_some_gradients_only(name: str, frozen: str, monkeyp
 def test_agrees_whatever_makes_the_gradients_of_few_channels(
     case: Case, thin: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
-    monkeypatch.setattr(native_backward_products, "pay", lambda given: False)
-    monkeypatch.setattr(native_backward_maps, "LONG", 1)
-    monkeypatch.setattr(native_backward_maps, "THIN", thin)
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 0)
+    monkeypatch.setattr(backward_products, "pay", lambda given: False)
+    monkeypatch.setattr(backward_maps, "LONG", 1)
+    monkeypatch.setattr(backward_maps, "THIN", thin)
     assert_agrees_over_draws(native, lambda: make_inputs(case, branch_bias=True), 4)
 
 
@@ -194,10 +186,10 @@ def test_agrees_whatever_makes_the_gradients_of_few_channels(
 )
 def test_agrees_where_onednn_is_wider(case: Case, linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """There it takes the products of pixels: as convolutions, some as linear layers."""
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
-    monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", True)
-    monkeypatch.setattr(native_products, "LARGE_PRODUCT", 0)
-    monkeypatch.setattr(native_products, "LARGE_WEIGHT", 0 if linear else float("inf"))
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 0)
+    monkeypatch.setattr(products, "ONEDNN_IS_WIDER", True)
+    monkeypatch.setattr(products, "LARGE_PRODUCT", 0)
+    monkeypatch.setattr(products, "LARGE_WEIGHT", 0 if linear else float("inf"))
     assert_agrees_over_draws(native, lambda: make_inputs(case, branch_bias=True), 3)
     for gate in (-30.0, 8.0):
         assert_agrees_over_draws(native, lambda gate=gate: make_inputs(case, gate=gate), 2, perturbations=4)
@@ -206,12 +198,12 @@ def test_agrees_where_onednn_is_wider(case: Case, linear: bool, monkeypatch: pyt
 @pytest.mark.parametrize("case", [*GATED, *ONE_BY_ONE], ids=str)
 def test_agrees_of_a_single_sample(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose weight gradients oneDNN makes in a call each, where it is wider; with some gradients only, too."""
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
-    monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", True)
-    monkeypatch.setattr(native_backward_products, "PASSES", 0)
-    monkeypatch.setattr(native_backward_products, "SINGLE_PRODUCT", 0)
-    gate_gradient = mock.Mock(side_effect=native_backward_products.gate_gradient)
-    monkeypatch.setattr(native_backward_products, "gate_gradient", gate_gradient)
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 0)
+    monkeypatch.setattr(products, "ONEDNN_IS_WIDER", True)
+    monkeypatch.setattr(backward_products, "PASSES", 0)
+    monkeypatch.setattr(backward_products, "SINGLE_PRODUCT", 0)
+    gate_gradient = mock.Mock(side_effect=backward_products.gate_gradient)
+    monkeypatch.setattr(backward_products, "gate_gradient", gate_gradient)
     single = replace(case, batch=1)
     assert_agrees_over_draws(native, lambda: make_inputs(single, branch_bias=True), 4)
     assert gate_gradient.call_count == 4
@@ -233,16 +225,16 @@ def test_agrees_where_onednn_takes_the_redundant_part_alone(
 ) -> None:
     """Of a small alpha; Wp is in the group-wise weight then, and the rest of it a product of ATen's."""
     case = Case("small-alpha", 3, 16, 12, (5, 4), groups=groups, alpha=0.25)
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
-    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0)
-    monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", True)
-    monkeypatch.setattr(native_products, "LARGE_PRODUCT", 3 * 5 * 4 * case.out_channels * case.representative)
-    monkeypatch.setattr(native_products, "LARGE_WEIGHT", 0 if linear else float("inf"))
-    monkeypatch.setattr(native_backward_products, "pay", lambda given: False)
-    for module in (native_onepass, native_weights):
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 0)
+    monkeypatch.setattr(folding, "FOLDED_PRODUCTS", 0)
+    monkeypatch.setattr(products, "ONEDNN_IS_WIDER", True)
+    monkeypatch.setattr(products, "LARGE_PRODUCT", 3 * 5 * 4 * case.out_channels * case.representative)
+    monkeypatch.setattr(products, "LARGE_WEIGHT", 0 if linear else float("inf"))
+    monkeypatch.setattr(backward_products, "pay", lambda given: False)
+    for module in (onepass, native_weights):
         monkeypatch.setattr(module, "gate_comes_first", lambda *_: False)
     inputs = make_inputs(case, branch_bias=True)
-    assert native_folding.folding_pays(inputs.x, inputs.weight_gwc, resolve((3, 3), 1, 1, 1, groups))
+    assert folding.folding_pays(inputs.x, inputs.weight_gwc, resolve((3, 3), 1, 1, 1, groups))
     assert not is_matrix_product(inputs.x, inputs.weight_redundant.numel())
     assert_agrees_over_draws(native, lambda: make_inputs(case, branch_bias=True), 4)
 
@@ -261,9 +253,9 @@ def test_knows_where_onednn_is_wider(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True), raising=False)
     available = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    assert native_products.onednn_is_wider() == (wider and available), processor
+    assert products.onednn_is_wider() == (wider and available), processor
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not native_products.onednn_is_wider(), "of a PyTorch that does not tell"
+    assert not products.onednn_is_wider(), "of a PyTorch that does not tell"
 
 
 @pytest.mark.parametrize(
@@ -278,15 +270,15 @@ def test_knows_where_onednn_is_wider(
 )
 def test_knows_intel(flags: dict[str, bool], intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
-    assert native_products.is_of_intel() == (intel and torch.backends.mkl.is_available())
+    assert products.is_of_intel() == (intel and torch.backends.mkl.is_available())
 
 
 def test_large_products_are_convolutions_where_onednn_is_wider(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of float32, and only if a convolution may be a product at all."""
     x = torch.randn(2, 8, 6, 5)
     for wider in (False, True):
-        monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", wider)
-        monkeypatch.setattr(native_products, "LARGE_PRODUCT", 60 * 64)
+        monkeypatch.setattr(products, "ONEDNN_IS_WIDER", wider)
+        monkeypatch.setattr(products, "LARGE_PRODUCT", 60 * 64)
         assert is_matrix_product(x, 64)
         assert is_matrix_product(x, 65) != wider
         assert is_matrix_product(x.double(), 65)
@@ -358,10 +350,10 @@ def test_takes_an_empty_batch(case: Case) -> None:
 @pytest.mark.parametrize("way", ["merged", "maps", "folded maps", "products", "all products"])
 def test_differentiates_one_argument_alone(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every gradient is skipped on its own, and the others do not depend on it."""
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if way == "merged" else 0)
-    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if way == "folded maps" else float("inf"))
-    monkeypatch.setattr(native_backward_products, "pay", lambda given: "products" in way)
-    monkeypatch.setattr(native_backward_products, "gwc_pays", lambda given: way == "all products")
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30 if way == "merged" else 0)
+    monkeypatch.setattr(folding, "FOLDED_PRODUCTS", 0 if way == "folded maps" else float("inf"))
+    monkeypatch.setattr(backward_products, "pay", lambda given: "products" in way)
+    monkeypatch.setattr(backward_products, "gwc_pays", lambda given: way == "all products")
     for case in (BY_NAME["plain"], BY_NAME["one-group"], BY_NAME["stride-2"]):
         inputs = make_inputs(case, branch_bias=True)
         grad = output_grad(inputs)
@@ -512,7 +504,7 @@ def test_gradients_share_no_memory(kernel: int) -> None:
 
 def test_taps_may_read_nothing_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("far-apart", 2, 16, 16, (6, 7), dilation=(4, 5), padding=(4, 5))
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 0)
-    monkeypatch.setattr(native_backward_products, "pay", lambda given: True)
-    monkeypatch.setattr(native_backward_products, "gwc_pays", lambda given: True)
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 0)
+    monkeypatch.setattr(backward_products, "pay", lambda given: True)
+    monkeypatch.setattr(backward_products, "gwc_pays", lambda given: True)
     assert_agrees(native, make_inputs(case, torch.float64, branch_bias=True))

@@ -13,7 +13,9 @@ from norm_cases import NORMS, Leaves, batch_normed, cast, layer, make_leaves, ru
 from strategies import NOT_FINITE
 from torch import Tensor, nn
 
-from spconv_triton import SPConv2d, functional, native_batch_norm, native_folding, set_recompute
+from spconv_triton import SPConv2d, functional, set_recompute
+from spconv_triton.native import batch_norm as native_batch_norm
+from spconv_triton.native import folding
 
 CASES = [case for case in SMALL if case.alpha < 1]
 BY_NAME = {case.name: case for case in CASES}
@@ -57,9 +59,9 @@ def recomputing(request: pytest.FixtureRequest) -> Iterator[bool]:
 @pytest.mark.parametrize("weights", ["given", "folded", "merged"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_float64(case: Case, weights: str, forwards: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if weights == "merged" else 0)
-    monkeypatch.setattr(native_folding, "FEW_PRODUCTS", float("inf"))
-    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", 0 if weights == "folded" else float("inf"))
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30 if weights == "merged" else 0)
+    monkeypatch.setattr(folding, "FEW_PRODUCTS", float("inf"))
+    monkeypatch.setattr(folding, "FOLDED_PRODUCTS", 0 if weights == "folded" else float("inf"))
     check(lambda: make_leaves(case), case, 8)
     check(lambda: make_leaves(case, dtype=torch.float64, memory_format=torch.contiguous_format), case, 2)
     assert len(forwards) == 8 + 2

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spconv_triton import native_convolution_backward as backward
-from spconv_triton.native_convolution import convolution
+from spconv_triton.native import convolution_backward as backward
+from spconv_triton.native.convolution import convolution
 
 # x, weight, stride, padding, dilation, groups
 WINDOWS = {

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import SPConv2d, functional, fuse
-from spconv_triton.native_weights import AVAILABLE
+from spconv_triton.native.weights import AVAILABLE
 from spconv_triton.watch import SAMPLE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDNN")

@@ -10,15 +10,11 @@ import torch
 from cases import SMALL, Case, assert_agrees, assert_agrees_over_draws, make_inputs, output_grad, run
 from torch import Tensor
 
-from spconv_triton import (
-    native_backward,
-    native_backward_products,
-    native_folding,
-    native_onepass,
-    native_parts,
-    reference,
-)
+from spconv_triton import reference
 from spconv_triton.functional import spconv2d
+from spconv_triton.native import backward as native_backward
+from spconv_triton.native import backward_products, folding, onepass
+from spconv_triton.native import parts as native_parts
 
 BY_NAME = {case.name: case for case in SMALL}
 GATED = [case for case in SMALL if case.alpha < 1]
@@ -33,10 +29,10 @@ def native(*arguments: Tensor | None, **options: object) -> Tensor:
 @pytest.mark.parametrize("case", GATED, ids=str)
 def test_agrees_in_parts(case: Case, backward: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many samples at a time, and at the end those that are left."""
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if backward == "merged" else 0)
-    monkeypatch.setattr(native_folding, "FEW_PRODUCTS", float("inf"))
-    monkeypatch.setattr(native_backward_products, "pay", lambda given: backward == "products")
-    for module in (native_onepass, native_backward):
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30 if backward == "merged" else 0)
+    monkeypatch.setattr(folding, "FEW_PRODUCTS", float("inf"))
+    monkeypatch.setattr(backward_products, "pay", lambda given: backward == "products")
+    for module in (onepass, native_backward):
         monkeypatch.setattr(module, "samples_together", lambda x, outputs, size: samples)
     case = replace(case, batch=3)
     for options in ({"bias": False}, {"branch_bias": True}, {"memory_format": torch.contiguous_format}):
@@ -64,9 +60,9 @@ def test_how_many_samples_go_together(dtype: torch.dtype, monkeypatch: pytest.Mo
     y = run(reference.spconv2d, inputs)["y"]
     of_two = (inputs.x[:2].numel() + y[:2].numel()) * 4
     monkeypatch.setattr(native_parts, "CACHED", of_two)
-    forward = mock.Mock(side_effect=native_onepass._by_branches)
+    forward = mock.Mock(side_effect=onepass._by_branches)
     backward = mock.Mock(side_effect=native_backward._of_part)
-    monkeypatch.setattr(native_onepass, "_by_branches", forward)
+    monkeypatch.setattr(onepass, "_by_branches", forward)
     monkeypatch.setattr(native_backward, "_of_part", backward)
     run(native, inputs, output_grad(inputs))
     parts = [2, 2, 1] if dtype == torch.float32 else [5]

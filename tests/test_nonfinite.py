@@ -12,10 +12,11 @@ from hypothesis import given
 from nonfinite import assert_spreads_as_in_the_reference
 from strategies import NOT_FINITE, calls_with_what_is_not_finite
 
-from spconv_triton import SPConv2d, native_folding, native_parts, native_weights, reference
+from spconv_triton import SPConv2d, reference
 from spconv_triton.epilogue import activate
 from spconv_triton.functional import gap_softmax_fusion, spconv2d_inference
 from spconv_triton.geometry import resolve
+from spconv_triton.native import folding, parts, weights
 
 
 @given(inputs=calls_with_what_is_not_finite())
@@ -30,7 +31,7 @@ def test_zeros_among_merged_weights_spread_nothing(value: float) -> None:
     """At the edge without padding, x3 is read by its own group and no point-wise convolution; gradients are too."""
     inputs = make_inputs(Case("edge", 2, 8, 8, (6, 5), padding=(0, 0)), bias=False)
     inputs.x.data[0, 1, 0, 0] = value
-    assert native_folding.merging_pays(inputs.x, inputs.weight_gwc, resolve((3, 3), 1, 0, 1, 2))
+    assert folding.merging_pays(inputs.x, inputs.weight_gwc, resolve((3, 3), 1, 0, 1, 2))
     assert_spreads_as_in_the_reference(native, inputs)
     inputs.x.data[0, 1, 0, 0] = 1.0
     grad = torch.randn(2, 8, 4, 3)
@@ -61,8 +62,8 @@ def test_compiled(backend: str) -> None:
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_inference(value: float, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The activations keep NaN, the gate makes it: as :func:`functional.spconv2d`. Also of one sample among others."""
-    monkeypatch.setattr(native_weights, "is_worth_merging", lambda *_: merged)
-    monkeypatch.setattr(native_parts, "CACHED", 1)
+    monkeypatch.setattr(weights, "is_worth_merging", lambda *_: merged)
+    monkeypatch.setattr(parts, "CACHED", 1)
     inputs = make_inputs(Case("plain", 2, 8, 8, (5, 4)))
     inputs.x.data[0, int(torch.randint(8, ())), 2, 2] = value
     with torch.no_grad():
@@ -100,7 +101,7 @@ def test_without_a_gate_zeros_spread_nothing(value: float, training: bool) -> No
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_one_sample_among_others_by_prepared_weights(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_parts, "CACHED", 1)
+    monkeypatch.setattr(parts, "CACHED", 1)
     layer = SPConv2d(8, 8, 3, padding=1, backend="native").eval()
     x = torch.randn(3, 8, 5, 4)
     x[1, 3, 2, 2] = value

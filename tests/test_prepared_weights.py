@@ -21,18 +21,11 @@ from cases import (
 from inference_cases import DTYPES
 from torch import Tensor
 
-from spconv_triton import (
-    SPConv2d,
-    functional,
-    native_folding,
-    native_onepass,
-    native_parts,
-    native_products,
-    native_weights,
-    reference,
-)
+from spconv_triton import SPConv2d, functional, reference
 from spconv_triton.geometry import Geometry
-from spconv_triton.native_weights import AVAILABLE, PreparedWeights, are_preparable
+from spconv_triton.native import folding, onepass, parts, products
+from spconv_triton.native import weights as native_weights
+from spconv_triton.native.weights import AVAILABLE, PreparedWeights, are_preparable
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDNN")
 
@@ -41,12 +34,12 @@ FORMS = ("merged", "folded", "exchanged", "prepared", "gate first")
 
 def force(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have weights prepared in this form wherever it is right."""
-    kept = native_folding.can_fold
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
+    kept = folding.can_fold
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
     monkeypatch.setattr(native_weights, "can_fold", lambda *layer: form in ("folded", "exchanged") and kept(*layer))
     if form == "exchanged":
-        monkeypatch.setattr(native_products, "ONEDNN_IS_WIDER", True)
-        monkeypatch.setattr(native_products, "LARGE_PRODUCT", 0)
+        monkeypatch.setattr(products, "ONEDNN_IS_WIDER", True)
+        monkeypatch.setattr(products, "LARGE_PRODUCT", 0)
         monkeypatch.setattr(native_weights, "EXCHANGED_CHANNELS", 1)
     if form == "gate first":
         monkeypatch.setattr(native_weights, "GATED_BYTES", 0)
@@ -60,7 +53,7 @@ def geometry_of(case: Case) -> Geometry:
 @torch.no_grad()
 def by_prepared_weights(inputs: Inputs, case: Case) -> Tensor:
     weights = PreparedWeights(inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant, geometry_of(case))
-    return native_onepass.forward(inputs.x, weights, inputs.bias, inputs.branch_bias)[0]
+    return onepass.forward(inputs.x, weights, inputs.bias, inputs.branch_bias)[0]
 
 
 def judged(inputs: Inputs, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -116,7 +109,7 @@ def test_prepared_weights_agree_over_many_draws(
 @pytest.mark.parametrize("name", ["plain", "stride-2", "stride-2-odd", "alpha-1"])
 def test_samples_may_go_one_by_one(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As large maps do."""
-    monkeypatch.setattr(native_parts, "CACHED", 1)
+    monkeypatch.setattr(parts, "CACHED", 1)
     case = replace(BY_NAME[name], batch=5)
     assert_within_budget_over_draws(judged(make_inputs(case, dtype, branch_bias=True), case) for _ in range(3))
 
@@ -164,15 +157,15 @@ def test_the_default_dtype_of_a_call_changes_nothing(dtype: torch.dtype) -> None
 def test_any_share_of_the_samples_may_go_together(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(replace(BY_NAME["plain"], batch=7), torch.float32)
     layer, expected = functional.spconv2d_inference, reference.spconv2d(*inputs.positional(), **inputs.window)
-    together, by_prepared_weights = [], native_onepass._by_prepared_weights
+    together, by_prepared_weights = [], onepass._by_prepared_weights
 
     def counted(x: Tensor, *arguments: Any, **plan: Any) -> Any:
         together.append(x.shape[0])
         return by_prepared_weights(x, *arguments, **plan)
 
-    monkeypatch.setattr(native_parts, "CACHED", samples * (inputs.x[0].nbytes + expected[0].nbytes))
-    monkeypatch.setattr(native_onepass, "_by_prepared_weights", counted)
-    monkeypatch.setattr(native_onepass, "for_one_call", native_weights.prepare)
+    monkeypatch.setattr(parts, "CACHED", samples * (inputs.x[0].nbytes + expected[0].nbytes))
+    monkeypatch.setattr(onepass, "_by_prepared_weights", counted)
+    monkeypatch.setattr(onepass, "for_one_call", native_weights.prepare)
     torch.testing.assert_close(layer(*inputs.positional(), **inputs.window, backend="native"), expected)
     assert max(together) <= samples
     assert sum(together) == 7

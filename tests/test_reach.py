@@ -14,7 +14,7 @@ from fuse_cases import fusion, images, layer, layers, norm
 from torch import Tensor, fx, nn
 
 from spconv_triton import SPConv2d, fuse
-from spconv_triton.reach import reach_of
+from spconv_triton.fusing.reach import reach_of
 
 
 class Block(nn.Module):

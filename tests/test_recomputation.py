@@ -25,17 +25,9 @@ from cases import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from spconv_triton import (
-    SPConv2d,
-    native_backward,
-    native_backward_products,
-    native_folding,
-    native_onepass,
-    native_parts,
-    native_weights,
-    set_recompute,
-)
+from spconv_triton import SPConv2d, set_recompute
 from spconv_triton.functional import spconv2d
+from spconv_triton.native import backward, backward_products, folding, onepass, parts, weights
 from spconv_triton.recomputation import recomputes
 
 BY_NAME = {case.name: case for case in SMALL}
@@ -81,14 +73,14 @@ def test_agrees_under_large_means_and_saturated_gates(case: Case, dtype: torch.d
 @pytest.mark.parametrize("case", GATED, ids=str)
 def test_agrees_in_parts_and_every_form(case: Case, form: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights in each of their forms, so many samples at a time."""
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
-    monkeypatch.setattr(native_folding, "FEW_PRODUCTS", float("inf"))
-    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", -1 if form == "folded" else float("inf"))
-    monkeypatch.setattr(native_weights, "GATED_BYTES", 0)  # then the gate of prepared weights would come first
-    monkeypatch.setattr(native_weights, "GATED_PIXELS", 0)
-    for module in (native_onepass, native_backward):
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30 if form == "merged" else 0)
+    monkeypatch.setattr(folding, "FEW_PRODUCTS", float("inf"))
+    monkeypatch.setattr(folding, "FOLDED_PRODUCTS", -1 if form == "folded" else float("inf"))
+    monkeypatch.setattr(weights, "GATED_BYTES", 0)  # then the gate of prepared weights would come first
+    monkeypatch.setattr(weights, "GATED_PIXELS", 0)
+    for module in (onepass, backward):
         monkeypatch.setattr(module, "samples_together", lambda x, outputs, size: samples)
-    monkeypatch.setattr(native_parts, "CACHED", 1 if samples == 1 else 1 << 30)
+    monkeypatch.setattr(parts, "CACHED", 1 if samples == 1 else 1 << 30)
     case = replace(case, batch=3)
     assert_agrees(native, make_inputs(case, torch.float64, branch_bias=True))
     assert_agrees_over_draws(native, lambda: make_inputs(case), 3)
@@ -98,7 +90,7 @@ def test_agrees_in_parts_and_every_form(case: Case, form: str, samples: int, mon
 @pytest.mark.parametrize("name", ["plain", "stride-2"])
 def test_a_large_bias_leaves_no_rounding_in_what_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded weights may take a bias into both branches."""
-    monkeypatch.setattr(native_folding, "FOLDED_PRODUCTS", -1)
+    monkeypatch.setattr(folding, "FOLDED_PRODUCTS", -1)
 
     def draw():
         inputs = make_inputs(BY_NAME[name])
@@ -112,14 +104,14 @@ def test_a_large_bias_leaves_no_rounding_in_what_is_kept(name: str, monkeypatch:
 def test_no_branch_is_computed_again(name: str, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither as maps nor as weight gradients of single samples, though they would pay; where the gate would come
     first there is nothing to keep, so it does not."""
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if merged else 0)
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30 if merged else 0)
     inputs = make_inputs(BY_NAME[name])
     grad, wanted = output_grad(inputs), [t for t in inputs.tensors().values() if t.requires_grad]
     expected = torch.autograd.grad(native(*inputs.positional(), **inputs.window), wanted, grad)
     again = mock.Mock(side_effect=AssertionError("computed again"))
-    monkeypatch.setattr(native_backward_products, "pay", lambda given: True)
-    monkeypatch.setattr(native_backward_products, "gate_gradient", again)
-    monkeypatch.setattr(native_onepass, "gate_comes_first", lambda x, geometry: True)
+    monkeypatch.setattr(backward_products, "pay", lambda given: True)
+    monkeypatch.setattr(backward_products, "gate_gradient", again)
+    monkeypatch.setattr(onepass, "gate_comes_first", lambda x, geometry: True)
     with set_recompute(False):
         y = native(*inputs.positional(), **inputs.window)
     monkeypatch.setattr(torch.nn.functional, "conv2d", again)
@@ -140,7 +132,7 @@ def test_keeps_one_map_of_the_outputs_size(case: Case, dtype: torch.dtype) -> No
 @pytest.mark.usefixtures("keeping")
 @pytest.mark.parametrize("merged", [False, True])
 def test_another_backward_finds_what_was_kept(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_folding, "MERGED_CHANNELS", 1 << 30 if merged else 0)
+    monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30 if merged else 0)
     inputs = make_inputs(BY_NAME["plain"])
     y = native(*inputs.positional(), **inputs.window)
     grad, wanted = output_grad(inputs), [t for t in inputs.tensors().values() if t.requires_grad]

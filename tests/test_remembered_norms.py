@@ -11,7 +11,7 @@ import torch
 from inference_cases import infer, make_normed, prepared
 
 from spconv_triton import SPConv2d, fuse
-from spconv_triton.native_weights import AVAILABLE
+from spconv_triton.native.weights import AVAILABLE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this PyTorch has no oneDNN")
 

@@ -2,7 +2,7 @@
 
 They are the Triton kernels as PyTorch sees them. Without triton this package is empty, and
 :func:`spconv_triton.dispatch.choose` leads to none of them. One operator more needs no triton: that of
-:mod:`spconv_triton.native_traced`, for compiled layers on ATen.
+:mod:`spconv_triton.native.traced`, for compiled layers on ATen.
 """
 
 from ..dispatch import HAS_TRITON

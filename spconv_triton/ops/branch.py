@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import launch, native
+from .. import launch
 from ..autocast import cast
 from ..flop_formulas import flop_formula
+from ..native import branches
 from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import branch_flops, geometry_of
 from .second_order import differentiate_pullback, register_second_order
@@ -97,7 +98,7 @@ def _second_order(
     geometry = geometry_of(gwc, *window)
 
     def branch(x3: Tensor, gwc: Tensor, pwc: Tensor) -> Tensor:
-        return native.representative_branch(x3, gwc, pwc, geometry)
+        return branches.representative_branch(x3, gwc, pwc, geometry)
 
     return *differentiate_pullback(branch, (x3, gwc, pwc), grad, cotangents), *(None,) * 4
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import launch, native
+from .. import launch
 from ..autocast import cast
 from ..flop_formulas import flop_formula
+from ..native.branches import gap_softmax_fusion, pointwise, representative_branch
 from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import backward_flops, forward_flops, geometry_of
 from .second_order import differentiate_pullback, register_second_order
@@ -178,10 +179,10 @@ def _second_order(
         bias: Tensor,
     ) -> Tensor:
         representative = pwc.shape[1]
-        u3 = native.representative_branch(x[:, :representative], gwc, pwc, geometry)
-        u1 = native.pointwise(x[:, representative:], redundant, geometry)
+        u3 = representative_branch(x[:, :representative], gwc, pwc, geometry)
+        u1 = pointwise(x[:, representative:], redundant, geometry)
         normed = _normalise(u3, weight3, bias3, eps[0]), _normalise(u1, weight1, bias1, eps[1])
-        return native.gap_softmax_fusion(*normed) + bias[:, None, None].to(x.dtype)
+        return gap_softmax_fusion(*normed) + bias[:, None, None].to(x.dtype)
 
     norms = (norm_weight3, norm_bias3, norm_weight1, norm_bias1)
     rows = (*launch.Norms(*norms).tensors(gate), gate.new_zeros(gate.shape[1]))  # the bias has no part in any gradient

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import launch, native
+from .. import launch
 from ..autocast import promote
+from ..native import branches
 from ..registration import register_autocast, traceable_op
 from .second_order import differentiate_pullback, register_second_order
 
@@ -56,7 +57,7 @@ register_autocast(gap_softmax_fusion, promote)
 def _second_order(
     cotangents: tuple[Tensor | None, ...], grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor
 ) -> tuple[Tensor | None, ...]:
-    return *differentiate_pullback(native.gap_softmax_fusion, (u3, u1), grad, cotangents), None
+    return *differentiate_pullback(branches.gap_softmax_fusion, (u3, u1), grad, cotangents), None
 
 
 register_second_order(gap_softmax_fusion_backward, _second_order)

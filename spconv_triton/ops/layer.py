@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import launch, native
+from .. import launch
 from ..autocast import cast
 from ..flop_formulas import flop_formula
+from ..native import branches
 from ..registration import NAMESPACE, register_autocast, traceable_op
 from .common import backward_flops, forward_flops, geometry_of
 from .second_order import differentiate_pullback, register_second_order
@@ -141,7 +142,7 @@ def _second_order(
     geometry = geometry_of(gwc, *window)
 
     def layer(x: Tensor, gwc: Tensor, pwc: Tensor, redundant: Tensor, branch_bias: Tensor | None) -> Tensor:
-        return native.compose(x, gwc, pwc, redundant, None, branch_bias, geometry)
+        return branches.compose(x, gwc, pwc, redundant, None, branch_bias, geometry)
 
     tensors = (x, gwc, pwc, redundant, branch_bias)
     return *differentiate_pullback(layer, tensors, grad, cotangents), *(None,) * 7

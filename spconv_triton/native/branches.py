@@ -1,4 +1,4 @@
-"""SPConv on ATen: the path of CPUs, of float64, and of GPUs without triton. Inductor sees every operation of it."""
+"""SPConv part by part: U3, U1 and their blend, in operations that autograd, ``torch.func`` and Inductor see."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from . import native_traced, reference
-from .dispatch import is_exporting, is_transformed
-from .epilogue import Epilogue
-from .geometry import Geometry
-from .native_convolution import convolution, in_nchw, misses_weight_gradient
+from .. import reference
+from ..dispatch import is_exporting, is_transformed
+from ..epilogue import Epilogue
+from ..geometry import Geometry
+from . import traced
+from .convolution import convolution, in_nchw, misses_weight_gradient
 
 POOLS_EVEN_OR_ODD = torch.__version__ < TorchVersion("2.12")
 """Whether what is compiled with pooling in ceil mode is for even sizes only, or for odd ones."""
@@ -71,15 +72,15 @@ def pointwise_input_adjoint(grad: Tensor, size: tuple[int, int], geometry: Geome
 def pointwise(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """1 x 1 convolution of the centre taps: x [N, C, H, W], weight [M, C, 1, 1] -> [N, M, H_out, W_out]."""
     if torch.compiler.is_compiling():
-        x = native_traced.part(x)
+        x = traced.part(x)
     return F.conv2d(pointwise_input(x, geometry), weight)
 
 
 def representative_branch(x3: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, geometry: Geometry) -> Tensor:
     """U3 = GWC(x3) + PWC(x3); shapes as in :func:`spconv_triton.functional.representative_branch`."""
     if torch.compiler.is_compiling():
-        x3 = native_traced.part(x3)
-        gwc = native_traced.convolution(x3, weight_gwc, *geometry[1:])
+        x3 = traced.part(x3)
+        gwc = traced.convolution(x3, weight_gwc, *geometry[1:])
     else:
         read, weight = x3, weight_gwc
         if misses_weight_gradient(read, weight, geometry.dilation):
@@ -91,11 +92,13 @@ def representative_branch(x3: Tensor, weight_gwc: Tensor, weight_pwc: Tensor, ge
 def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
     """Y = beta U3 + gamma U1; shapes as in :func:`spconv_triton.functional.gap_softmax_fusion`."""
     if torch.compiler.is_compiling() and torch.is_grad_enabled() and not (is_exporting() or is_transformed()):
-        return native_traced.gap_softmax_fusion(u3, u1)
+        return traced.gap_softmax_fusion(u3, u1)
     return reference.gap_softmax_fusion(u3, u1)
 
 
-def batch_norm(tensors: Sequence[Any], eps: tuple[float, float], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+def compose_batch_norm(
+    tensors: Sequence[Any], eps: tuple[float, float], geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
     """Y, mean and variance of a layer with batch norms in its branches, part by part.
 
     Args:
@@ -153,7 +156,7 @@ def compose(
     geometry: Geometry,
     after: Epilogue | None = None,
 ) -> Tensor:
-    """The layer part by part, arguments as of :func:`spconv_triton.native_onepass.spconv2d_inference`.
+    """The layer part by part, arguments as of :func:`spconv_triton.native.onepass.spconv2d_inference`.
 
     Autograd and ``torch.func`` differentiate it as often as asked, with U3 and U1 in memory.
     """

@@ -1,11 +1,11 @@
 """The whole layer on ATen, keeping x and one number per (sample, output channel) for the backward.
 
 Forward, in channels_last: the group-wise convolution is oneDNN's, the point-wise ones are matrix products over pixels
-(:mod:`spconv_triton.native_products`).
+(:mod:`spconv_triton.native.products`).
 
 On small maps U3 and U1 are made side by side, the gate comes from their means, and the blend is written over U1. On
 large ones every further map costs more than weights for each sample: there is none but Y, the gate comes first
-(:mod:`spconv_triton.native_gate`), and the point-wise convolutions are added in one product,
+(:mod:`spconv_triton.native.gate`), and the point-wise convolutions are added in one product,
 
     Y = scale GWC(x3) + offset + [scale Wp | a gamma W1] z,   scale = a beta,   offset = a (beta b3 + gamma b1) + bias
 
@@ -14,10 +14,10 @@ but where oneDNN multiplies wider than ATen: there two more maps take less time 
 Where :func:`spconv_triton.set_recompute` says that U3 - U1 is kept for the backward, both maps are made.
 
 In inference a is the scale of a norm that follows, and a residual and an activation follow in place; else a is 1. There
-weights are prepared (:mod:`spconv_triton.native_weights`), with which the branches take less time, so that maps are
-large only later. A batch of many samples goes through the branches in parts (:mod:`spconv_triton.native_parts`).
+weights are prepared (:mod:`spconv_triton.native.weights`), with which the branches take less time, so that maps are
+large only later. A batch of many samples goes through the branches in parts (:mod:`spconv_triton.native.parts`).
 
-The backward is :mod:`spconv_triton.native_backward`.
+The backward is :mod:`spconv_triton.native.backward`.
 """
 
 from __future__ import annotations
@@ -30,27 +30,20 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import native
-from .autocast import without_autocast
-from .dispatch import is_exporting, needs_plain_backward, needs_plain_operations
-from .epilogue import NOTHING, Epilogue, activate
-from .geometry import Geometry
-from .layout import memory_format
-from .native_backward import differentiable_gradients, gradients
-from .native_convolution import channels_last
-from .native_gate import (
-    bias_difference,
-    difference_of_means,
-    exponent,
-    gate_comes_first,
-    means_of_maps,
-    sums_of_maps,
-)
-from .native_inference import Inference
-from .native_parts import parts_of, pay_in_training, samples_together
-from .native_products import pixels
-from .native_weights import MergedWeights, Plan, PreparedWeights, Weights, for_one_call
-from .recomputation import recomputes
+from ..autocast import without_autocast
+from ..dispatch import is_exporting, needs_plain_backward, needs_plain_operations
+from ..epilogue import NOTHING, Epilogue, activate
+from ..geometry import Geometry
+from ..layout import memory_format
+from ..recomputation import recomputes
+from . import branches
+from .backward import differentiable_gradients, gradients
+from .convolution import channels_last
+from .gate import bias_difference, difference_of_means, exponent, gate_comes_first, means_of_maps, sums_of_maps
+from .inference import Inference
+from .parts import parts_of, pay_in_training, samples_together
+from .products import pixels
+from .weights import MergedWeights, Plan, PreparedWeights, Weights, for_one_call
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """x, weight_gwc, weight_pwc, weight_redundant, bias and branch_bias."""
@@ -107,13 +100,13 @@ def spconv2d(
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
     differentiated = differentiates(arguments)
     if needs_plain_operations(arguments) or (weight_redundant is None and differentiated):
-        return native.compose(*arguments, geometry)
+        return branches.compose(*arguments, geometry)
     if torch.compiler.is_compiling():
         # The partitioner would keep U3 - U1; a checkpoint tells it not to. On a CPU it is worth its memory: without it
         # a step takes a quarter longer.
         if differentiated and not x.is_cpu and not is_exporting():
-            return checkpoint(native.compose, *arguments, geometry, use_reentrant=False, preserve_rng_state=False)
-        return native.compose(*arguments, geometry)
+            return checkpoint(branches.compose, *arguments, geometry, use_reentrant=False, preserve_rng_state=False)
+        return branches.compose(*arguments, geometry)
     if differentiated:
         return OnePass.apply(*arguments, geometry)
     return _infer(arguments, geometry, NOTHING, memory)
@@ -141,7 +134,7 @@ def spconv2d_inference(
     """
     arguments = (x, weight_gwc, weight_pwc, weight_redundant, bias, branch_bias)
     if needs_plain_operations(arguments) or torch.compiler.is_compiling():
-        return native.compose(*arguments, geometry, after)
+        return branches.compose(*arguments, geometry, after)
     return _infer(arguments, geometry, after, memory)
 
 
@@ -190,7 +183,7 @@ class OnePass(torch.autograd.Function):
         *inputs, d, difference = ctx.saved_tensors
         with without_autocast(grads[0]):
             if needs_plain_backward(grads[0]):
-                layer = functools.partial(native.compose, geometry=ctx.geometry)
+                layer = functools.partial(branches.compose, geometry=ctx.geometry)
                 return (*differentiable_gradients(layer, inputs, grads[0]), None)
             return (*gradients(inputs, ctx.geometry, d, grads[0], ctx.needs_input_grad, difference), None)
 

@@ -1,4 +1,4 @@
-"""What every way through the backward (:mod:`spconv_triton.native_backward`) starts from."""
+"""What every way through the backward (:mod:`spconv_triton.native.backward`) starts from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
-from .geometry import Geometry
-from .native_convolution import channels_last, map_dtype
+from ..geometry import Geometry
+from . import branches
+from .convolution import channels_last, map_dtype
 
 
 class Operands(NamedTuple):
@@ -52,7 +52,7 @@ def operands(
     return Operands(
         x=x,
         x3=channels_last(x.narrow(1, 0, weight_pwc.shape[1])),  # else each of the convolutions copies it
-        z=channels_last(native.pointwise_input(x, geometry)),  # one padded pixel of x comes out in NCHW
+        z=channels_last(branches.pointwise_input(x, geometry)),  # one padded pixel of x comes out in NCHW
         g=channels_last(grad).to(map_dtype(x)),
         beta=torch.sigmoid(d),
         gamma=torch.sigmoid(-d),

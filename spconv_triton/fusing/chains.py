@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .branch_norm import is_affine
-from .fused import FusedSPConv2d
-from .hooks import has_hooks
-from .modules import SPConv2d
+from ..branch_norm import is_affine
+from ..fused import FusedSPConv2d
+from ..hooks import has_hooks
+from ..modules import SPConv2d
 from .regions import IN_PLACE, Frame, Region
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}

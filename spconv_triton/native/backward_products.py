@@ -19,7 +19,7 @@ weights scaled by the gate of every sample, as in the forward:
 
     dx = GWC^T(E3) + pool^T([beta_n Wp | gamma_n W1]^T g_n + [Wp | -W1]^T delta_n)
 
-Formulas: :mod:`spconv_triton.native_backward`.
+Formulas: :mod:`spconv_triton.native.backward`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, native_products
-from .native_backward_operands import Operands
-from .native_convolution import HAS_AVX512, channels_last, convolve
-from .native_convolution_backward import convolution_backward
-from .native_gate import gate_comes_first, sums_of_maps
-from .native_products import can_be_matrix_product, is_matrix_product, pixels
+from . import branches, products
+from .backward_operands import Operands
+from .convolution import HAS_AVX512, channels_last, convolve
+from .convolution_backward import convolution_backward
+from .gate import gate_comes_first, sums_of_maps
+from .products import can_be_matrix_product, is_matrix_product, pixels
 
 
 class Products(NamedTuple):
@@ -66,8 +66,8 @@ def pay(given: Operands) -> bool:
     """Whether this way takes less time than that through maps."""
     batch, outputs, height, width = given.g.shape
     if _is_single(given):
-        products = given.z.numel() * outputs
-        return height * width > PASSES and products > SINGLE_PRODUCT and can_be_matrix_product(given.x)
+        multiplies = given.z.numel() * outputs
+        return height * width > PASSES and multiplies > SINGLE_PRODUCT and can_be_matrix_product(given.x)
     if not is_matrix_product(given.x, given.x.shape[1] * outputs):
         return False
     return gate_comes_first(given.x, given.geometry) or (height * width > PASSES and batch > 1 and _is_precise(given))
@@ -81,7 +81,7 @@ def gwc_pays(given: Operands) -> bool:
 
 def _is_single(given: Operands) -> bool:
     """Whether it is one sample, all of whose convolutions are oneDNN's."""
-    return given.g.shape[0] == 1 and native_products.ONEDNN_IS_WIDER and given.g.dtype == torch.float32
+    return given.g.shape[0] == 1 and products.ONEDNN_IS_WIDER and given.g.dtype == torch.float32
 
 
 def _is_precise(given: Operands) -> bool:
@@ -112,14 +112,14 @@ def gate_gradient(given: Operands, *, of_gwc: bool) -> tuple[Tensor, Products]:
 
 
 def gradients(
-    given: Operands, products: Products, delta: Tensor, needed: tuple[bool, ...]
+    given: Operands, made: Products, delta: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x and the three weights, where ``needed``; ``delta`` is [N, M, 1, 1]."""
     shift = delta.flatten(1)
     dx = dx3 = dweight_gwc = dweight_pwc = dweight_redundant = None
-    if products.gated is not None:
-        dweight_gwc = _gwc_gradient(given, products.gated, shift)
-    through_gwc = (needed[0], needed[1] and products.gated is None)
+    if made.gated is not None:
+        dweight_gwc = _gwc_gradient(given, made.gated, shift)
+    through_gwc = (needed[0], needed[1] and made.gated is None)
     if any(through_gwc):
         e3 = torch.addcmul(delta.to(given.g.dtype), given.g, given.beta.to(given.g.dtype))
         dx3, gradient = convolution_backward(e3, given.x3, given.weight_gwc, through_gwc, *given.geometry[1:])
@@ -129,7 +129,7 @@ def gradients(
         sums = sums_of_maps(given.z).flatten(1)
         parts = given.x3.shape[1], given.weight_redundant.shape[1]
         sums3, sums1 = sums.split(parts, 1)
-        of3, of1 = products.pointwise.split(parts, 2)
+        of3, of1 = made.pointwise.split(parts, 2)
         if needed[2]:
             dweight_pwc = _gated_sum(of3, given.beta).addmm_(shift.T, sums3)
             dweight_pwc = dweight_pwc.view_as(given.weight_pwc).to(given.x.dtype)
@@ -137,13 +137,13 @@ def gradients(
             dweight_redundant = _gated_sum(of1, given.gamma).addmm_(shift.T, sums1, alpha=-1)
             dweight_redundant = dweight_redundant.view_as(given.weight_redundant).to(given.x.dtype)
     if needed[0]:
-        dx = _input_gradient(given, products.weight, dx3, shift)
+        dx = _input_gradient(given, made.weight, dx3, shift)
     return dx, dweight_gwc, dweight_pwc, dweight_redundant
 
 
-def _gated_sum(products: Tensor, gate: Tensor) -> Tensor:
-    """sum_n gate_n products_n of [N, M, L] and [N, M, 1, 1]."""
-    gated = products * gate.squeeze(3)
+def _gated_sum(of_samples: Tensor, gate: Tensor) -> Tensor:
+    """sum_n gate_n of_samples_n of [N, M, L] and [N, M, 1, 1]."""
+    gated = of_samples * gate.squeeze(3)
     return gated.squeeze(0) if gated.shape[0] == 1 else gated.sum(0)
 
 
@@ -216,6 +216,6 @@ def _input_gradient(given: Operands, weight: Tensor, dx3: Any, shift: Tensor) ->
         pixels(dz).baddbmm_(pixels(g), weights)
     if z is x:
         return dz
-    dx = native.pointwise_input_adjoint(dz, (x.shape[2], x.shape[3]), geometry)
+    dx = branches.pointwise_input_adjoint(dz, (x.shape[2], x.shape[3]), geometry)
     dx[:, :representative] += dx3
     return dx

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import is_transformed, is_watched
-from .geometry import Geometry
-from .layout import memory_format
-from .native_products import are_products_precise
-from .native_weights import PreparedWeights, Weights, are_preparable, prepare
-from .watch import Watch, can_watch
+from ..dispatch import is_transformed, is_watched
+from ..geometry import Geometry
+from ..layout import memory_format
+from ..watch import Watch, can_watch
+from .products import are_products_precise
+from .weights import PreparedWeights, Weights, are_preparable, prepare
 
 KINDS = 1024
 """How many kinds of calls are remembered."""

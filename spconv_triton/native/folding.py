@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .geometry import Geometry
-from .native_products import is_matrix_product
+from ..geometry import Geometry
+from .products import is_matrix_product
 
 MERGED_CHANNELS = 16
 """Up to which x3 is one block of oneDNN's."""

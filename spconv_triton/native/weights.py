@@ -1,6 +1,6 @@
 """The weights of a layer on ATen and the products with them: as they are given, or prepared.
 
-Prepared, there are less of them (:mod:`spconv_triton.native_folding`), and for each shape of inputs they lie in the
+Prepared, there are less of them (:mod:`spconv_triton.native.folding`), and for each shape of inputs they lie in the
 order in which oneDNN computes; else every call reorders them, which for the deep layers of a network, whose weights are
 many and maps small, takes as long as the products. A layer in eval keeps them. For a single call they are at most
 folded.
@@ -16,30 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
-from .geometry import Geometry
-from .native_convolution import (
-    are_of_onednn,
-    are_readable,
-    channels_last,
-    convolve,
-    representative,
-    representative_view,
-)
-from .native_folding import (
-    Block,
-    can_fold,
-    fold,
-    folding_pays,
-    is_worth_merging,
-    merge,
-    merging_pays,
-    other_blocks,
-    whole,
-)
-from .native_gate import gate_comes_first
-from .native_parts import samples_of_shape
-from .native_products import (
+from ..geometry import Geometry
+from . import branches
+from .convolution import are_of_onednn, are_readable, channels_last, convolve, representative, representative_view
+from .folding import Block, can_fold, fold, folding_pays, is_worth_merging, merge, merging_pays, other_blocks, whole
+from .gate import gate_comes_first
+from .parts import samples_of_shape
+from .products import (
     can_be_matrix_product,
     columns,
     is_large,
@@ -103,7 +86,7 @@ class Weights:
 
     def pointwise_input(self, x: Tensor) -> Tensor:
         """What the point-wise convolutions read, [N, L, H_out, W_out]: ``x`` itself, or in its layout."""
-        z = native.pointwise_input(x, self.geometry)
+        z = branches.pointwise_input(x, self.geometry)
         return z if z is x else channels_last(z)
 
     def u3(self, x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .geometry import Geometry
-from .native_products import is_matrix_product
+from ..geometry import Geometry
+from .products import is_matrix_product
 
 COPIED = 1 << 19
 """Elements that are copied at a time."""

@@ -1,4 +1,4 @@
-"""Convolutions of the native path, in channels_last; the 1 x 1 ones are in :mod:`spconv_triton.native_products`.
+"""Convolutions of the native path, in channels_last; the 1 x 1 ones are in :mod:`spconv_triton.native.products`.
 
 The layouts and forms here are those that take the least time on a CPU; GPUs take any. Maps are in float32 or better,
 but in bfloat16 where a CPU multiplies that and adds in float32: what is read and written then decides its time.
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import is_watched
-from .geometry import Geometry
+from ..dispatch import is_watched
+from ..geometry import Geometry
 
 ACCUMULATES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
 

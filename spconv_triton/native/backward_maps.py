@@ -1,6 +1,6 @@
 """The backward through maps: U3 - U1 = GWC(x3) + [Wp, -W1] z, kept or made again, for A = sum_pixels g (U3 - U1).
 
-Then E3 and E1 are written over it, one after the other. Formulas: :mod:`spconv_triton.native_backward`.
+Then E3 and E1 are written over it, one after the other. Formulas: :mod:`spconv_triton.native.backward`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
-from .native_backward_operands import Operands
-from .native_convolution import channels_last, convolve
-from .native_convolution_backward import convolution_backward
-from .native_folding import Block, fold, folding_pays, other_blocks, whole
-from .native_gate import sums_of_maps
-from .native_products import columns, is_matrix_product, plus_pointwise
+from . import branches
+from .backward_operands import Operands
+from .convolution import channels_last, convolve
+from .convolution_backward import convolution_backward
+from .folding import Block, fold, folding_pays, other_blocks, whole
+from .gate import sums_of_maps
+from .products import columns, is_matrix_product, plus_pointwise
 
 THIN = 16
 """Input channels of a point-wise convolution, below which its gradients are oneDNN's, not MKL's, from LONG pixels."""
@@ -138,7 +138,7 @@ def _input_gradient(given: Operands, dz: Tensor | None, dx3: Tensor | None) -> T
     if dz is None or given.z is given.x:
         return dz
     assert dx3 is not None
-    dx = native.pointwise_input_adjoint(dz, (given.x.shape[2], given.x.shape[3]), given.geometry)
+    dx = branches.pointwise_input_adjoint(dz, (given.x.shape[2], given.x.shape[3]), given.geometry)
     dx[:, : given.x3.shape[1]] += dx3
     return dx
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native_convolution import (
+from .convolution import (
     columns_without_stride,
     in_nchw,
     misses_columns,
@@ -23,7 +23,7 @@ from .native_convolution import (
     padded,
     readable,
 )
-from .native_products import LARGE_WEIGHT, ONEDNN_IS_WIDER, can_be_matrix_product
+from .products import LARGE_WEIGHT, ONEDNN_IS_WIDER, can_be_matrix_product
 
 FEW_PIXELS = 100 if ONEDNN_IS_WIDER else 200
 """Output pixels of a batch, up to which a weight's gradient is a matrix product; half as many where the gradient of x

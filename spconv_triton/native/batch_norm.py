@@ -17,7 +17,7 @@ and in the backward, with g = dL/dY, P the pixels of a sample and K = N P, per (
     dL/dU3 = w3 r3 (beta g + delta / P - db3 / K - r3 (U3 - mu3) dw3 / K)
 
 and for U1 with gamma and -delta. From there on they are the gradients of the convolutions
-(:mod:`spconv_triton.native_backward_maps`).
+(:mod:`spconv_triton.native.backward_maps`).
 
 Source: Zhang et al., IJCAI 2020, section 3.4; batch norm: Ioffe and Szegedy, ICML 2015, algorithm 1.
 """
@@ -31,19 +31,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
-from .autocast import without_autocast
-from .dispatch import needs_plain_backward, needs_plain_operations
-from .geometry import Geometry
-from .layout import gradient_of
-from .native_backward import differentiable_gradients
-from .native_backward_maps import branch_gradients
-from .native_backward_operands import operands
-from .native_convolution import channels_last
-from .native_gate import means_of_maps, sums_of_maps
-from .native_products import pointwise
-from .native_weights import for_one_call
-from .recomputation import recomputes
+from ..autocast import without_autocast
+from ..dispatch import needs_plain_backward, needs_plain_operations
+from ..geometry import Geometry
+from ..layout import gradient_of
+from ..recomputation import recomputes
+from .backward import differentiable_gradients
+from .backward_maps import branch_gradients
+from .backward_operands import operands
+from .branches import compose_batch_norm
+from .convolution import channels_last
+from .gate import means_of_maps, sums_of_maps
+from .products import pointwise
+from .weights import for_one_call
 
 TENSORS = 9
 """x, the three weights, the bias, and weight and bias of either norm: what is differentiated."""
@@ -85,10 +85,12 @@ class Branch(NamedTuple):
     deviation: Tensor
 
 
-def batch_norm(tensors: Sequence[Any], eps: tuple[float, float], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-    """Y, mean and variance, as of :func:`spconv_triton.native.batch_norm`, which computes what this does not."""
+def spconv2d_batch_norm(
+    tensors: Sequence[Any], eps: tuple[float, float], geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, mean and variance, as of :func:`.branches.compose_batch_norm`, which computes what this does not."""
     if not takes(tensors[0]) or needs_plain_operations(tensors):
-        return native.batch_norm(tensors, eps, geometry)
+        return compose_batch_norm(tensors, eps, geometry)
     return OnePass.apply(*tensors, eps, geometry)
 
 
@@ -116,7 +118,7 @@ class OnePass(torch.autograd.Function):
         with without_autocast(grads[0]):
             if needs_plain_backward(grads[0]):
                 found = differentiable_gradients(
-                    lambda *tensors: native.batch_norm(tensors, ctx.eps, ctx.geometry)[0], tensors, grads[0]
+                    lambda *tensors: compose_batch_norm(tensors, ctx.eps, ctx.geometry)[0], tensors, grads[0]
                 )
             else:
                 branches = _branches(tensors, Statistics(*statistics), ctx.eps)

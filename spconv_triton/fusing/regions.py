@@ -26,10 +26,10 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 
-from .fused import FusedSPConv2d
-from .hooks import has_hooks
+from ..fused import FusedSPConv2d
+from ..hooks import has_hooks
+from ..modules import SPConv2d
 from .module_changes import unchanged
-from .modules import SPConv2d
 from .reach import held_by_attributes, reach_of
 from .sources import asks_for_none, asks_for_type, is_only_called
 

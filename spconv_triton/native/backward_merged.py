@@ -1,7 +1,7 @@
 """The backward of a layer of few channels: U3 - U1 = GWC'(x3) - W1 z1, with GWC' merged of the weights of x3.
 
-One map as in :mod:`spconv_triton.native_backward_maps`, in as few calls as there can be. Formulas:
-:mod:`spconv_triton.native_backward`.
+One map as in :mod:`spconv_triton.native.backward_maps`, in as few calls as there can be. Formulas:
+:mod:`spconv_triton.native.backward`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
-from .native_backward_operands import Operands
-from .native_convolution import channels_last, convolve
-from .native_convolution_backward import convolution_backward
-from .native_folding import merge, merging_pays, part_gradient
-from .native_gate import sums_of_maps
-from .native_products import can_be_matrix_product
+from . import branches
+from .backward_operands import Operands
+from .convolution import channels_last, convolve
+from .convolution_backward import convolution_backward
+from .folding import merge, merging_pays, part_gradient
+from .gate import sums_of_maps
+from .products import can_be_matrix_product
 
 
 class Merged(NamedTuple):
@@ -73,6 +73,6 @@ def gradients(
         assert dx3 is not None
         assert dz1 is not None
         if given.z is not given.x:
-            dz1 = native.pointwise_input_adjoint(dz1, (given.x.shape[2], given.x.shape[3]), given.geometry)
+            dz1 = branches.pointwise_input_adjoint(dz1, (given.x.shape[2], given.x.shape[3]), given.geometry)
         dx = torch.cat((dx3, dz1), 1)
     return dx, dweight_gwc if needed[1] else None, dweight_pwc if needed[2] else None, dweight_redundant

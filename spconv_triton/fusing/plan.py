@@ -1,178 +1,21 @@
-"""Folding what follows SPConv layers into them, for inference."""
+"""What folds into the SPConv layers of a network, found first and carried out then."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .branch_norm import folds
+from ..branch_norm import folds
+from ..fused import FusedSPConv2d
+from ..hooks import has_hooks
+from ..modules import SPConv2d
+from ..networks import replace
 from .chains import Chain, follow
-from .fused import FusedSPConv2d
-from .hooks import has_hooks, is_compiled
 from .module_changes import unchanged
-from .modules import SPConv2d
-from .plain_norms import FoldedNorm, find_folded_norms
+from .plain_norms import find_folded_norms
 from .regions import Region, Tracer, attribute, find_regions, trace
-
-
-@dataclass(frozen=True)
-class Fold:
-    """What becomes of one SPConv layer.
-
-    Attributes:
-        names: where it stands in the network; several where it is shared.
-        folded: what is folded into it, in order.
-        reason: why nothing more is; empty where an activation ends it.
-    """
-
-    names: tuple[str, ...]
-    folded: tuple[str, ...]
-    reason: str
-
-    def __str__(self) -> str:
-        name = ", ".join(self.names) or "the model"
-        return "; ".join(filter(None, (f"{name}: {', '.join(self.folded) or 'nothing'}", self.reason)))
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """What :func:`spconv_triton.fuse` does to a network; printed, it is a readable report.
-
-    Attributes:
-        fused, kept: its SPConv layers, each in the network's order.
-        norms: the plain convolutions and the norms folded into them.
-    """
-
-    fused: tuple[Fold, ...]
-    kept: tuple[Fold, ...]
-    norms: tuple[FoldedNorm, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.fused)} of {len(self.fused) + len(self.kept)} SPConv layers are fused"]
-        lines += [f"  {fold}" for fold in self.fused]
-        lines += ["the others stay:"] if self.kept else []
-        lines += [f"  {fold}" for fold in self.kept]
-        lines += ["norms fold into plain convolutions:"] if self.norms else []
-        lines += [f"  {norm}" for norm in self.norms]
-        return "\n".join(lines)
-
-
-def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusion], object] | None = None) -> nn.Module:
-    """A copy of ``model`` for inference, whose SPConv layers compute what follows them before writing their output.
-
-    Into a layer fold, in this order: the norms in its branches; an ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``; the
-    addition of a residual (``+``, ``+=``, ``torch.add``, ``add_``); ReLU, ReLU6 or SiLU (module or function). The
-    layer is then a :class:`spconv_triton.fused.FusedSPConv2d`, and has no parameters. Results are the model's to within
-    rounding. Anything else is as it was, unless ``plain_norms`` asks for the norms behind plain convolutions too.
-
-    The graph is read by ``torch.fx``. Modules that cannot be traced, because of control flow say, are left as they are,
-    and the parts that they call, as far as their source tells, are fused each on its own. Where a norm and an
-    activation are modules of their own, nothing else calls them and no residual is added, ``nn.Identity`` takes their
-    places. Else the module in whose forward they are called becomes a ``torch.fx.GraphModule``, which has its parts
-    under their names but is of no class of its own. timm's ``BatchNormAct2d``, a norm and an activation in one, becomes
-    a sequence of the two first.
-
-    A layer stays, with the reason in the report, where its result is used more than once or is a result of the network;
-    where an activation stands before the norm; where a norm is in training mode, has no running statistics, another
-    dtype or hooks; where calls of it are followed by different things; where a forward has optional arguments, which
-    may change what follows; where a forward asks what a symbol cannot answer (types, gradients, autocast), keeps what
-    it computes, or looks into parts of which less would be left; where a forward that cannot be traced may do more with
-    it, or with what follows, than call the part around both; where a list or another attribute holds it beside the
-    network's own tree; and where the layer, or what would have to be rewritten, has hooks.
-
-    What is fused is the forward as it is now. Other methods that stop before a norm find it in the layer already, and
-    flags that are set on the copy later change nothing.
-
-    Args:
-        model: in eval mode. Compile it and export it afterwards.
-        plain_norms: whether to fold batch norms into ``nn.Conv2d`` as well, each where it alone reads the convolution's
-            result, by ``torch.nn.utils.fusion.fuse_conv_bn_eval``.
-        report: called with the :class:`.Fusion`; ``print`` will do.
-
-    Returns:
-        The copy; ``model`` stays as it was, to be trained further. Fusing the copy again changes nothing. The copy
-        has no gradients: call it under ``torch.inference_mode()`` or ``torch.no_grad()``, and to train, go back to
-        ``model``.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a model of which an SPConv layer or a module around it is in training mode, or that is scripted,
-            compiled or wrapped in DDP.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(plain_norms, bool):
-        raise TypeError(f"plain_norms must be True or False, got {plain_norms!r}")
-    if report is not None and not callable(report):
-        raise TypeError(f"report must be callable or None, got {report!r}")
-    _check_state(model)
-    model = _with_norms_apart(_copied(model))
-    plan = _Plan(model, plain_norms)
-    if report is not None:
-        report(plan.report())
-    return plan.carry_out()
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy in the same modes and with the same hooks: that of a ``torch.fx.GraphModule`` is a new one."""
-    memo: dict[int, Any] = {}  # by which hooks of the copy see the copy
-    copied = copy.deepcopy(model, memo)
-    for module, other in zip(model.modules(), copied.modules(), strict=True):
-        other.training = module.training
-        if isinstance(module, fx.GraphModule) and has_hooks(module):
-            hooks = {name: value for name, value in vars(module).items() if "_hooks" in name}
-            vars(other).update(copy.deepcopy(hooks, memo))
-    return copied
-
-
-def _with_norms_apart(model: nn.Module) -> nn.Module:
-    """``model`` with a norm and an activation in the place of each of timm's modules that are both, in eval mode."""
-    norms = [module for module in model.modules() if _has_activation(module)]
-    if not norms:
-        return model
-    network = find_regions(model)
-    apart: dict[nn.Module, nn.Module] = {
-        norm: nn.Sequential(_as_batch_norm(norm), norm.get_submodule("act")).eval()
-        for norm in norms
-        if network.only_calls(norm, model)
-    }
-    return _replace(model, apart)
-
-
-def _has_activation(module: nn.Module) -> bool:
-    """Whether it is a batch norm and an activation and nothing else."""
-    kind = type(module)
-    if kind.__name__ != "BatchNormAct2d" or not kind.__module__.startswith("timm.") or module.training:
-        return False
-    parts = module._modules
-    return parts.keys() == {"drop", "act"} and type(parts["drop"]) is nn.Identity and not has_hooks(module)
-
-
-def _as_batch_norm(norm: Any) -> nn.BatchNorm2d:
-    """The norm alone, on the same tensors."""
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, "meta")
-    plain._parameters.update(norm._parameters)
-    plain._buffers.update(norm._buffers)
-    return plain.eval()
-
-
-def _check_state(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        where = f"its {name}" if name else "it"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"model must not be scripted yet, but {where} is; fuse first")
-        if is_compiled(module):
-            raise ValueError(f"model must not be compiled yet, but {where} is; use torch.compile(fuse(model))")
-        if isinstance(module, DistributedDataParallel):
-            raise ValueError(f"model must not be wrapped in DistributedDataParallel, but {where} is; fuse its .module")
-        if module.training and any(isinstance(part, SPConv2d) for part in module.modules()):
-            raise ValueError(f"model must be in eval mode, but {where} is in training mode; call model.eval() first")
+from .report import Fold, Fusion
 
 
 @dataclass(eq=False)
@@ -194,7 +37,7 @@ class _Rewriting:
     chains: list[Chain] = field(default_factory=list)
 
 
-class _Plan:
+class Plan:
     """What folds into the layers of ``model``, which carrying it out changes.
 
     Args:
@@ -387,11 +230,11 @@ class _Plan:
                 replaced.update({region.module_of(node): nn.Identity().eval() for node in chain.nodes[1:]})
         for norm in self.norms:
             replaced.update(norm.replacements())
-        model = _replace(self.model, replaced)
+        model = replace(self.model, replaced)
         for scope in sorted(self.rewritings, key=lambda module: len(list(module.modules()))):  # inner ones first
             rewriting = self.rewritings[scope]
             if rewriting.chains:
-                model = _replace(model, {scope: _rewritten(scope, rewriting)})
+                model = replace(model, {scope: _rewritten(scope, rewriting)})
         return model
 
 
@@ -448,15 +291,6 @@ def _is_made_of_modules(chains: list[Chain], region: Region, owners: dict[nn.Mod
 def _makes_tensors(region: Region) -> bool:
     """Whether a forward makes tensors itself: traced they are constants, even if they are random."""
     return any(node.op == "get_attr" and attribute(node, region) is None for node in region.graph.nodes)
-
-
-def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
-    """``model`` with other modules in the places of some."""
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child in replaced:
-                parent._modules[key] = replaced[child]
-    return replaced.get(model, model)
 
 
 def _rewritten(scope: nn.Module, rewriting: _Rewriting) -> fx.GraphModule:

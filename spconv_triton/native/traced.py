@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autocast import without_autocast
-from .dispatch import is_exporting
-from .native_convolution import (
+from ..autocast import without_autocast
+from ..dispatch import is_exporting
+from ..registration import traceable_op
+from .convolution import (
     misses_columns,
     misses_grouped_gradient,
     misses_rows,
@@ -18,7 +19,6 @@ from .native_convolution import (
     padded,
     reaches_beyond,
 )
-from .registration import traceable_op
 
 
 def part(x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def convolution(
 ) -> Tensor:
     """``F.conv2d``, with nothing in it that oneDNN gets wrong in channels_last.
 
-    That is what :func:`spconv_triton.native_convolution.readable` lists: here padding becomes pixels, and of a
+    That is what :func:`spconv_triton.native.convolution.readable` lists: here padding becomes pixels, and of a
     convolution without a stride some outputs are taken, as where it :func:`misses_columns`; where it
     :func:`misses_rows`, rows are taken before; and what :func:`misses_weight_gradient` is of float32.
     """

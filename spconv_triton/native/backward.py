@@ -13,12 +13,12 @@ and everything else is linear in E3 and E1, with z the input of the point-wise c
     dWg = E3 (*) x3,   dWp = E3 z3^T,   dW1 = E1 z1^T,   db3 = sum E3,   db1 = sum E1
 
 Of U3 and U1 at most the difference was kept (:func:`spconv_triton.set_recompute`). It is taken as it is or made again
-(:mod:`spconv_triton.native_backward_maps`, with few channels :mod:`spconv_triton.native_backward_merged`), or A comes
-from the weight gradients of single samples (:mod:`spconv_triton.native_backward_products`).
+(:mod:`spconv_triton.native.backward_maps`, with few channels :mod:`spconv_triton.native.backward_merged`), or A comes
+from the weight gradients of single samples (:mod:`spconv_triton.native.backward_products`).
 
 gamma is sigmoid(-d), not 1 - beta, and E1 is not g - E3: where the gate is saturated they would be all rounding error.
 
-A batch of many samples goes backward in parts, as it went forward (:mod:`spconv_triton.native_parts`).
+A batch of many samples goes backward in parts, as it went forward (:mod:`spconv_triton.native.parts`).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native_backward_maps, native_backward_merged, native_backward_products
-from .geometry import Geometry
-from .layout import gradient_of
-from .native_backward_maps import Maps
-from .native_backward_merged import Merged
-from .native_backward_operands import Operands, operands
-from .native_backward_products import Products
-from .native_gate import bias_difference, sums_of_maps
-from .native_parts import parts_of, pay_in_training, samples_together
-from .optional_arguments import of_present, spread
+from ..geometry import Geometry
+from ..layout import gradient_of
+from ..optional_arguments import of_present, spread
+from . import backward_maps, backward_merged, backward_products
+from .backward_maps import Maps
+from .backward_merged import Merged
+from .backward_operands import Operands, operands
+from .backward_products import Products
+from .gate import bias_difference, sums_of_maps
+from .parts import parts_of, pay_in_training, samples_together
 
 
 def gradients(
@@ -50,7 +50,7 @@ def gradients(
     needed: tuple[bool, ...],
     difference: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the six tensor arguments of :func:`spconv_triton.native_onepass.spconv2d`, where ``needed``.
+    """Gradients of the six tensor arguments of :func:`spconv_triton.native.onepass.spconv2d`, where ``needed``.
 
     Args:
         inputs: those arguments; the redundant part is there.
@@ -109,11 +109,11 @@ def _of_part(
             dbranch_bias = torch.stack(((beta * total + to_s3).sum((0, 2, 3)), (gamma * total - to_s3).sum((0, 2, 3))))
     delta = beta * gamma * a / (g.shape[2] * g.shape[3])
     if isinstance(made, Merged):
-        of_layer = native_backward_merged.gradients(given, made, delta, needed)
+        of_layer = backward_merged.gradients(given, made, delta, needed)
     elif isinstance(made, Products):
-        of_layer = native_backward_products.gradients(given, made, delta, needed)
+        of_layer = backward_products.gradients(given, made, delta, needed)
     else:
-        of_layer = native_backward_maps.gradients(given, made, delta, needed, out)
+        of_layer = backward_maps.gradients(given, made, delta, needed, out)
     dx = of_layer[0]
     if out is not None and dx is not None and dx is not out:
         out.copy_(dx)
@@ -124,13 +124,13 @@ def _gate_gradient(
     given: Operands, difference: Tensor | None, needed: tuple[bool, ...]
 ) -> tuple[Tensor, Merged | Products | Maps]:
     """A, [N, M, 1, 1], and what was made for it."""
-    if native_backward_merged.pays(given):
-        a, merged = native_backward_merged.gate_gradient(given, difference)
+    if backward_merged.pays(given):
+        a, merged = backward_merged.gate_gradient(given, difference)
         if math.isfinite(a.sum()):  # else the zeros among merged weights make NaN of infinities
             return a, merged
-    if difference is None and native_backward_products.pay(given):
-        return native_backward_products.gate_gradient(given, of_gwc=needed[1])
-    return native_backward_maps.gate_gradient(given, difference)
+    if difference is None and backward_products.pay(given):
+        return backward_products.gate_gradient(given, of_gwc=needed[1])
+    return backward_maps.gate_gradient(given, difference)
 
 
 def differentiable_gradients(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native_convolution
-from .dispatch import is_watched
-from .native_convolution import add_convolution, convolve
+from ..dispatch import is_watched
+from . import convolution
+from .convolution import add_convolution, convolve
 
 LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -118,7 +118,7 @@ def are_products_precise(dtype: torch.dtype) -> bool:
     """
     if dtype == torch.float32:
         return torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # type: ignore[attr-defined]
-    return dtype == torch.float64 or (dtype == torch.bfloat16 and native_convolution.MULTIPLIES_BFLOAT16)
+    return dtype == torch.float64 or (dtype == torch.bfloat16 and convolution.MULTIPLIES_BFLOAT16)
 
 
 def pixels(x: Tensor) -> Tensor:
