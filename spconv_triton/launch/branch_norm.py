@@ -57,12 +57,12 @@ class Kept(NamedTuple):
 
     Attributes:
         branches: U3 and U1 side by side, [N, 2 M, H_out, W_out], channels_last.
-        gate: S3 - S1 after the norms, [N, M] float32.
+        d: S3 - S1 after the norms, [N, M] float32.
         batch: mean, variance by N H_out W_out, and 1 / sqrt(variance + eps) over the batch, [3, 2, M] float32.
     """
 
     branches: Tensor
-    gate: Tensor
+    d: Tensor
     batch: Tensor
 
 
@@ -93,7 +93,7 @@ def spconv2d_batch_norm(
     area = output_size[0] * output_size[1]
     period = MOMENT_PIXELS // torch.sym_min(area & -area, MOMENT_PIXELS)  # by the gcd, of what may be a symbol
     parts = cdiv(pixels, MOMENT_PIXELS) + batch - 1 - (batch - 1) // period
-    part_mean, part_square = (kept.gate.new_empty((parts, 2 * outputs)) for _ in range(2))
+    part_mean, part_square = (kept.d.new_empty((parts, 2 * outputs)) for _ in range(2))
     per_group = forward_grid(pixels, weight_gwc, geometry)
     launch(
         branches_forward,
@@ -112,7 +112,7 @@ def spconv2d_batch_norm(
         C=x.shape[1],
         **layer_constants(x, weight_gwc, weight_pwc, geometry),
     )
-    sample_mean, sample_square = (kept.gate.new_empty((batch, 2 * outputs)) for _ in range(2))
+    sample_mean, sample_square = (kept.d.new_empty((batch, 2 * outputs)) for _ in range(2))
     launch(
         sample_moments,
         (cdiv(2 * outputs, 64) * batch,),
@@ -127,16 +127,16 @@ def spconv2d_batch_norm(
         BLOCK_PARTS=16,
         BLOCK_C=64,
     )
-    planes = kept.gate.new_empty((3, batch, outputs))
+    planes = kept.d.new_empty((3, batch, outputs))
     launch(
         norm_gate,
         (cdiv(outputs, COEFFICIENT_BLOCKS["BLOCK_C"]),),
         sample_mean,
         sample_square,
-        *norms.tensors(kept.gate),
-        kept.gate if bias is None else bias.contiguous(),
+        *norms.tensors(kept.d),
+        kept.d if bias is None else bias.contiguous(),
         kept.batch,
-        kept.gate,
+        kept.d,
         planes,
         batch,
         area,
@@ -172,7 +172,7 @@ def spconv2d_batch_norm_backward(
     batch, outputs, height, width = grad.shape
     area = height * width
     splits = pixel_splits(batch, outputs, area, 16)
-    partial = kept.gate.new_empty((splits, 5, batch, outputs))
+    partial = kept.d.new_empty((splits, 5, batch, outputs))
     launch(
         norm_sums,
         lambda meta: (batch * cdiv(outputs, meta["BLOCK_C"]), splits),
@@ -185,15 +185,15 @@ def spconv2d_batch_norm_backward(
         cdiv(area, splits),
         C=outputs,
     )
-    planes = kept.gate.new_empty((4, batch, outputs))
-    slope, d_norms = kept.gate.new_empty((2, outputs)), kept.gate.new_empty((5, outputs))
+    planes = kept.d.new_empty((4, batch, outputs))
+    slope, d_norms = kept.d.new_empty((2, outputs)), kept.d.new_empty((5, outputs))
     launch(
         norm_coefficients,
         (cdiv(outputs, COEFFICIENT_BLOCKS["BLOCK_C"]),),
         partial,
         kept.batch,
-        kept.gate,
-        *norms.tensors(kept.gate),
+        kept.d,
+        *norms.tensors(kept.d),
         planes,
         slope,
         d_norms,

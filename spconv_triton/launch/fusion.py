@@ -21,9 +21,9 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
     check_samples(u3.shape[0], u3.shape[1], "u3", u3.shape)
     u3, u1 = channels_last(u3), channels_last(u1)
     y = torch.empty_like(u3)
-    gate = u3.new_empty(u3.shape[:2], dtype=torch.float32)
+    d = u3.new_empty(u3.shape[:2], dtype=torch.float32)
     if u3.numel() == 0:
-        return y, gate
+        return y, d
     partial = _fusion_statistics(u3, u1, None)
     batch, channels, height, width = u3.shape
     launch(
@@ -33,22 +33,22 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
         u1,
         partial,
         y,
-        gate,
+        d,
         batch,
         height * width,
         C=channels,
         SPLITS=partial.shape[0],
     )
-    return y, gate
+    return y, d
 
 
-def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of u3 and u1, channels_last.
 
     Args:
         grad: dL/dY, [N, M, H, W].
         u3, u1: the branches.
-        gate: S3 - S1, [N, M] float32.
+        d: S3 - S1, [N, M] float32.
     """
     grad, u3, u1 = channels_last(grad), channels_last(u3), channels_last(u1)
     du3, du1 = torch.empty_like(u3), torch.empty_like(u3)
@@ -61,7 +61,7 @@ def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tens
         blend_grid(u3),
         grad,
         partial,
-        gate,
+        d,
         du3,
         du1,
         batch,

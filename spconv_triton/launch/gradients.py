@@ -248,7 +248,7 @@ def gate_gradient(
 def finish_weight_grads(
     partial: Tensor,
     weights: Weights,
-    gate: GateGrad | None,
+    of_gate: GateGrad | None,
     geometry: Geometry,
     prepared: Prepared | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -266,8 +266,8 @@ def finish_weight_grads(
     d_redundant = weight_pwc.new_empty(0) if weight_redundant is None else torch.empty_like(weight_redundant)
     d_branch_bias = weight_pwc.new_empty((0, outputs))
     terms = None
-    if gate is not None and gate.branch_bias is not None:
-        d_branch_bias, terms = torch.empty_like(gate.branch_bias), gate.terms
+    if of_gate is not None and of_gate.branch_bias is not None:
+        d_branch_bias, terms = torch.empty_like(of_gate.branch_bias), of_gate.terms
     group_outputs, group_channels = outputs // geometry.groups, representative // geometry.groups
     block_co, block_c = weight_blocks(group_outputs, group_channels)
     k_blocks = cdiv(redundant, block_c) + cdiv(representative, block_c)
@@ -284,9 +284,9 @@ def finish_weight_grads(
         finish_weights,
         (programs,),
         partial,
-        partial if gate is None else gate.shift,
-        weight_pwc if gate is None else gate.tap_mean,
-        weight_pwc if gate is None else gate.pool_mean,
+        partial if of_gate is None else of_gate.shift,
+        weight_pwc if of_gate is None else of_gate.tap_mean,
+        weight_pwc if of_gate is None else of_gate.pool_mean,
         partial if terms is None else terms,
         d_gwc,
         d_pwc,
@@ -295,8 +295,8 @@ def finish_weight_grads(
         *kept,
         weight_pwc if prepared is None else prepared.packed,
         partial if prepared is None else prepared.constant,
-        1 if gate is None else gate.shift.shape[0],
-        1 if gate is None else gate.pixels,
+        1 if of_gate is None else of_gate.shift.shape[0],
+        1 if of_gate is None else of_gate.pixels,
         partial.shape[0],
         *d_gwc.stride(),
         *d_pwc.stride()[:2],
@@ -308,7 +308,7 @@ def finish_weight_grads(
         G=geometry.groups,
         KH=geometry.kernel_size[0],
         KW=geometry.kernel_size[1],
-        GATED=gate is not None,
+        GATED=of_gate is not None,
         BRANCH_BIAS=terms is not None,
         PREPARE=prepared is not None,
         ROWS=0 if prepared is None else prepared.plan.rows,
@@ -361,14 +361,14 @@ def spconv2d_backward(
         return dx, d_gwc, d_pwc, d_redundant, no_bias
     if not use_descriptors(path, descriptor, x, weight_gwc, weight_pwc, geometry):
         partial, parts, redundant_blocks = layer_weight_grad(grad, x, weights, ratio, geometry)
-        gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean)
-        d_weights = finish_weight_grads(partial, weights, gate, geometry)
-        return layer_input_grad(grad, x, weights, ratio, gate.shift, geometry), *d_weights
+        of_gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean)
+        d_weights = finish_weight_grads(partial, weights, of_gate, geometry)
+        return layer_input_grad(grad, x, weights, ratio, of_gate.shift, geometry), *d_weights
     stride = geometry.stride[0]
     pooled = pooled_windows(x, (grad.shape[2], grad.shape[3]), geometry)
     partial, parts = opaque.weight_grad(grad, x, pooled, *weights, ratio, geometry.groups, stride)
     redundant_blocks = descriptor.redundant_tiles(x, weight_pwc, geometry.groups)
     prepared = descriptor.prepare(x, weight_pwc, geometry.groups)
-    gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean, prepared)
-    d_weights = finish_weight_grads(partial, weights, gate, geometry, prepared)
+    of_gate = gate_gradient(grad, parts, redundant_blocks, ratio, branch_bias, tap_mean, pool_mean, prepared)
+    d_weights = finish_weight_grads(partial, weights, of_gate, geometry, prepared)
     return opaque.input_grad(grad, *prepared[1:], weight_pwc.shape[1], geometry.groups, stride), *d_weights

@@ -3,9 +3,9 @@
 Let g = dL/dY, P the number of output pixels, d = S3 - S1 and per (sample, output channel)
 
     A     = sum_pixels g (U3 - U1)
-    delta = beta gamma A / P                      dL/dS3 = -dL/dS1 = P delta, spread evenly by the GAP's gradient
-    E3    = dL/dU3 = beta g + delta
-    E1    = dL/dU1 = gamma g - delta
+    delta = beta gamma A                dL/dS3 = -dL/dS1, which the GAP's gradient spreads evenly:
+    E3    = dL/dU3 = beta g + shift     shift = delta / P
+    E1    = dL/dU1 = gamma g - shift
 
 and everything else is linear in E3 and E1, with z the input of the point-wise convolutions (x, pooled at a stride):
 
@@ -107,13 +107,13 @@ def _of_part(
             a += total * bias_difference(branch_bias, d.dtype)
             to_s3 = beta * gamma * a
             dbranch_bias = torch.stack(((beta * total + to_s3).sum((0, 2, 3)), (gamma * total - to_s3).sum((0, 2, 3))))
-    delta = beta * gamma * a / (g.shape[2] * g.shape[3])
+    shift = beta * gamma * a / (g.shape[2] * g.shape[3])
     if isinstance(made, Merged):
-        of_layer = backward_merged.gradients(given, made, delta, needed)
+        of_layer = backward_merged.gradients(given, made, shift, needed)
     elif isinstance(made, Products):
-        of_layer = backward_products.gradients(given, made, delta, needed)
+        of_layer = backward_products.gradients(given, made, shift, needed)
     else:
-        of_layer = backward_maps.gradients(given, made, delta, needed, out)
+        of_layer = backward_maps.gradients(given, made, shift, needed, out)
     dx = of_layer[0]
     if out is not None and dx is not None and dx is not out:
         out.copy_(dx)

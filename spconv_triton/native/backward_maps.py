@@ -68,22 +68,22 @@ def _folded(given: Operands) -> tuple[Tensor, tuple[Block, ...], bool]:
 
 
 def gradients(
-    given: Operands, made: Maps, delta: Tensor, needed: tuple[bool, ...], out: Tensor | None = None
+    given: Operands, made: Maps, shift: Tensor, needed: tuple[bool, ...], out: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x and the three weights, where ``needed``; ``delta`` is [N, M, 1, 1].
+    """Gradients of x and the three weights, where ``needed``; ``shift`` is delta / P, [N, M, 1, 1].
 
     That of x is in ``out``, of its shape and dtype in channels_last, if it is given and the stride is 1.
     """
     x, g = given.x, given.g
-    delta, beta, gamma = (gate.to(g.dtype) for gate in (delta, given.beta, given.gamma))
-    e3 = torch.addcmul(delta, g, beta, out=made.scratch).to(x.dtype)
+    shift, beta, gamma = (gate.to(g.dtype) for gate in (shift, given.beta, given.gamma))
+    e3 = torch.addcmul(shift, g, beta, out=made.scratch).to(x.dtype)
     dx = None
     if needed[0]:
         dx = out if out is not None and given.z is x else torch.empty_like(given.z)
     dx3, dweight_gwc, dweight_pwc = _representative_gradients(given, made, e3, dx, needed)
     dweight_redundant = None
     if needed[0] or needed[3]:
-        e1 = torch.addcmul(-delta, g, gamma, out=made.scratch).to(x.dtype)
+        e1 = torch.addcmul(-shift, g, gamma, out=made.scratch).to(x.dtype)
         dweight_redundant = _redundant_gradients(given, e1, dx, needed)
     return _input_gradient(given, dx, dx3), dweight_gwc, dweight_pwc, dweight_redundant
 

@@ -55,19 +55,19 @@ def gate_gradient(given: Operands, difference: Tensor | None) -> tuple[Tensor, M
 
 
 def gradients(
-    given: Operands, made: Merged, delta: Tensor, needed: tuple[bool, ...]
+    given: Operands, made: Merged, shift: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x and the three weights, where ``needed``; ``delta`` is [N, M, 1, 1]."""
+    """Gradients of x and the three weights, where ``needed``; ``shift`` is delta / P, [N, M, 1, 1]."""
     _, stride, padding, dilation, _ = given.geometry
     dx = dx3 = dz1 = dweight_gwc = dweight_pwc = dweight_redundant = None
     through = needed[0], needed[1] or needed[2]
     if any(through):
-        e3 = torch.addcmul(delta, given.g, given.beta, out=made.scratch)
+        e3 = torch.addcmul(shift, given.g, given.beta, out=made.scratch)
         dx3, merged = convolution_backward(e3, given.x3, made.weight, through, stride, padding, dilation)
         if through[1]:
             dweight_gwc, dweight_pwc = part_gradient(merged, given.geometry)
     if needed[0] or needed[3]:
-        e1 = torch.addcmul(-delta, given.g, given.gamma, out=made.scratch)
+        e1 = torch.addcmul(-shift, given.g, given.gamma, out=made.scratch)
         dz1, dweight_redundant = convolution_backward(e1, made.z1, given.weight_redundant, (needed[0], needed[3]))
     if needed[0]:
         assert dx3 is not None

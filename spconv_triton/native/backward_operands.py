@@ -47,7 +47,7 @@ def operands(
     d: Tensor,
     grad: Tensor,
 ) -> Operands:
-    """Of a layer's inputs, its gate's exponent d = S3 - S1 [N, M, 1, 1], and dL/dY."""
+    """Of a layer's inputs, its gate's argument d = S3 - S1 [N, M, 1, 1], and dL/dY."""
     x = channels_last(x)
     return Operands(
         x=x,

@@ -8,16 +8,16 @@ and since the branches are linear in their weights, and E3 and E1 in g and 1, al
 and the sums over the batch follows from them:
 
     A_n = sum Wg Gg_n + sum Wp G_n3 - sum W1 G_n1                                         over all but M
-    dWg = sum_n beta_n Gg_n + delta_n T_n         T_n[c, i, j] = sum of x3_n over the pixels that tap (i, j) reads
-    dWp = sum_n beta_n G_n3 + delta_n sum z3_n
-    dW1 = sum_n gamma_n G_n1 - delta_n sum z1_n
+    dWg = sum_n beta_n Gg_n + shift_n T_n         T_n[c, i, j] = sum of x3_n over the pixels that tap (i, j) reads
+    dWp = sum_n beta_n G_n3 + shift_n sum z3_n
+    dW1 = sum_n gamma_n G_n1 - shift_n sum z1_n
 
 That is one grouped and one point-wise convolution less than through maps, for passes over Gg_n that cost as much as
 that convolution does on about a hundred pixels. Where oneDNN is wider than ATen so it is of a batch of one sample,
 whose weight gradients are a call each; of more, calls for every sample take longer. Where they pay so do point-wise
 weights scaled by the gate of every sample, as in the forward:
 
-    dx = GWC^T(E3) + pool^T([beta_n Wp | gamma_n W1]^T g_n + [Wp | -W1]^T delta_n)
+    dx = GWC^T(E3) + pool^T([beta_n Wp | gamma_n W1]^T g_n + [Wp | -W1]^T shift_n)
 
 Formulas: :mod:`spconv_triton.native.backward`.
 """
@@ -112,16 +112,16 @@ def gate_gradient(given: Operands, *, of_gwc: bool) -> tuple[Tensor, Products]:
 
 
 def gradients(
-    given: Operands, made: Products, delta: Tensor, needed: tuple[bool, ...]
+    given: Operands, made: Products, shift: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x and the three weights, where ``needed``; ``delta`` is [N, M, 1, 1]."""
-    shift = delta.flatten(1)
+    """Gradients of x and the three weights, where ``needed``; ``shift`` is delta / P, [N, M, 1, 1]."""
+    of_planes = shift.flatten(1)
     dx = dx3 = dweight_gwc = dweight_pwc = dweight_redundant = None
     if made.gated is not None:
-        dweight_gwc = _gwc_gradient(given, made.gated, shift)
+        dweight_gwc = _gwc_gradient(given, made.gated, of_planes)
     through_gwc = (needed[0], needed[1] and made.gated is None)
     if any(through_gwc):
-        e3 = torch.addcmul(delta.to(given.g.dtype), given.g, given.beta.to(given.g.dtype))
+        e3 = torch.addcmul(shift.to(given.g.dtype), given.g, given.beta.to(given.g.dtype))
         dx3, gradient = convolution_backward(e3, given.x3, given.weight_gwc, through_gwc, *given.geometry[1:])
         dweight_gwc = gradient if dweight_gwc is None else dweight_gwc
         del e3  # before the next map of its size
@@ -131,13 +131,13 @@ def gradients(
         sums3, sums1 = sums.split(parts, 1)
         of3, of1 = made.pointwise.split(parts, 2)
         if needed[2]:
-            dweight_pwc = _gated_sum(of3, given.beta).addmm_(shift.T, sums3)
+            dweight_pwc = _gated_sum(of3, given.beta).addmm_(of_planes.T, sums3)
             dweight_pwc = dweight_pwc.view_as(given.weight_pwc).to(given.x.dtype)
         if needed[3]:
-            dweight_redundant = _gated_sum(of1, given.gamma).addmm_(shift.T, sums1, alpha=-1)
+            dweight_redundant = _gated_sum(of1, given.gamma).addmm_(of_planes.T, sums1, alpha=-1)
             dweight_redundant = dweight_redundant.view_as(given.weight_redundant).to(given.x.dtype)
     if needed[0]:
-        dx = _input_gradient(given, made.weight, dx3, shift)
+        dx = _input_gradient(given, made.weight, dx3, of_planes)
     return dx, dweight_gwc, dweight_pwc, dweight_redundant
 
 
@@ -153,7 +153,7 @@ def _taps(weight: Tensor) -> Tensor:
 
 
 def _gwc_gradient(given: Operands, gated: Tensor, shift: Tensor) -> Tensor:
-    """``gated`` + sum_n delta_n T_n in the shape of the group-wise weight; ``shift`` is delta, [N, M]."""
+    """``gated`` + sum_n shift_n T_n in the shape of the group-wise weight; ``shift`` is [N, M]."""
     outputs, channels, kh, kw = given.weight_gwc.shape
     groups = given.geometry.groups
     sums = _sums_under_taps(given).view(-1, kh * kw, groups, channels).permute(2, 0, 1, 3).flatten(2)
@@ -192,7 +192,7 @@ def _input_gradient(given: Operands, weight: Tensor, dx3: Any, shift: Tensor) ->
     Args:
         weight: [Wp | -W1], [M, L].
         dx3: GWC^T(E3).
-        shift: delta, [N, M].
+        shift: delta / P, [N, M].
     """
     x, x3, z, g, beta, gamma, _, weight_pwc, weight_redundant, geometry = given
     representative, redundant = x3.shape[1], weight_redundant.shape[1]

@@ -1,4 +1,4 @@
-"""The gate's exponent, and the sums that it comes from: over the branches, or before there are any.
+"""The gate's gate_argument, and the sums that it comes from: over the branches, or before there are any.
 
 GAP and convolution are both linear, so of the point-wise convolutions the gate needs no map: with P output pixels and z
 their input,
@@ -20,7 +20,7 @@ COPIED = 1 << 19
 """Elements that are copied at a time."""
 
 
-def exponent(s3: Tensor, s1: Tensor) -> Tensor:
+def gate_argument(s3: Tensor, s1: Tensor) -> Tensor:
     """S3 - S1, but NaN where softmax([S3, S1]) is: where the larger of the two is infinite."""
     return torch.sub(s3, s1).add_(torch.maximum(s3, s1), alpha=0)  # 0 times infinity is NaN
 

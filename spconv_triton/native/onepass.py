@@ -39,7 +39,7 @@ from ..recomputation import recomputes
 from . import branches
 from .backward import differentiable_gradients, gradients
 from .convolution import channels_last
-from .gate import bias_difference, difference_of_means, exponent, gate_comes_first, means_of_maps, sums_of_maps
+from .gate import bias_difference, difference_of_means, gate_argument, gate_comes_first, means_of_maps, sums_of_maps
 from .inference import Inference
 from .parts import parts_of, pay_in_training, samples_together
 from .products import pixels
@@ -333,7 +333,7 @@ def _by_given_weights(
     if branch_bias is not None:
         s3 += branch_bias[0, :, None, None]
         s1 += branch_bias[1, :, None, None]
-    d = exponent(s3, s1)
+    d = gate_argument(s3, s1)
     return _finish(_blend(u3, u1, d, into), _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
 
 

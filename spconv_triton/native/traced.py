@@ -66,7 +66,7 @@ def gap_softmax_fusion(u3: Tensor, u1: Tensor) -> Tensor:
     That depends on no gradient, so the partitioner has the forward make and keep it, one map. What autograd derives
     from the reference has the sums of g U3 and of g U1, and keeps both. With P pixels:
 
-        delta = beta gamma sum_pixels g (U3 - U1) / P,   dL/dU3 = beta g + delta,   dL/dU1 = gamma g - delta
+        shift = beta gamma sum_pixels g (U3 - U1) / P,   dL/dU3 = beta g + shift,   dL/dU1 = gamma g - shift
     """
     beta, gamma = _gate(u3, u1)
     return (beta * u3 + gamma * u1).to(u3.dtype)
@@ -85,8 +85,8 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     u3, u1 = ctx.saved_tensors
     beta, gamma = _gate(u3, u1)
     g = grad.to(beta.dtype)
-    delta = beta * gamma * (g * (u3 - u1)).sum((2, 3), keepdim=True) / (g.shape[2] * g.shape[3])
-    return (beta * g + delta).to(u3.dtype), (gamma * g - delta).to(u1.dtype)
+    shift = beta * gamma * (g * (u3 - u1)).sum((2, 3), keepdim=True) / (g.shape[2] * g.shape[3])
+    return (beta * g + shift).to(u3.dtype), (gamma * g - shift).to(u1.dtype)
 
 
 gap_softmax_fusion.register_autograd(_autograd, setup_context=_save)

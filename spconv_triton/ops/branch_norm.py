@@ -79,7 +79,7 @@ def spconv2d_batch_norm_backward(
     norm_weight1: Tensor | None,
     norm_bias1: Tensor | None,
     branches: Tensor,
-    gate: Tensor,
+    d: Tensor,
     batch: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -95,7 +95,7 @@ def spconv2d_batch_norm_backward(
         weight_pwc,
         weight_redundant,
         launch.Norms(norm_weight3, norm_bias3, norm_weight1, norm_bias1),
-        launch.Kept(branches, gate, batch),
+        launch.Kept(branches, d, batch),
         geometry,
     )
 
@@ -112,7 +112,7 @@ def _(
     norm_weight1: Tensor | None,
     norm_bias1: Tensor | None,
     branches: Tensor,
-    gate: Tensor,
+    d: Tensor,
     batch: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -121,7 +121,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx = launch.empty_channels_last(x, x.shape[1], x.shape[2], x.shape[3])
     d_gwc, d_pwc, d_redundant = (torch.empty_like(w) for w in (weight_gwc, weight_pwc, weight_redundant))
-    return dx, d_gwc, d_pwc, d_redundant, gate.new_empty((5, gate.shape[1]))
+    return dx, d_gwc, d_pwc, d_redundant, d.new_empty((5, d.shape[1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -159,7 +159,7 @@ def _second_order(
     norm_weight1: Tensor | None,
     norm_bias1: Tensor | None,
     branches: Tensor,
-    gate: Tensor,
+    d: Tensor,
     batch: Tensor,
     *window: Any,
 ) -> tuple[Tensor | None, ...]:
@@ -185,7 +185,7 @@ def _second_order(
         return gap_softmax_fusion(*normed) + bias[:, None, None].to(x.dtype)
 
     norms = (norm_weight3, norm_bias3, norm_weight1, norm_bias1)
-    rows = (*launch.Norms(*norms).tensors(gate), gate.new_zeros(gate.shape[1]))  # the bias has no part in any gradient
+    rows = (*launch.Norms(*norms).tensors(d), d.new_zeros(d.shape[1]))  # the bias has no part in any gradient
     tensors = (x, gwc, pwc, redundant, *rows)
     d_rows = (None,) * 5 if cotangents[4] is None else cotangents[4].unbind()
     by_grad, *by_tensors = differentiate_pullback(layer, tensors, grad, (*cotangents[:4], *d_rows))

@@ -27,13 +27,13 @@ def _(u3: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @traceable_op("gap_softmax_fusion_backward", lambda: launch.fusion.BACKWARD_KERNELS)
-def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of u3 and u1, channels_last; ``gate`` is S3 - S1 as the forward returned it."""
-    return launch.gap_softmax_fusion_backward(grad, u3, u1, gate)
+def gap_softmax_fusion_backward(grad: Tensor, u3: Tensor, u1: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of u3 and u1, channels_last; ``d`` is S3 - S1 as the forward returned it."""
+    return launch.gap_softmax_fusion_backward(grad, u3, u1, d)
 
 
 @gap_softmax_fusion_backward.register_fake
-def _(grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, u3: Tensor, u1: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     du3 = launch.empty_channels_last(u3, u3.shape[1], u3.shape[2], u3.shape[3])
     return du3, torch.empty_like(du3)
 
@@ -55,7 +55,7 @@ register_autocast(gap_softmax_fusion, promote)
 
 
 def _second_order(
-    cotangents: tuple[Tensor | None, ...], grad: Tensor, u3: Tensor, u1: Tensor, gate: Tensor
+    cotangents: tuple[Tensor | None, ...], grad: Tensor, u3: Tensor, u1: Tensor, d: Tensor
 ) -> tuple[Tensor | None, ...]:
     return *differentiate_pullback(branches.gap_softmax_fusion, (u3, u1), grad, cotangents), None
 
