@@ -18,6 +18,7 @@ from spconv_triton.training.cli import PROGRAM
 PAGE = Path(__file__).with_name("errors.md")
 
 SECTIONS = {
+    "Words, flags and counts": ("arguments.py", "channels.py"),
     "Shapes, dtypes and devices": ("checks.py", "functional.py"),
     "Windows and groups": ("geometry.py",),
     "Layers": ("modules.py", "fused.py", "branch_norm.py"),

@@ -130,6 +130,23 @@ def affine_map(name: str, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     return scale, -mean * scale if norm.bias is None else torch.addcmul(_precise(norm.bias), mean, scale, value=-1)
 
 
+def norm_misfit(norm: nn.BatchNorm2d | nn.SyncBatchNorm, weight: Tensor, channels: int) -> str:
+    """Why a norm does not fold into a convolution with such a weight and so many outputs; empty if it does."""
+    if norm.training:
+        return "is in training mode"
+    if norm.running_mean is None:
+        return "has no running statistics"
+    if not is_affine(norm):
+        return "has hooks" if has_hooks(norm) else f"is a {type(norm).__name__}, a subclass of a batch norm"
+    if norm.running_mean.dtype != weight.dtype:
+        return f"is in {norm.running_mean.dtype}, the convolution in {weight.dtype}"
+    if norm.running_mean.device != weight.device:
+        return f"is on {norm.running_mean.device}, the convolution on {weight.device}"
+    if norm.num_features != channels:
+        return f"has {norm.num_features} channels, not {channels}"
+    return ""
+
+
 def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     """The rows of [M, ...] times ``scale``, [M]."""
     return (_precise(weight) * scale[:, None, None, None]).to(weight.dtype)

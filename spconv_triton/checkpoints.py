@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_module
 from .checks import shape
 from .modules import SPConv2d
 
@@ -79,11 +80,11 @@ def load_reference_checkpoint(
     Raises:
         TypeError: a ``model`` or ``checkpoint`` that is neither.
         OSError: there is no such file, or it may not be read.
-        ValueError: a file that cannot be read with ``weights_only=True``, or holds no state dict; or, if ``strict``,
-            names or shapes that do not fit, all of them in one message. The model is then as it was.
+        ValueError: a file that cannot be read with ``weights_only=True``, or holds no state dict; a tensor
+            that is sparse, quantized, complex or without values; or, if ``strict``, names or shapes that do not fit,
+            all of them in one message. The model is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     wrapper = _wrapper(state)
     wanted = {name.removeprefix(wrapper): value for name, value in state.items()}
@@ -97,6 +98,12 @@ def load_reference_checkpoint(
     found = {name.removeprefix(found_wrapper): value for name, value in found.items()}
 
     values, unexpected = _translate(layers, found, wanted)
+    for name, value in values.items():
+        unfit = _misfit(value.tensor, wanted[name])
+        if unfit:
+            raise ValueError(
+                f"checkpoint must have tensors that can be copied into parameters, got {value.source}, {unfit}"
+            )
     mismatched = [name for name, value in values.items() if value.tensor.shape != wanted[name].shape]
     missing = [name for name in wanted if name not in values and not name.endswith("num_batches_tracked")]
     result = IncompatibleKeys(
@@ -176,6 +183,15 @@ def _state_dict(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Mappi
         what = ", ".join(f"{name} ({type(value).__name__})" for name, value in others.items())
         raise ValueError(f"checkpoint must be a mapping of names to tensors, got {what}")
     return loaded
+
+
+def _misfit(tensor: Tensor, wanted: Tensor) -> str:
+    """What keeps ``tensor`` from being copied into ``wanted`` as it is, beside its shape; empty if nothing does."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "which is nested" if tensor.is_nested else f"of layout {tensor.layout}"
+    if tensor.is_complex() or tensor.is_quantized:
+        return f"of {tensor.dtype}"
+    return "on the meta device, where there are no values" if tensor.is_meta and not wanted.is_meta else ""
 
 
 def _wrapper(names: Iterable[str], unless: Iterable[str] = ()) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import check_one_of
+from .epilogue import ACTIVATIONS
 from .geometry import Geometry
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-ACTIVATIONS = ("none", "relu", "relu6", "silu")
 
 
 def shape(tensor: Tensor) -> list[int]:
@@ -28,23 +28,29 @@ def check_input(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be dense, with layout torch.strided, got layout {x.layout}")
+    _check_dense(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got {x.dim()}: {shape(x)}")
 
 
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be dense, with layout torch.strided, got {got}")
+
+
 def check_alike(name: str, tensor: Tensor, x_name: str, x: Tensor, *, or_float32: bool = False) -> None:
-    """``tensor`` has the dtype and the device of ``x``.
+    """``tensor`` is dense, and has the dtype and the device of ``x``.
 
     Raises:
-        TypeError: not a tensor, or another dtype.
+        TypeError: not a tensor, sparse or of another layout, or another dtype.
         ValueError: another device.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype != x.dtype and not (or_float32 and tensor.dtype == torch.float32):
         raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}, got {tensor.dtype}")
+    _check_dense(name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the device of {x_name}, {x.device}, got {tensor.device}")
 
@@ -110,8 +116,23 @@ def check_window(x_name: str, x: Tensor, geometry: Geometry) -> None:
         )
 
 
+def check_padding(x: Tensor, padding: tuple[int, int], mode: str) -> None:
+    """``x``, [N, C, H, W], has the pixels that a ``padding_mode`` of ``nn.Conv2d`` pads with.
+
+    Raises:
+        ValueError: it has not.
+    """
+    for size, pad in zip(x.shape[2:], padding, strict=True):
+        least = {"reflect": pad + 1, "circular": pad}.get(mode, 1)
+        if pad and size < max(least, 1):
+            raise ValueError(
+                f"x must have {least} or more pixels along an axis for padding_mode={mode!r} and padding {padding}, "
+                f"got {shape(x)[2:]}"
+            )
+
+
 def check_pointwise_weight(name: str, weight: Tensor, channels: int, x_name: str) -> None:
-    """``weight`` is [M, channels, 1, 1].
+    """``weight`` is [M, channels, 1, 1], M and the channels at least 1.
 
     Raises:
         ValueError: it is not.
@@ -120,6 +141,8 @@ def check_pointwise_weight(name: str, weight: Tensor, channels: int, x_name: str
         raise ValueError(f"{name} must be [M, {int(channels)}, 1, 1], got {shape(weight)}")
     if weight.shape[1] != channels:
         raise ValueError(f"{x_name} must have the {int(weight.shape[1])} channels of {name}, got {int(channels)}")
+    if weight.shape[0] == 0 or channels == 0:
+        raise ValueError(f"{name} must have at least one output and one input channel, got {shape(weight)}")
 
 
 def check_redundant(x: Tensor, weight_redundant: Tensor | None, weight_pwc: Tensor) -> None:
@@ -202,8 +225,7 @@ def check_epilogue(residual: Tensor | None, activation: str, x: Tensor, output: 
         TypeError: a residual of another dtype.
         ValueError: another shape or device, or an unknown activation.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    check_one_of("activation", activation, ACTIVATIONS)
     if residual is None:
         return
     check_alike("residual", residual, "x", x)

@@ -9,10 +9,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from .arguments import check_callable, check_count, check_flag, check_module, check_one_of
+from .channels import DEFAULT_ALPHA, DEFAULT_GROUPS, legal_alpha
 from .dense import split_weights
 from .dispatch import BACKENDS
-from .eligibility import MIN_CHANNELS, Convolution, Owners, find_convolutions, find_owners, misfit, obstacle
-from .modules import SPConv2d, legal_alpha
+from .eligibility import MIN_CHANNELS, Convolution, Owners, described, find_convolutions, find_owners, misfit, obstacle
+from .modules import SPConv2d
 from .networks import check_is_plain, replace
 
 INITS = ("default", "dense")
@@ -87,8 +89,8 @@ class Conversion:
 
 def convert(
     model: nn.Module,
-    alpha: float | Mapping[str, float] = 0.5,
-    groups: int = 2,
+    alpha: float | Mapping[str, float] = DEFAULT_ALPHA,
+    groups: int = DEFAULT_GROUPS,
     *,
     branch_norm: bool = False,
     include: str | Iterable[str] | None = None,
@@ -164,16 +166,9 @@ def _decide(
     reason = obstacle(module, owners) or reason or misfit(module, wanted, groups, min_channels)
     channels = int(module.in_channels)  # which may be NumPy's
     if reason:
-        return Decision(names, _described(module), reason, channels)
+        return Decision(names, described(module), reason, channels)
     alpha = legal_alpha(channels, wanted, groups)
-    return Decision(names, _described(module), "", channels, int(channels * alpha), wanted, alpha)
-
-
-def _described(module: Convolution) -> str:
-    try:
-        return repr(module)
-    except TypeError:  # nn.Conv2d's own, of a padding that was assigned as one number
-        return f"{type(module).__name__}({module.in_channels}, {module.out_channels})"
+    return Decision(names, described(module), "", channels, int(channels * alpha), wanted, alpha)
 
 
 def _make_layer(conv: nn.Conv2d, alpha: float, groups: int, branch_norm: bool, init: str, backend: str) -> SPConv2d:
@@ -283,18 +278,11 @@ def _patterns(argument: str, value: str | Iterable[str]) -> tuple[str, ...]:
 def _check_options(
     model: nn.Module, groups: int, branch_norm: bool, init: str, min_channels: int, backend: str, report: object
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, count in (("groups", groups), ("min_channels", min_channels)):
-        if not isinstance(count, int) or isinstance(count, bool):
-            raise TypeError(f"{name} must be an int, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if not isinstance(branch_norm, bool):
-        raise TypeError(f"branch_norm must be True or False, got {branch_norm!r}")
-    for name, value, legal in (("init", init, INITS), ("backend", backend, BACKENDS)):
-        if value not in legal:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
-    if report is not None and not callable(report):
-        raise TypeError(f"report must be callable or None, got {report!r}")
+    check_module(model)
+    check_count("groups", groups)
+    check_count("min_channels", min_channels)
+    check_flag("branch_norm", branch_norm)
+    check_one_of("init", init, INITS)
+    check_one_of("backend", backend, BACKENDS)
+    check_callable("report", report)
     check_is_plain(model, "convert")

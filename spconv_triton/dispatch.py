@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .arguments import check_one_of
+
 BACKENDS = ("auto", "triton", "native", "reference")
 
 
@@ -60,7 +62,8 @@ PATHS = (
         "gate first",
         "CPU",
         "float32, float64, bfloat16",
-        "maps of 4 MB and eight output pixels per input channel; with gradients more output pixels than input channels",
+        "maps of 4 MB and eight output pixels per input channel; in float64 or with gradients more output pixels than "
+        "input channels",
         "",
     ),
     Path(
@@ -154,8 +157,7 @@ def choose(x: Tensor, backend: str = "auto") -> str:
     Raises:
         ValueError: an unknown backend, or ``"triton"`` where it cannot run, with the reason.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check_one_of("backend", backend, BACKENDS)
     if backend == "auto":
         backend = "triton" if x.is_cuda and _why_not_triton(x) is None else "native"
     elif backend == "triton":
@@ -208,7 +210,7 @@ def why_no_triton() -> str | None:
     if not _import_errors:
         try:
             import triton  # noqa: F401, read here by torch.compile, which cannot trace importlib
-        except ImportError as error:
+        except Exception as error:  # a library that does not load, or a version that does not fit
             _import_errors.append(f"triton does not import: {error}")
     return _import_errors[0] if _import_errors else None
 

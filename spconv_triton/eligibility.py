@@ -38,6 +38,14 @@ def find_convolutions(model: nn.Module) -> dict[Convolution, tuple[str, ...]]:
     return found
 
 
+def described(module: Convolution) -> str:
+    """How it prints."""
+    try:
+        return repr(module)
+    except TypeError:  # nn.Conv2d's own, of a padding that was assigned as one number
+        return f"{type(module).__name__}({module.in_channels}, {module.out_channels})"
+
+
 def find_owners(model: nn.Module) -> Owners:
     """Who holds each parameter; a module that stands at several places counts once."""
     owners: dict[int, list[str]] = {}

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor, bool], Tensor]] = {
+    "none": lambda y, _: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+}
+"""By name; called with a map, and whether the result may be written over it. :mod:`.kernels.epilogue` has the same."""
 
 
 class Epilogue(NamedTuple):
@@ -15,7 +24,7 @@ class Epilogue(NamedTuple):
     Attributes:
         norm_scale: [M] or None, dtype of x or float32.
         residual: [N, M, H_out, W_out] or None, dtype of x.
-        activation: a name in :data:`spconv_triton.checks.ACTIVATIONS`.
+        activation: a name in :data:`ACTIVATIONS`.
     """
 
     norm_scale: Tensor | None = None
@@ -39,11 +48,5 @@ NOTHING = Epilogue()
 
 
 def activate(y: Tensor, activation: str, *, inplace: bool = False) -> Tensor:
-    """``"none"``, ``"relu"``, ``"relu6"`` or ``"silu"`` of ``y``."""
-    if activation == "relu":
-        return F.relu(y, inplace)
-    if activation == "relu6":
-        return F.relu6(y, inplace)
-    if activation == "silu":
-        return F.silu(y, inplace)
-    return y
+    """One of :data:`ACTIVATIONS` of ``y``."""
+    return ACTIVATIONS[activation](y, inplace)

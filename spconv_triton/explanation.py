@@ -18,14 +18,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 from . import dispatch, functional, registration
+from .autocast import cast
 from .branch_norm import folds, normalises_batch
 from .checks import check_input, shape
 from .geometry import pair
 from .kept import kept_bytes
-from .layout import memory_format
+from .layout import memory_format, padded_by_mode
 from .modules import SPConv2d
-from .native.gate import gate_comes_first
-from .native.weights import PreparedWeights, prepare
+from .native.convolution import channels_last
+from .native.weights import prepare
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,11 @@ def _operator_name(node: torch.fx.Node) -> str:
 
 
 def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
+    backend = dispatch.choose(x, module.backend)
+    if backend == "triton":
+        raise ValueError(
+            "module must have another backend than 'triton' here: with TRITON_INTERPRET=1 its kernels are not traced"
+        )
     with torch.inference_mode(False):  # in which copies could not be trained
         module = copy.deepcopy(module)  # running it in training mode moves the statistics of its norms
     if not module.branch_norm:
@@ -192,10 +198,9 @@ def _explain_run(module: SPConv2d, x: Tensor) -> Explanation:
     with torch.inference_mode(False), torch.enable_grad():
         given = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         kept = kept_bytes(lambda: module(given), module.parameters())
-    backend = dispatch.choose(x, module.backend)
     name = _native_path(module, x) if backend == "native" else backend
     path = next(p for p in dispatch.PATHS if p.backend == backend and p.name == name)
-    return Explanation(repr(module), _describe(x, "cpu"), path, launches, kept, x.numel() * x.itemsize)
+    return Explanation(repr(module), _describe(x, x.device.type), path, launches, kept, x.numel() * x.itemsize)
 
 
 def _is_outermost(event: Any) -> bool:
@@ -207,20 +212,17 @@ def _is_outermost(event: Any) -> bool:
 
 
 def _native_path(module: SPConv2d, x: Tensor) -> str:
-    """Which of the paths on ATen an inference takes."""
+    """Which of the paths on ATen an inference takes, under the ``torch.autocast`` that there is."""
     if module.branch_norm and not folds(module):
         norms = (module.norm_representative, module.norm_redundant)
         computes = all(map(normalises_batch, norms)) and functional.takes_batch_norm(x, module.backend)
         return "batch norm" if computes else "given weights"
-    height, width, geometry = x.shape[2], x.shape[3], module.geometry
-    if module.padding_mode != "zeros":  # it is padded before
-        height, width = (size + 2 * pad for size, pad in zip((height, width), geometry.padding, strict=True))
+    geometry = module.geometry
+    if module.padding_mode != "zeros":
+        x = padded_by_mode(x, geometry.padding, module.padding_mode)
         geometry = geometry._replace(padding=(0, 0))
-    weights = prepare(x, module.weight_gwc, module.weight_pwc, module.weight_redundant, geometry)
-    if isinstance(weights, PreparedWeights):
-        plan = weights.plan((*x.shape[:2], height, width))
-        return "gate first" if plan.gate_first else f"{plan.form.name} weights"
-    return "gate first" if weights.has_gate and gate_comes_first(x, geometry) else "given weights"
+    x, gwc, pwc, redundant = cast(x, module.weight_gwc, module.weight_pwc, module.weight_redundant)
+    return prepare(x, gwc, pwc, redundant, geometry).path(channels_last(x))
 
 
 def _is_free(operation: str) -> bool:

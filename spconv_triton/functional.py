@@ -229,9 +229,9 @@ _found: dict[Any, Geometry] = {}
 
 
 def _recall(arguments: Arguments, window: Window) -> Geometry:
-    """:func:`_check_layer`, which looks at nothing but shapes, dtypes and devices, once for each of them."""
+    """:func:`_check_layer`, which looks at nothing but shapes, dtypes, devices and layouts, once for each of them."""
     try:
-        kind = (window, *(t if t is None else (t.shape, t.dtype, t.device) for t in arguments))
+        kind = (window, *(t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in arguments))
         geometry = _found.get(kind)
     except (AttributeError, TypeError):  # a weight that is no tensor, sizes that are symbols, a window of lists
         return _check_layer(arguments, window)
@@ -434,10 +434,16 @@ def spconv2d_batch_norm(
     elif chosen == "native":
         y, mean, variance = batch_norm.spconv2d_batch_norm((x, *weights, bias, *norms), eps, geometry)
     else:
-        x3, x1 = x.split((weight_pwc.shape[1], weight_redundant.shape[1]), 1)
-        u3 = reference.representative_branch(x3, weight_gwc, weight_pwc, groups=groups, **geometry.window)
-        u1 = reference.redundant_branch(x1, weight_redundant, geometry.kernel_size, (height, width), **geometry.window)
-        y, mean, variance = branches.blend_normed((u3, u1), (bias, *norms), eps, reference.gap_softmax_fusion)
+        y, mean, variance = reference.spconv2d_batch_norm(
+            x,
+            *weights,
+            bias,
+            norm_representative=norm_representative,
+            norm_redundant=norm_redundant,
+            eps=eps,
+            **geometry.window,
+            groups=groups,
+        )
     return y.contiguous(memory_format=memory_format(x)), mean, variance
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .arguments import check_one_of
 from .autocast import computed_dtype
-from .branch_norm import affine_map, fold_branch_norms, scaled
-from .checks import ACTIVATIONS, check_input
-from .epilogue import Epilogue, activate
+from .branch_norm import affine_map, fold_branch_norms, is_affine, norm_misfit, scaled
+from .checks import check_input, check_padding
+from .epilogue import ACTIVATIONS, Epilogue, activate
 from .geometry import Geometry
 from .layout import padded_by_mode
 from .modules import SPConv2d, layer_repr
@@ -20,6 +21,9 @@ from .symbols import call_of, is_symbol
 
 BUFFERS = ("weight_gwc", "weight_pwc", "weight_redundant", "bias", "branch_bias", "norm_scale")
 """Of a fused layer, in the order of what takes them."""
+
+IN_PLACE = ("", "output", "residual")
+"""What the sum of output and residual may be written over; at first over neither."""
 
 
 class FusedSPConv2d(nn.Module):
@@ -47,7 +51,8 @@ class FusedSPConv2d(nn.Module):
 
     Raises:
         TypeError: ``layer`` is not an SPConv2d.
-        ValueError: a layer in training mode, norms that are no affine maps, or an unknown activation.
+        ValueError: a layer in training mode, norms that are no affine maps or do not fit the layer, or an unknown
+            activation or ``in_place``.
     """
 
     in_channels: int
@@ -74,8 +79,12 @@ class FusedSPConv2d(nn.Module):
             raise TypeError(f"layer must be an SPConv2d, got {type(layer).__name__}")
         if layer.training:
             raise ValueError("layer must be in eval mode, got one in training mode: call .eval() on the model first")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+        check_one_of("activation", activation, ACTIVATIONS)
+        check_one_of("in_place", in_place, IN_PLACE)
+        if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and is_affine(norm):
+            reason = norm_misfit(norm, layer.weight_gwc, layer.out_channels)
+            if reason:
+                raise ValueError(f"norm must fit the layer, got one that {reason}: {norm}")
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "alpha"):
             setattr(self, name, getattr(layer, name))
         self.padding_mode, self.backend = layer.padding_mode, layer.backend
@@ -111,11 +120,16 @@ class FusedSPConv2d(nn.Module):
         padding = self.geometry.padding
         if self.padding_mode != "zeros":
             check_input("x", x)
+            check_padding(x, padding, self.padding_mode)
             x = padded_by_mode(x, padding, self.padding_mode)
             padding = (0, 0)
         inference = None if torch.compiler.is_compiling() else self._inference
-        buffers: dict[str, Any] = self._buffers  # as attributes they would be searched for
-        *tensors, norm_scale = map(buffers.__getitem__, BUFFERS)
+        buffers: dict[str, Any] = self._buffers
+        if buffers.keys() >= set(BUFFERS):
+            *tensors, norm_scale = map(buffers.__getitem__, BUFFERS)  # as attributes they would be searched for
+        else:  # some are computed (parametrized)
+            *tensors, norm_scale = (getattr(self, name) for name in BUFFERS)
+            inference = None
         y = functional.inference_forward(
             (x, *tensors),
             (self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .arguments import check_count
+
 IntPair = int | Sequence[int]
 
 
@@ -87,10 +89,7 @@ def resolve(
         )
     strides = pair("stride", stride, 1)
     dilations = pair("dilation", dilation, 1)
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"groups must be an int, got {groups!r}")
-    if groups < 1:
-        raise ValueError(f"groups must be at least 1, got {groups}")
+    check_count("groups", groups)
     if not isinstance(padding, str):
         paddings = pair("padding", padding, 0)
     elif padding == "valid":

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .modules import SPConv2d, legal_alpha
+from .channels import legal_alpha
+from .modules import SPConv2d
 
 __all__ = ["MODELS", "VGG", "ResNet", "legal_alpha", "resnet20", "resnet50", "vgg16"]
 

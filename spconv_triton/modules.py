@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .arguments import check_flag, check_one_of
 from .branch_norm import fold_branch_norms, folds, normalises_batch, track
-from .checks import FLOATING, check_input, shape
+from .channels import DEFAULT_ALPHA, DEFAULT_GROUPS, count_representative
+from .checks import FLOATING, check_input, check_padding, shape
 from .dispatch import BACKENDS
 from .folded_norms import FoldedNorms
 from .geometry import Geometry, IntPair, as_pair, pair, resolve
@@ -113,13 +115,13 @@ class SPConv2d(nn.Module):
         stride: IntPair = 1,
         padding: IntPair | str = 0,
         dilation: IntPair = 1,
-        groups: int = 2,
+        groups: int = DEFAULT_GROUPS,
         bias: bool = True,
         padding_mode: str = "zeros",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
-        alpha: float = 0.5,
+        alpha: float = DEFAULT_ALPHA,
         branch_norm: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -129,12 +131,9 @@ class SPConv2d(nn.Module):
         # nn.Conv2d takes 0 and NumPy's booleans too; of an array it cannot be asked.
         if getattr(bias, "shape", ()) or bias not in (True, False):
             raise TypeError(f"bias must be True or False, got {bias!r}")
-        if not isinstance(branch_norm, bool):
-            raise TypeError(f"branch_norm must be True or False, got {branch_norm!r}")
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(map(repr, PADDING_MODES))}, got {padding_mode!r}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        check_flag("branch_norm", branch_norm)
+        check_one_of("padding_mode", padding_mode, PADDING_MODES)
+        check_one_of("backend", backend, BACKENDS)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = geometry.kernel_size
@@ -184,15 +183,16 @@ class SPConv2d(nn.Module):
         U(-b, b), var(Y) = F b^2 / 3 / 4 var(x), so b = 2 / sqrt(F); at alpha = 1 there is no gate, and b = 1 / sqrt(F).
         With branch norms the scale of the weights does not matter. The bias is ``nn.Conv2d``'s.
         """
-        grouped = self.taps * self.representative_channels / self.groups
-        pooled = self.in_channels / (self.stride[0] * self.stride[1])
+        geometry = self.geometry
+        grouped = geometry.taps * self.representative_channels / self.groups
+        pooled = self.in_channels / (geometry.stride[0] * geometry.stride[1])
         gate = 0.5 if self.redundant_channels else 1.0
         bound = 1 / (gate * math.sqrt(grouped + pooled))
         for weight in (self.weight_gwc, self.weight_pwc, self.weight_redundant):
             if weight is not None:
                 nn.init.uniform_(weight, -bound, bound)
         if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_channels * self.taps)
+            bound = 1 / math.sqrt(self.in_channels * geometry.taps)
             nn.init.uniform_(self.bias, -bound, bound)
         for norm in (self.norm_representative, self.norm_redundant):
             reset = getattr(norm, "reset_parameters", None)  # of a batch norm, or of what the user put in its place
@@ -219,8 +219,8 @@ class SPConv2d(nn.Module):
     def from_conv2d(
         cls,
         conv: nn.Conv2d,
-        alpha: float = 0.5,
-        groups: int = 2,
+        alpha: float = DEFAULT_ALPHA,
+        groups: int = DEFAULT_GROUPS,
         *,
         branch_norm: bool = False,
         backend: str = "auto",
@@ -291,6 +291,7 @@ class SPConv2d(nn.Module):
         padding = self._window_padding
         if self.padding_mode != "zeros":
             check_input("x", x)
+            check_padding(x, padding, self.padding_mode)
             x = padded_by_mode(x, padding, self.padding_mode)
             padding = (0, 0)
         inference = branch_bias = None
@@ -400,77 +401,3 @@ def layer_repr(layer: Any, *, bias: bool = True, **options: Any) -> str:
     if layer.backend != "auto":
         parts.append(f"backend={layer.backend!r}")
     return ", ".join(parts)
-
-
-def count_representative(in_channels: int, out_channels: int, groups: int, alpha: float) -> int:
-    """alpha L = int(L alpha), the representative channels of a layer.
-
-    Args:
-        in_channels, out_channels: L and M.
-        groups: G, at least 1.
-        alpha: share of representative channels.
-
-    Returns:
-        alpha L, a positive multiple of G.
-
-    Raises:
-        TypeError: channel counts that are not ints, or an alpha that is not a number.
-        ValueError: channel counts below 1, alpha outside (0, 1], or an alpha L or M that G does not divide.
-    """
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-        _check_count(name, value)
-    _check_alpha(alpha)
-    representative = int(in_channels * alpha)
-    if representative < groups or representative % groups:
-        raise ValueError(
-            f"alpha must leave a positive multiple of groups={groups} representative channels, got alpha={alpha}, "
-            f"which makes int({in_channels} * {alpha}) = {representative} of in_channels={in_channels}"
-        )
-    if out_channels % groups:
-        raise ValueError(f"groups must divide out_channels={out_channels}, got groups={groups}")
-    return representative
-
-
-def legal_alpha(in_channels: int, alpha: float, groups: int = 2) -> float:
-    """The alpha closest below ``alpha`` that leaves a multiple of ``groups`` representative channels, else the least.
-
-    The paper's ratios reach below what narrow layers can have: 1/16 of 16 channels is 1, and G = 2 needs 2. Such a
-    layer gets the fewest channels it can have. The paper's own networks at its own ratios are never changed.
-
-    Args:
-        in_channels: L, at least ``groups``.
-        alpha: ratio in (0, 1].
-        groups: G.
-
-    Returns:
-        The ratio; ``alpha`` itself where it is legal.
-
-    Raises:
-        TypeError: counts that are not ints, or an alpha that is not a number.
-        ValueError: counts below 1, alpha outside (0, 1], or fewer channels than groups.
-    """
-    for name, value in (("in_channels", in_channels), ("groups", groups)):
-        _check_count(name, value)
-    _check_alpha(alpha)
-    if groups > in_channels:
-        raise ValueError(f"groups must be between 1 and in_channels={in_channels}, got {groups}")
-    representative = int(in_channels * alpha)
-    rounded = max(representative // groups, 1) * groups
-    if rounded == representative:
-        return alpha
-    legal = rounded / in_channels
-    return legal if int(in_channels * legal) == rounded else math.nextafter(legal, 1)  # int(44 * (30 / 44)) is 29
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _check_alpha(alpha: object) -> None:
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"alpha must be a number, got {alpha!r}")
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha must be in (0, 1], got {alpha}")

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .eligibility import MIN_CHANNELS, Convolution, find_convolutions, find_owners, misfit, obstacle
+from .arguments import check_module
+from .channels import DEFAULT_ALPHA, DEFAULT_GROUPS
+from .eligibility import MIN_CHANNELS, Convolution, described, find_convolutions, find_owners, misfit, obstacle
 from .fused import FusedSPConv2d
+from .geometry import as_pair
 from .hooks import is_compiled
 from .modules import SPConv2d
 
@@ -113,8 +116,7 @@ def summary(model: nn.Module, input_size: Any) -> Summary:
 
 def summarize(model: nn.Module, input_size: Any) -> Summary:
     """As :func:`spconv_triton.summary`, in silence."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("model must not be scripted: its convolutions are no modules any more")
     model = _unwrap(model)
@@ -125,10 +127,12 @@ def summarize(model: nn.Module, input_size: Any) -> Summary:
     rows = []
     for module, names in convolutions.items():
         is_spconv = isinstance(module, (SPConv2d, FusedSPConv2d))
-        reason = "" if is_spconv else obstacle(module, owners) or misfit(module, 0.5, 2, MIN_CHANNELS)
+        reason = (
+            "" if is_spconv else obstacle(module, owners) or misfit(module, DEFAULT_ALPHA, DEFAULT_GROUPS, MIN_CHANNELS)
+        )
         now = _parameters(module)
         dense = _dense_parameters(module) if isinstance(module, (SPConv2d, FusedSPConv2d)) else now
-        rows.append(Row(names, repr(module), Costs(dense, now, *macs[module]), is_spconv, reason))
+        rows.append(Row(names, described(module), Costs(dense, now, *macs[module]), is_spconv, reason))
     now = sum(p.numel() for p in model.parameters())
     now += sum(_parameters(module) for module in convolutions if isinstance(module, FusedSPConv2d))
     saved = sum(row.costs.parameters_before - row.costs.parameters_after for row in rows)
@@ -153,7 +157,7 @@ def _count(
     def stop(module: Convolution, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         nonlocal inside
         inside += flops.get_total_flops() - started[module]
-        dense, now = _macs(module, args[0] if args else next(iter(kwargs.values())), output)
+        dense, now = _macs(module, args[0] if args else kwargs["input"], output)
         macs[module] = macs[module][0] + dense, macs[module][1] + now
 
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -171,7 +175,7 @@ def _macs(module: Convolution, x: Tensor, y: Tensor) -> tuple[int, int]:
         taps = prod(module.kernel_size)
         return y.numel() * taps * module.in_channels, y.numel() * (module.weight_gwc[0].numel() + module.in_channels)
     pixels, channels = (x, module.out_channels) if module.transposed else (y, module.in_channels)
-    macs = pixels.numel() * prod(module.kernel_size) * channels // module.groups
+    macs = pixels.numel() * prod(as_pair(module.kernel_size)) * channels // module.groups
     return macs, macs
 
 

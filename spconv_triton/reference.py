@@ -145,6 +145,51 @@ def spconv2d(
     return y if bias is None else y + bias[:, None, None]
 
 
+def spconv2d_batch_norm(
+    x: Tensor,
+    weight_gwc: Tensor,
+    weight_pwc: Tensor,
+    weight_redundant: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_representative: tuple[Tensor | None, Tensor | None] = (None, None),
+    norm_redundant: tuple[Tensor | None, Tensor | None] = (None, None),
+    eps: tuple[float, float] = (1e-5, 1e-5),
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer with a batch norm on U3 and on U1 before the gate, as the published implementation has it:
+    w (U - mean) / sqrt(variance + eps) + b over the samples and pixels of a channel.
+
+    Args:
+        x, weight_gwc, weight_pwc, weight_redundant, bias, stride, padding, dilation, groups: as of :func:`spconv2d`.
+        norm_representative, norm_redundant: w and b of either norm, [M]; None for 1 and 0.
+        eps: of either norm.
+
+    Returns:
+        Y, [N, M, H_out, W_out], in the dtype of ``x``; and mean and variance (by N H_out W_out) of U3 and U1, [2, M]
+        each, in float32 or better and without gradients.
+    """
+    representative = weight_pwc.shape[1]
+    window: dict[str, IntPair] = {"stride": stride, "padding": padding, "dilation": dilation}
+    u3 = representative_branch(x[:, :representative], weight_gwc, weight_pwc, groups=groups, **window)
+    kernel_size, output_size = _pair(weight_gwc.shape[2:]), _pair(u3.shape[2:])
+    u1 = redundant_branch(x[:, representative:], weight_redundant, kernel_size, output_size, **window)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    normed, moments = [], []
+    for u, norm, least in zip((u3, u1), (norm_representative, norm_redundant), eps, strict=True):
+        weight, shift = (None if t is None else t.to(precise) for t in norm)
+        if weight is None and shift is not None:  # which PyTorch fails to differentiate on a GPU
+            weight = torch.ones_like(shift)
+        normed.append(F.batch_norm(u, None, None, weight, shift, training=True, eps=least))
+        moments.append(torch.var_mean(u.detach().to(precise), (0, 2, 3), correction=0))
+    variance, mean = (torch.stack(of_both) for of_both in zip(*moments, strict=True))
+    y = gap_softmax_fusion(*normed)
+    return y if bias is None else y + bias[:, None, None], mean, variance
+
+
 def pointwise_input(
     x: Tensor,
     kernel_size: tuple[int, int],

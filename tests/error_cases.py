@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -66,6 +67,7 @@ def _process_group() -> Iterator[None]:
 CIRCUMSTANCES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "": nullcontext,
     "in a process group": _process_group,
+    "with TRITON_INTERPRET=1": lambda: mock.patch.object(dispatch, "INTERPRETED", True),
     "without triton": lambda: mock.patch.object(dispatch, "HAS_TRITON", False),
     "where PyTorch is built without CUDA": lambda: mock.patch.object(torch.backends.cuda, "is_built", lambda: False),
 }
@@ -149,11 +151,15 @@ def with_arguments(right: str, wrong: str) -> str:
     return ast.unparse(call)
 
 
+LAYOUTS = re.compile(r"\.to_(sparse|mkldnn)\(|nested")
+"""What makes a tensor that is not dense."""
+
+
 def cases_of(right: str, table: rows.Rows, *, is_traced: bool = True) -> list[Case]:
     """Cases whose calls are ``right`` but for what is wrong; ``torch.compile`` traces no layout but the dense one."""
     name = right.partition("(")[0]
     return [
-        Case(name, with_arguments(right, wrong), error, parts, "", is_traced and ").to_" not in wrong)
+        Case(name, with_arguments(right, wrong), error, parts, "", is_traced and not LAYOUTS.search(wrong))
         for wrong, error, parts in table
     ]
 

@@ -20,6 +20,32 @@ LAYERS: Rows = [
         ValueError,
         ("norm must be a BatchNorm2d or SyncBatchNorm without hooks", "in training mode"),
     ),
+    ("FusedSPConv2d(layer.eval(), in_place='x')", ValueError, ("in_place", "'output', 'residual'", "got 'x'")),
+    (
+        "FusedSPConv2d(layer.eval(), nn.BatchNorm2d(8).eval())",
+        ValueError,
+        ("norm must fit the layer, got one that has 8 channels, not 6: BatchNorm2d(8",),
+    ),
+    (
+        "FusedSPConv2d(layer.eval(), nn.BatchNorm2d(6).double().eval())",
+        ValueError,
+        ("norm must fit the layer, got one that is in torch.float64, the convolution in torch.float32",),
+    ),
+    (
+        "SPConv2d(8, 6, 3, padding=4, padding_mode='reflect')(ones(1, 8, 4, 5))",
+        ValueError,
+        ("x must have 5 or more pixels along an axis for padding_mode='reflect' and padding (4, 4), got [4, 5]",),
+    ),
+    (
+        "SPConv2d(8, 6, 3, padding=5, padding_mode='circular')(ones(1, 8, 5, 4))",
+        ValueError,
+        ("x must have 5 or more pixels along an axis for padding_mode='circular'", "got [5, 4]"),
+    ),
+    (
+        "FusedSPConv2d(SPConv2d(8, 6, 3, padding=1, padding_mode='replicate').eval())(ones(1, 8, 0, 5))",
+        ValueError,
+        ("x must have 1 or more pixels along an axis for padding_mode='replicate'", "got [0, 5]"),
+    ),
     ("FusedSPConv2d(layer.eval()).train()", ValueError, ("mode must be False for a fused layer", "got True")),
     ("FusedSPConv2d(layer.eval())(trained)", ValueError, ("x must not require gradients", "before fuse")),
     (
@@ -32,6 +58,12 @@ LAYERS: Rows = [
 ]
 
 DEVICES: Rows = [
+    (
+        "explain(SPConv2d(8, 6, 3, backend='triton'), x)",
+        ValueError,
+        ("module must have another backend than 'triton' here: with TRITON_INTERPRET=1 its kernels are not traced",),
+        "with TRITON_INTERPRET=1",
+    ),
     (
         "functional.spconv2d(x, weight_gwc, weight_pwc, weight_redundant, backend='triton')",
         ValueError,
@@ -183,6 +215,21 @@ NETWORKS: Rows = [
         "torch.save([1, 2], 'model.pth'); load_reference_checkpoint(normed, 'model.pth')",
         ValueError,
         ("checkpoint must be a path or a mapping of names to tensors, got list",),
+    ),
+    (
+        "load_reference_checkpoint(normed, {'pwc.weight': weight_pwc.to_sparse()})",
+        ValueError,
+        ("checkpoint must have tensors that can be copied into parameters, got pwc.weight, of layout",),
+    ),
+    (
+        "load_reference_checkpoint(normed, {'pwc.weight': weight_pwc * 1j})",
+        ValueError,
+        ("can be copied into parameters, got pwc.weight, of torch.complex64",),
+    ),
+    (
+        "load_reference_checkpoint(normed, {'pwc.weight': weight_pwc.to('meta')})",
+        ValueError,
+        ("can be copied into parameters, got pwc.weight, on the meta device, where there are no values",),
     ),
     (
         "load_reference_checkpoint(normed, {'epoch': 3, 'gwc.weight': weight_gwc})",

@@ -60,6 +60,8 @@ BRANCH_WEIGHTS: Rows = [
         ("weight_gwc", "torch.float32", "got torch.float64"),
     ),
     ("weight_gwc=ones(6, 2, 3, 3, device='meta')", ValueError, ("weight_gwc", "cpu", "got meta")),
+    ("weight_gwc=weight_gwc.to_sparse()", TypeError, ("weight_gwc must be dense", "layout torch.sparse_coo")),
+    ("weight_pwc=weight_pwc.to_mkldnn()", TypeError, ("weight_pwc must be dense", "layout torch._mkldnn")),
     ("weight_pwc=None", TypeError, ("weight_pwc", "torch.Tensor", "got NoneType")),
     ("weight_pwc=ones(6, 4)", ValueError, ("weight_pwc", "[6, alpha L, 1, 1]", "got [6, 4]")),
     ("weight_pwc=ones(6, 4, 3, 3)", ValueError, ("weight_pwc", "[6, alpha L, 1, 1]", "got [6, 4, 3, 3]")),
@@ -91,6 +93,7 @@ LAYER: Rows = [
         ("weight_redundant", "torch.float32", "got torch.bfloat16"),
     ),
     ("weight_redundant=ones(6, 4, 1, 1, device='meta')", ValueError, ("weight_redundant", "cpu", "got meta")),
+    ("bias=ones(6).to_sparse()", TypeError, ("bias must be dense", "layout torch.sparse_coo")),
     ("bias=ones(5)", ValueError, ("bias", "[6]", "got [5]")),
     ("bias=ones(1, 6)", ValueError, ("bias", "[6]", "got [1, 6]")),
     ("bias=[0.0, 0.0]", TypeError, ("bias", "torch.Tensor", "got list")),
@@ -145,6 +148,12 @@ def input_rows(name: str, channels: int) -> Rows:
 REPRESENTATIVE: Rows = [("x3=ones(2, 5, 6, 5)", ValueError, ("x3", "4 channels of weight_pwc", "got 5"))]
 
 REDUNDANT: Rows = [
+    (
+        "x1=ones(2, 0, 6, 5), weight_redundant=ones(6, 0, 1, 1)",
+        ValueError,
+        ("weight_redundant", "at least one output and one input channel", "got [6, 0, 1, 1]"),
+    ),
+    ("weight_redundant=ones(0, 4, 1, 1)", ValueError, ("at least one output", "got [0, 4, 1, 1]")),
     ("x1=ones(2, 5, 6, 5)", ValueError, ("x1", "4 channels of weight_redundant", "got 5")),
     ("weight_redundant=None", TypeError, ("weight_redundant", "got NoneType")),
     ("weight_redundant=ones(6, 4)", ValueError, ("weight_redundant", "[M, 4, 1, 1]", "[6, 4]")),
@@ -212,6 +221,7 @@ FORWARD: Rows = [
     ("x=ones(1, 8, 2, 5)", ValueError, ("is smaller than the window", "[2, 5]")),
     ("x=None", TypeError, ("x must be a torch.Tensor", "NoneType")),
     ("x=ones(1, 8, 6, 5).to_sparse()", TypeError, ("x must be dense", "got layout torch.sparse_coo")),
+    ("x=torch.nested.nested_tensor([x[0], x[1]])", TypeError, ("x must be dense", "got a nested tensor")),
     ("x=ones(1, 8, 6, 5).to_mkldnn()", TypeError, ("x must be dense", "got layout torch._mkldnn")),
 ]
 

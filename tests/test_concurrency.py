@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from spconv_triton import SPConv2d, fuse
+from spconv_triton.files import write_whole
 from spconv_triton.fused import FusedSPConv2d
 
 THREADS = 8
@@ -161,3 +163,18 @@ def test_streams() -> None:
             torch.cuda.current_stream().wait_stream(stream)
     for got, y in zip(results, expected, strict=True):
         assert torch.equal(got, y)
+
+
+def test_threads_write_one_file(tmp_path: Path) -> None:
+    """Whoever comes last, it is whole, and nobody fails for another's temporary file."""
+    path = tmp_path / "checkpoint"
+
+    def write(content: bytes) -> None:
+        for _ in range(20):
+            write_whole(path, content)
+
+    contents = [bytes([i]) * 4096 for i in range(4)]
+    with ThreadPoolExecutor(len(contents)) as pool:
+        list(pool.map(write, contents))
+    assert path.read_bytes() in contents
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]

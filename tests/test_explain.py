@@ -111,6 +111,20 @@ def test_large_maps_on_a_cpu(size: int, wider: bool, path: str, monkeypatch: pyt
     assert explain(SPConv2d(64, 64, 3, padding=1), x).path.name == path
 
 
+def test_autocast_on_a_cpu() -> None:
+    """What is explained is the dtype that is computed in."""
+    x = torch.randn(2, 64, 6, 6).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.float16):
+        assert explain(SPConv2d(64, 64, 3, padding=1), x).path.name == "given weights"
+        normed = explain(SPConv2d(64, 64, 3, padding=1, branch_norm=True), x)
+    assert normed.path.name == "given weights"
+    assert any("batch_norm" in launch.name for launch in normed.launches), "the layer takes its norms part by part"
+
+
+def test_a_meta_tensor() -> None:
+    assert "meta" in explain(SPConv2d(8, 8, 3, device="meta"), torch.randn(1, 8, 5, 5, device="meta")).input
+
+
 def test_norms_in_training_on_a_cpu() -> None:
     x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
     found = explain(SPConv2d(8, 8, 3, padding=1, branch_norm=True), x)

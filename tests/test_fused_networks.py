@@ -164,3 +164,16 @@ def test_a_float32_residual_under_autocast() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         got, expected = fuse(model)(x), model(x)
     assert got.dtype == expected.dtype == torch.float32
+
+
+def test_a_buffer_may_be_computed() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    fused, x = FusedSPConv2d(SPConv2d(8, 8, 3).eval()), torch.randn(1, 8, 5, 5)
+    twin = copy.deepcopy(fused)
+    twin.weight_gwc.mul_(2)
+    fused(x)  # which would remember the weights that there were
+    nn.utils.parametrize.register_parametrization(fused, "weight_gwc", Doubled())
+    assert torch.equal(fused(x), twin(x))

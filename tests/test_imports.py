@@ -138,12 +138,14 @@ assert hasattr(torch.ops.spconv_triton, "spconv2d") == dispatch.HAS_TRITON
     run_python(code, tmp_path)
 
 
-def test_with_a_triton_that_does_not_import(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", ["ImportError", "OSError"])
+def test_with_a_triton_that_does_not_import(tmp_path: Path, error: str) -> None:
     """A wheel for another platform or Python is found, and then fails; a CPU has no use for it anyway."""
     broken = tmp_path / "broken" / "triton"
     broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ImportError('libtriton.so: cannot open shared object file')\n")
-    message = run_python(USE_LAYER + REFUSED, tmp_path, PYTHONPATH=str(broken.parent))
+    (broken / "__init__.py").write_text(f"raise {error}('libtriton.so: cannot open shared object file')\n")
+    reason = "from spconv_triton.dispatch import why_no_triton\nassert 'libtriton.so' in why_no_triton()\n"
+    message = run_python(USE_LAYER + reason + REFUSED, tmp_path, PYTHONPATH=str(broken.parent))
     assert "backend='triton'" in message
     assert "libtriton.so" in message or "not on a GPU" in message
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import reference
 from spconv_triton.functional import spconv2d, spconv2d_inference
-from spconv_triton.native import onepass, parts
+from spconv_triton.native import parts
 from spconv_triton.native import weights as native_weights
 from spconv_triton.native.products import can_be_matrix_product
 
@@ -100,7 +100,7 @@ def test_agrees_with_float64(case: Case, dtype: torch.dtype, monkeypatch: pytest
         monkeypatch.setattr(native_weights, "GATED_PIXELS", pixels)  # the gate last, or first
         monkeypatch.setattr(native_weights, "GATED_BYTES", 0)
         monkeypatch.setattr(
-            onepass, "gate_comes_first", lambda x, _, first=pixels == 0: first and can_be_matrix_product(x)
+            native_weights, "gate_comes_first", lambda x, _, first=pixels == 0: first and can_be_matrix_product(x)
         )
         for activation in ACTIVATIONS:
             after = functools.partial(following, case, activation, dtype, residual=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -82,3 +83,11 @@ def test_initial_bound_at_an_uneven_stride() -> None:
     layer = SPConv2d(64, 64, 3, stride=(1, 2))
     bound = 2 / (9 * 32 / 2 + 64 / 2) ** 0.5
     assert 0.99 * bound < layer.weight_gwc.abs().max() <= bound
+
+
+def test_reset_parameters_after_an_assigned_window() -> None:
+    """Attributes may be assigned as those of ``nn.Conv2d`` may."""
+    layer = SPConv2d(8, 8, 3)
+    layer.stride, layer.kernel_size = 2, 3
+    layer.reset_parameters()
+    assert 0 < layer.weight_pwc.abs().max() <= 2 / math.sqrt(9 * 4 / 2 + 8 / 4)

@@ -25,8 +25,10 @@ PACKAGE = Path(spconv_triton.__file__).parent
 
 CHAIN = ("modules", "functional", "ops", "launch", "kernels")
 HELPERS = (
+    "arguments",
     "autocast",
     "branch_norm",
+    "channels",
     "checks",
     "dispatch",
     "epilogue",
@@ -204,7 +206,7 @@ def test_aten_paths_import_no_chain(internal: list[Import]) -> None:
 
 
 def test_models_import_modules_only(internal: list[Import]) -> None:
-    assert {i.imported for i in internal if i.importer == "models"} <= {"modules"}
+    assert {i.imported for i in internal if i.importer == "models"} <= {"channels", "modules"}
 
 
 def test_conversion_is_built_on_the_layer(internal: list[Import]) -> None:

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spconv_triton import SPConv2d, reference
 from spconv_triton.functional import spconv2d
 from spconv_triton.geometry import resolve
-from spconv_triton.native import backward_maps, backward_products, convolution, folding, onepass, products
+from spconv_triton.native import backward_maps, backward_products, convolution, folding, products
 from spconv_triton.native import gate as native_gate
 from spconv_triton.native import weights as native_weights
 from spconv_triton.native.products import is_matrix_product
@@ -119,8 +119,7 @@ def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypa
     monkeypatch.setattr(backward_products, "pay", lambda given: backward != "maps")
     monkeypatch.setattr(backward_products, "gwc_pays", lambda given: backward == "all products")
     monkeypatch.setattr(folding, "FOLDED_PRODUCTS", 0 if folded else float("inf"))
-    for module in (onepass, native_weights):
-        monkeypatch.setattr(module, "gate_comes_first", lambda *_: backward != "maps" and not folded)
+    monkeypatch.setattr(native_weights, "gate_comes_first", lambda *_: backward != "maps" and not folded)
     for options in ({"bias": False}, {"branch_bias": True}):
         assert_agrees(native, make_inputs(case, torch.float64, **options))
         # Of single draws of k1-padded, one in 150 has a reference too lucky for any other order of summation.
@@ -231,8 +230,7 @@ def test_agrees_where_onednn_takes_the_redundant_part_alone(
     monkeypatch.setattr(products, "LARGE_PRODUCT", 3 * 5 * 4 * case.out_channels * case.representative)
     monkeypatch.setattr(products, "LARGE_WEIGHT", 0 if linear else float("inf"))
     monkeypatch.setattr(backward_products, "pay", lambda given: False)
-    for module in (onepass, native_weights):
-        monkeypatch.setattr(module, "gate_comes_first", lambda *_: False)
+    monkeypatch.setattr(native_weights, "gate_comes_first", lambda *_: False)
     inputs = make_inputs(case, branch_bias=True)
     assert folding.folding_pays(inputs.x, inputs.weight_gwc, resolve((3, 3), 1, 1, 1, groups))
     assert not is_matrix_product(inputs.x, inputs.weight_redundant.numel())

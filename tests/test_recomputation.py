@@ -111,7 +111,7 @@ def test_no_branch_is_computed_again(name: str, merged: bool, monkeypatch: pytes
     again = mock.Mock(side_effect=AssertionError("computed again"))
     monkeypatch.setattr(backward_products, "pay", lambda given: True)
     monkeypatch.setattr(backward_products, "gate_gradient", again)
-    monkeypatch.setattr(onepass, "gate_comes_first", lambda x, geometry: True)
+    monkeypatch.setattr(weights, "gate_comes_first", lambda x, geometry: True)
     with set_recompute(False):
         y = native(*inputs.positional(), **inputs.window)
     monkeypatch.setattr(torch.nn.functional, "conv2d", again)

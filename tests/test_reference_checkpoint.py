@@ -221,6 +221,18 @@ def test_what_it_refuses(tmp_path: Path, published: nn.Module) -> None:
         load_reference_checkpoint(ours, {1: torch.ones(2)})
 
 
+@pytest.mark.parametrize(
+    "unfit", [lambda t: t.to_sparse(), lambda t: t.to("meta"), lambda t: t * 1j], ids=["sparse", "meta", "complex"]
+)
+def test_tensors_that_no_parameter_can_take_load_nothing(unfit: Any) -> None:
+    layer = SPConv2d(8, 6, 3, branch_norm=True, bias=False)
+    before = copy.deepcopy(layer.state_dict())
+    checkpoint = {"gwc.weight": torch.randn(6, 2, 3, 3), "pwc.weight": unfit(torch.randn(6, 4, 1, 1))}
+    with pytest.raises(ValueError, match=r"can be copied into parameters, got pwc\.weight"):
+        load_reference_checkpoint(layer, checkpoint, strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
 @pytest.mark.parametrize("damage", ["empty", "half", "short", "text", "zeros"])
 def test_a_damaged_file_is_named(damage: str, tmp_path: Path, published: nn.Module) -> None:
     file = tmp_path / "model.pth"

@@ -281,3 +281,21 @@ def test_a_fused_layer_costs_what_it_did(options: dict[str, Any]) -> None:
     norms = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
     assert after.total.parameters_after == before.total.parameters_after - norms
     assert after.rows[0].costs.parameters_before == 12 * (8 * 9 + options.get("bias", True))
+
+
+def test_convolutions_with_assigned_attributes_and_named_inputs() -> None:
+    """They run, and ``convert`` takes them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.up = nn.Conv2d(8, 8, 3, padding=1), nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1)
+            self.conv.padding = self.conv.dilation = 1
+            self.conv.kernel_size = 3
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(output_size=[10, 10], input=self.conv(x))
+
+    found = summarize(Net(), (1, 8, 5, 5))
+    assert [row.costs.macs_after for row in found.rows] == [25 * 9 * 64, 25 * 9 * 32]
+    assert found.rows[0].layer == "Conv2d(8, 8)"

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from ..branch_norm import is_affine
+from ..branch_norm import norm_misfit
 from ..fused import FusedSPConv2d
 from ..hooks import has_hooks
 from ..modules import SPConv2d
@@ -129,23 +129,6 @@ def _fold(chain: Chain, user: fx.Node, region: Region, layer: SPConv2d) -> str:
                 chain.in_place = "output" if user.args[0] is current else "residual"
             return ""
     return f"is followed by {name}"
-
-
-def norm_misfit(norm: nn.BatchNorm2d | nn.SyncBatchNorm, weight: Tensor, channels: int) -> str:
-    """Why a norm does not fold into a convolution with such a weight and so many outputs; empty if it does."""
-    if norm.training:
-        return "is in training mode"
-    if norm.running_mean is None:
-        return "has no running statistics"
-    if not is_affine(norm):
-        return "has hooks" if has_hooks(norm) else f"is a {type(norm).__name__}, a subclass of a batch norm"
-    if norm.running_mean.dtype != weight.dtype:
-        return f"is in {norm.running_mean.dtype}, the convolution in {weight.dtype}"
-    if norm.running_mean.device != weight.device:
-        return f"is on {norm.running_mean.device}, the convolution on {weight.device}"
-    if norm.num_features != channels:
-        return f"has {norm.num_features} channels, not {channels}"
-    return ""
 
 
 def _activation(user: fx.Node, current: fx.Node, region: Region) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..arguments import check_callable, check_flag, check_module
 from ..modules import SPConv2d
 from ..networks import check_is_plain
 from .copying import copied, with_norms_apart
@@ -55,12 +56,9 @@ def fuse(model: nn.Module, *, plain_norms: bool = False, report: Callable[[Fusio
         ValueError: a model of which an SPConv layer or a module around it is in training mode, or that is scripted,
             compiled, wrapped in DDP or sharded by FSDP.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(plain_norms, bool):
-        raise TypeError(f"plain_norms must be True or False, got {plain_norms!r}")
-    if report is not None and not callable(report):
-        raise TypeError(f"report must be callable or None, got {report!r}")
+    check_module(model)
+    check_flag("plain_norms", plain_norms)
+    check_callable("report", report)
     check_is_plain(model, "fuse")
     _check_mode(model)
     model = with_norms_apart(copied(model))

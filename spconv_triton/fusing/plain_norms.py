@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..branch_norm import norm_misfit
 from ..hooks import has_hooks
-from .chains import Chain, norm_misfit
+from .chains import Chain
 from .regions import Network, Region, attribute
 
 

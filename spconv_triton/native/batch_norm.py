@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autocast import without_autocast
+from ..autocast import computed_dtype, without_autocast
 from ..dispatch import needs_plain_backward, needs_plain_operations
 from ..geometry import Geometry
 from ..layout import gradient_of
@@ -95,8 +95,9 @@ def spconv2d_batch_norm(
 
 
 def takes(x: Tensor) -> bool:
-    """Whether a layer on ``x`` takes the one pass: in eager mode on a CPU, in float32 or float64."""
-    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    """Whether a layer on ``x`` takes the one pass: in eager mode on a CPU, in float32 or float64, autocast or not."""
+    is_precise = computed_dtype(x) in (torch.float32, torch.float64)
+    return x.is_cpu and is_precise and not torch.compiler.is_compiling()
 
 
 class OnePass(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,21 +110,17 @@ def compose_batch_norm(
     representative = weight_pwc.shape[1]
     x3, x1 = x.split((representative, x.shape[1] - representative), 1)
     u3 = representative_branch(x3, weight_gwc, weight_pwc, geometry)
-    return blend_normed((u3, pointwise(x1, weight_redundant, geometry)), parameters, eps, gap_softmax_fusion)
+    return _blend_normed((u3, pointwise(x1, weight_redundant, geometry)), parameters, eps)
 
 
-def blend_normed(
-    branches: tuple[Tensor, Tensor],
-    parameters: Sequence[Tensor | None],
-    eps: tuple[float, float],
-    fusion: Callable[[Tensor, Tensor], Tensor],
+def _blend_normed(
+    branches: tuple[Tensor, Tensor], parameters: Sequence[Tensor | None], eps: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y, mean and variance from U3 and U1.
 
     Args:
         parameters: the layer's bias, and weight and bias of either norm.
         eps: of either norm.
-        fusion: of the two normed branches.
     """
     bias, *of_norms = parameters
     precise = torch.promote_types(branches[0].dtype, torch.float32)
@@ -142,7 +138,7 @@ def blend_normed(
             weight = torch.ones_like(shift)
         return F.batch_norm(u, None, None, widened(weight), widened(shift), training=True, eps=eps)
 
-    y = fusion(*(normed(u, w, b, e) for u, (w, b), e in zip(branches, norms, eps, strict=True)))
+    y = gap_softmax_fusion(*(normed(u, w, b, e) for u, (w, b), e in zip(branches, norms, eps, strict=True)))
     return y if bias is None else y + bias[:, None, None], mean, variance
 
 

@@ -1,4 +1,4 @@
-"""The gate's gate_argument, and the sums that it comes from: over the branches, or before there are any.
+"""d = S3 - S1, the gate's argument, and the sums that it comes from: over the branches, or before there are any.
 
 GAP and convolution are both linear, so of the point-wise convolutions the gate needs no map: with P output pixels and z
 their input,

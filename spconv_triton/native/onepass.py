@@ -39,7 +39,7 @@ from ..recomputation import recomputes
 from . import branches
 from .backward import differentiable_gradients, gradients
 from .convolution import channels_last
-from .gate import bias_difference, difference_of_means, gate_argument, gate_comes_first, means_of_maps, sums_of_maps
+from .gate import bias_difference, difference_of_means, gate_argument, means_of_maps, sums_of_maps
 from .inference import Inference
 from .parts import parts_of, pay_in_training, samples_together
 from .products import pixels
@@ -205,16 +205,13 @@ def forward(
         joins = _joins(bias, branch_bias, after, x.dtype)
         y = weights.u3(x, weights.pointwise_input(x), bias if joins else None)
         return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
+    if difference is None and weights.gate_first(x):
+        return _gate_first(x, weights, bias, branch_bias, after)
     if isinstance(weights, PreparedWeights):
         plan = weights.plan(x.shape)
-        if plan.gate_first and difference is None:
-            return _gate_first(x, weights, bias, branch_bias, after)
         if plan.samples >= x.shape[0]:
             return _by_prepared_weights(x, weights, bias, branch_bias, after, Into(None, difference), plan)
         return _in_parts(x, weights, bias, branch_bias, after, difference, plan.samples)
-    merged = isinstance(weights, MergedWeights)
-    if not merged and difference is None and gate_comes_first(x, weights.geometry):
-        return _gate_first(x, weights, bias, branch_bias, after)
     size = weights.geometry.output_size(x.shape[2], x.shape[3])
     samples = samples_together(x, weights.gwc.shape[0], size)
     if samples < x.shape[0] and pay_in_training(x.dtype):
@@ -248,11 +245,11 @@ def _in_parts(
     residuals, into_y, into_difference = (
         parts_of(maps, samples, x.shape[0]) for maps in (after.residual, y, difference)
     )
-    exponents = [
+    of_parts = [
         _by_branches(of_x, weights, bias, branch_bias, after._replace(residual=residual), Into(*into))[1]
         for of_x, residual, *into in zip(x.split(samples), residuals, into_y, into_difference, strict=True)
     ]
-    return y, torch.cat(exponents)
+    return y, torch.cat(of_parts)
 
 
 def _by_branches(

@@ -79,6 +79,14 @@ class Weights:
         assert self._redundant is not None
         return self._redundant
 
+    def gate_first(self, x: Tensor) -> bool:
+        """Whether the gate comes before the branches, which then are no maps."""
+        return self.has_gate and gate_comes_first(x, self.geometry)
+
+    def path(self, x: Tensor) -> str:
+        """What :data:`spconv_triton.dispatch.PATHS` calls the way of an inference on ``x``."""
+        return "gate first" if self.gate_first(x) else "given weights"
+
     @property
     def given(self) -> Weights:
         """The same, neither joined nor prepared."""
@@ -115,6 +123,12 @@ class Weights:
 class MergedWeights(Weights):
     """The same for a single call on few channels, with those of x3 merged. They add up in another order, too, so that
     whoever finds a mean that is not finite asks :attr:`given`."""
+
+    def gate_first(self, x: Tensor) -> bool:  # noqa: ARG002
+        return False
+
+    def path(self, x: Tensor) -> str:  # noqa: ARG002
+        return "merged weights"
 
     def u3(self, x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: ARG002, Wp reads x too
         merged = merge(self.gwc, self.pwc, self.geometry)
@@ -193,6 +207,13 @@ class PreparedWeights(Weights):
                 self._plans.pop(oldest, None)
             plan = self._plans[shape] = self._make_plan(shape)
         return plan
+
+    def gate_first(self, x: Tensor) -> bool:
+        return self.plan(x.shape).gate_first
+
+    def path(self, x: Tensor) -> str:
+        plan = self.plan(x.shape)
+        return "gate first" if plan.gate_first else f"{plan.form.name} weights"
 
     def u3(self, x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
         y, plan = self.convolve(x, bias), self.plan(x.shape)
