@@ -23,7 +23,7 @@ SECTIONS = {
     "Windows and groups": ("geometry.py",),
     "Layers": ("modules.py", "fused.py", "branch_norm.py"),
     "Backends and tuning": ("dispatch.py", "explanation.py", "tuning.py", "launch/common.py"),
-    "Networks": ("conversion.py", "networks.py", "network_summary.py", "fusing/entry.py", "checkpoints.py"),
+    "Networks": ("conversion.py", "surgery.py", "network_summary.py", "fusing/entry.py", "checkpoints.py"),
 }
 """The sources whose messages each holds."""
 

@@ -14,21 +14,11 @@ from .channels import DEFAULT_ALPHA, DEFAULT_GROUPS, legal_alpha
 from .dense import split_weights
 from .dispatch import BACKENDS
 from .eligibility import MIN_CHANNELS, Convolution, Owners, described, find_convolutions, find_owners, misfit, obstacle
+from .hooks import ON_CALLS
 from .modules import SPConv2d
-from .networks import check_is_plain, replace
+from .surgery import check_is_plain, replace
 
 INITS = ("default", "dense")
-
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_is_full_backward_hook",
-)
 
 VANILLA = frozenset(vars(nn.Conv2d(1, 1, 1, device="meta")))
 """Attributes that every nn.Conv2d has; any other was given to it by its network."""
@@ -183,7 +173,7 @@ def _make_layer(conv: nn.Conv2d, alpha: float, groups: int, branch_norm: bool, i
             ):
                 if parameter is not None:
                     parameter.copy_(weight)
-    for name in HOOKS:  # the dictionaries themselves: whoever holds a handle can still remove its hook
+    for name in ON_CALLS:  # the dictionaries themselves: whoever holds a handle can still remove its hook
         setattr(layer, name, getattr(conv, name))
     for name, value in vars(conv).items():
         if name not in VANILLA and not hasattr(layer, name):

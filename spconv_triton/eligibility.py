@@ -11,17 +11,11 @@ from torch.nn.parameter import is_lazy
 from .checks import FLOATING
 from .fused import FusedSPConv2d
 from .geometry import as_pair
+from .hooks import ON_STATE
 from .modules import SPConv2d
 
 MIN_CHANNELS = 8
 """Input channels from which a convolution is worth splitting: below are images, whose channels have no look-alikes."""
-
-STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 Convolution = _ConvNd | SPConv2d | FusedSPConv2d
 
@@ -80,7 +74,7 @@ def _obstacle_in_class(conv: nn.Conv2d) -> str:
         return "has a forward of its own"
     if conv._buffers or conv._modules:
         return "has buffers or modules of its own"
-    if any(vars(conv)[name] for name in STATE_HOOKS):
+    if any(vars(conv)[name] for name in ON_STATE):
         return "has hooks on its state dict, which may know its parameters by name"
     return ""
 

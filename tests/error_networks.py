@@ -153,7 +153,7 @@ CONVERT: Rows = [
     (
         "convert(DistributedDataParallel(network))",
         ValueError,
-        ("model must not be wrapped in DistributedDataParallel yet, but it is; convert its .module first",),
+        ("must not be wrapped in DistributedDataParallel yet, but it is; convert its .module, then wrap it anew",),
         "in a process group",
     ),
     (
@@ -177,7 +177,7 @@ NETWORKS: Rows = [
     (
         "fuse(DistributedDataParallel(slim).eval())",
         ValueError,
-        ("model must not be wrapped in DistributedDataParallel yet, but it is; fuse its .module first",),
+        ("model must not be wrapped in DistributedDataParallel yet, but it is; fuse its .module, then wrap it anew",),
         "in a process group",
     ),
     (

@@ -258,7 +258,7 @@ def test_ddp_is_refused(tmp_path) -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(Block())
-        with pytest.raises(ValueError, match="wrapped in DistributedDataParallel yet, but it is; convert first"):
+        with pytest.raises(ValueError, match=r"yet, but it is; convert its \.module, then wrap it anew"):
             convert(model)
         assert type(model.module.body[0]) is nn.Conv2d
         wrapped = nn.parallel.DistributedDataParallel(convert(Block()))

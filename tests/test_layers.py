@@ -39,7 +39,7 @@ HELPERS = (
     "hooks",
     "kept",
     "layout",
-    "networks",
+    "surgery",
     "optional_arguments",
     "recomputation",
     "registration",

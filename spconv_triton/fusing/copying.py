@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..hooks import has_hooks
-from ..networks import replace
+from ..hooks import ON_CALLS, ON_STATE, has_hooks
+from ..surgery import replace
 from .regions import find_regions
 
 
@@ -19,7 +19,7 @@ def copied(model: nn.Module) -> nn.Module:
     for module, other in zip(model.modules(), twin.modules(), strict=True):
         other.training = module.training
         if isinstance(module, fx.GraphModule) and has_hooks(module):
-            hooks = {name: value for name, value in vars(module).items() if "_hooks" in name}
+            hooks = {name: vars(module)[name] for name in (*ON_CALLS, *ON_STATE)}
             vars(other).update(copy.deepcopy(hooks, memo))
     return twin
 

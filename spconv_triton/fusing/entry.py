@@ -8,7 +8,7 @@ from torch import nn
 
 from ..arguments import check_callable, check_flag, check_module
 from ..modules import SPConv2d
-from ..networks import check_is_plain
+from ..surgery import check_is_plain
 from .copying import copied, with_norms_apart
 from .plan import Plan
 from .report import Fusion

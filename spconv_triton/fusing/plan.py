@@ -10,7 +10,7 @@ from ..branch_norm import folds
 from ..fused import FusedSPConv2d
 from ..hooks import has_hooks
 from ..modules import SPConv2d
-from ..networks import replace
+from ..surgery import replace
 from .chains import Chain, follow
 from .module_changes import unchanged
 from .plain_norms import find_folded_norms

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .common import empty_channels_last, empty_output
     from .fusion import gap_softmax_fusion, gap_softmax_fusion_backward
     from .gradients import spconv2d_backward
+    from .inventory import KERNELS, TUNED_KERNELS
     from .layer import spconv2d
-    from .tuned import KERNELS, TUNED_KERNELS
 
 _CONTENTS = {
     "branch": ("representative_branch", "representative_branch_backward"),

@@ -29,7 +29,8 @@ def check_is_plain(model: nn.Module, verb: str) -> None:
             raise ValueError(f"model must not be compiled yet, but {where} is; use torch.compile({verb}(model))")
         if isinstance(module, DistributedDataParallel):
             raise ValueError(
-                f"model must not be wrapped in DistributedDataParallel yet, but {where} is; {verb} its .module first"
+                f"model must not be wrapped in DistributedDataParallel yet, but {where} is; {verb} its .module, then "
+                "wrap it anew"
             )
         if _is_sharded(module):
             raise ValueError(f"model must not be sharded by FSDP yet, but {where} is; {verb} first")
