@@ -71,6 +71,36 @@ class Into(NamedTuple):
 NEW = Into()
 
 
+class Additions(NamedTuple):
+    """What is added to the branches and to their blend, and what follows.
+
+    Attributes:
+        bias: [M] or None, behind the gate.
+        branch_bias: [2, M] or None, before it.
+        after: the rest.
+    """
+
+    bias: Tensor | None
+    branch_bias: Tensor | None
+    after: Epilogue
+
+    def join(self, dtype: torch.dtype) -> bool:
+        """Whether the bias may be added by a convolution of this dtype: nothing comes between the two."""
+        bias = self.bias
+        return bias is not None and bias.dtype == dtype and self.branch_bias is None and self.after.norm_scale is None
+
+    def offset(self, d: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What the biases add to Y, [N, M, 1, 1] or [M, 1, 1]: a (beta b3 + gamma b1) + bias; beta is 1 without d."""
+        columns = None if self.bias is None else self.bias.to(dtype).view(-1, 1, 1)
+        if self.branch_bias is None:
+            return columns
+        shift3, shift1 = self.branch_bias.to(dtype)[:, :, None, None].unbind()
+        offset = shift3 if d is None else torch.sigmoid(d) * shift3 + torch.sigmoid(-d) * shift1
+        if self.after.norm_scale is not None:
+            offset = offset * self.after.norm_scale.to(dtype)[:, None, None]
+        return offset if columns is None else offset + columns
+
+
 def spconv2d(
     x: Tensor,
     weight_gwc: Tensor,
@@ -200,28 +230,23 @@ def forward(
 
     In training U3 - U1 is written into ``difference``, if it is given.
     """
-    x = channels_last(x)
+    x, added = channels_last(x), Additions(bias, branch_bias, after)
     if not weights.has_gate:
-        joins = _joins(bias, branch_bias, after, x.dtype)
+        joins = added.join(x.dtype)
         y = weights.u3(x, weights.pointwise_input(x), bias if joins else None)
-        return _finish(y, None if joins else _offset(None, bias, branch_bias, after, y.dtype), after, x.dtype), None
+        return _finish(y, None if joins else added.offset(None, y.dtype), after, x.dtype), None
     if difference is None and weights.gate_first(x):
-        return _gate_first(x, weights, bias, branch_bias, after)
+        return _gate_first(x, weights, added)
     if isinstance(weights, PreparedWeights):
         plan = weights.plan(x.shape)
         if plan.samples >= x.shape[0]:
-            return _by_prepared_weights(x, weights, bias, branch_bias, after, Into(None, difference), plan)
-        return _in_parts(x, weights, bias, branch_bias, after, difference, plan.samples)
+            return _by_prepared_weights(x, weights, added, Into(None, difference), plan)
+        return _in_parts(x, weights, added, difference, plan.samples)
     size = weights.geometry.output_size(x.shape[2], x.shape[3])
     samples = samples_together(x, weights.gwc.shape[0], size)
     if samples < x.shape[0] and pay_in_training(x.dtype):
-        return _in_parts(x, weights, bias, branch_bias, after, difference, samples)
-    return _by_branches(x, weights, bias, branch_bias, after, Into(None, difference))
-
-
-def _joins(bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue, dtype: torch.dtype) -> bool:
-    """Whether the output bias may be added by a convolution: nothing comes between the two."""
-    return bias is not None and bias.dtype == dtype and branch_bias is None and after.norm_scale is None
+        return _in_parts(x, weights, added, difference, samples)
+    return _by_branches(x, weights, added, Into(None, difference))
 
 
 def _empty_map(x: Tensor, outputs: int, geometry: Geometry) -> Tensor:
@@ -232,81 +257,66 @@ def _empty_map(x: Tensor, outputs: int, geometry: Geometry) -> Tensor:
 
 
 def _in_parts(
-    x: Tensor,
-    weights: Weights,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    after: Epilogue,
-    difference: Tensor | None,
-    samples: int,
+    x: Tensor, weights: Weights, added: Additions, difference: Tensor | None, samples: int
 ) -> tuple[Tensor, Tensor]:
     """Y and d, so many samples at a time."""
+    after = added.after
     y = _empty_map(x, weights.gwc.shape[0], weights.geometry)
     residuals, into_y, into_difference = (
         parts_of(maps, samples, x.shape[0]) for maps in (after.residual, y, difference)
     )
     of_parts = [
-        _by_branches(of_x, weights, bias, branch_bias, after._replace(residual=residual), Into(*into))[1]
+        _by_branches(of_x, weights, added._replace(after=after._replace(residual=residual)), Into(*into))[1]
         for of_x, residual, *into in zip(x.split(samples), residuals, into_y, into_difference, strict=True)
     ]
     return y, torch.cat(of_parts)
 
 
-def _by_branches(
-    x: Tensor,
-    weights: Weights,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    after: Epilogue,
-    into: Into = NEW,
-) -> tuple[Tensor, Tensor]:
+def _by_branches(x: Tensor, weights: Weights, added: Additions, into: Into = NEW) -> tuple[Tensor, Tensor]:
     """Y and d."""
     if isinstance(weights, MergedWeights | PreparedWeights):
-        return _by_prepared_weights(x, weights, bias, branch_bias, after, into)
-    return _by_given_weights(x, weights, bias, branch_bias, after, into)
+        return _by_prepared_weights(x, weights, added, into)
+    return _by_given_weights(x, weights, added, into)
 
 
 def _by_prepared_weights(
     x: Tensor,
     weights: PreparedWeights | MergedWeights,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    after: Epilogue,
+    added: Additions,
     into: Into = NEW,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_by_branches`. On small maps the calls take the time, so there are few, and some are planned."""
     # An output bias alone may join both branches: beta + gamma = 1, and the gate sees their difference. What is kept of
     # that is without it, and so without its roundings.
-    joins = into.difference is None and _joins(bias, branch_bias, after, x.dtype)
-    joined = bias if joins else None
+    joins = into.difference is None and added.join(x.dtype)
+    joined = added.bias if joins else None
     z = x if plan is not None and plan.is_z else weights.pointwise_input(x)
     u3, u1 = weights.u3(x, z, joined), weights.u1(z, joined)
     d = torch.sub(sums_of_maps(u3), sums_of_maps(u1))
     d = d.div_(u3.shape[2] * u3.shape[3] if plan is None else plan.pixels)
-    if branch_bias is not None:
-        d += bias_difference(branch_bias, d.dtype)
+    if added.branch_bias is not None:
+        d += bias_difference(added.branch_bias, d.dtype)
     if not math.isfinite(d.sum()):
-        return _by_given_weights(x, weights.given, bias, branch_bias, after, into)
-    offset = None if joins else _offset(d, bias, branch_bias, after, d.dtype)
-    return _finish(_blend(u3, u1, d, into), offset, after, x.dtype), d
+        return _by_given_weights(x, weights.given, added, into)
+    offset = None if joins else added.offset(d, d.dtype)
+    return _finish(_blend(u3, u1, d, into), offset, added.after, x.dtype), d
 
 
-def _gate_first(
-    x: Tensor, weights: Weights, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue
-) -> tuple[Tensor, Tensor]:
+def _gate_first(x: Tensor, weights: Weights, added: Additions) -> tuple[Tensor, Tensor]:
     """Y and d, without a map of either branch."""
+    after = added.after
     z = weights.pointwise_input(x)
     y = weights.convolve(x)
     d = difference_of_means(y, z, weights.pwc, weights.redundant)
-    if branch_bias is not None:
-        d += bias_difference(branch_bias, d.dtype)
+    if added.branch_bias is not None:
+        d += bias_difference(added.branch_bias, d.dtype)
     if not math.isfinite(d.sum()):
-        return _by_given_weights(x, weights.given, bias, branch_bias, after)
+        return _by_given_weights(x, weights.given, added)
     beta, gamma = torch.sigmoid(d), torch.sigmoid(-d)
     if after.norm_scale is not None:
         beta, gamma = (gate * after.norm_scale.to(d.dtype)[:, None, None] for gate in (beta, gamma))
-    offset, gate = _offset(d, bias, branch_bias, after, d.dtype), beta.to(y.dtype)
+    offset, gate = added.offset(d, d.dtype), beta.to(y.dtype)
     y = y.mul_(gate) if offset is None else torch.addcmul(offset.to(y.dtype), y, gate, out=y)
     if after.residual is not None:
         y += after.residual
@@ -315,23 +325,16 @@ def _gate_first(
     return activate(y, after.activation, inplace=True), d
 
 
-def _by_given_weights(
-    x: Tensor,
-    weights: Weights,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    after: Epilogue,
-    into: Into = NEW,
-) -> tuple[Tensor, Tensor]:
+def _by_given_weights(x: Tensor, weights: Weights, added: Additions, into: Into = NEW) -> tuple[Tensor, Tensor]:
     """As :func:`_by_branches`, on any device and of anything, finite or not."""
     z = weights.pointwise_input(x)
     u3, u1 = weights.u3(x, z), weights.u1(z)
     s3, s1 = means_of_maps(u3), means_of_maps(u1)
-    if branch_bias is not None:
-        s3 += branch_bias[0, :, None, None]
-        s1 += branch_bias[1, :, None, None]
+    if added.branch_bias is not None:
+        s3 += added.branch_bias[0, :, None, None]
+        s1 += added.branch_bias[1, :, None, None]
     d = gate_argument(s3, s1)
-    return _finish(_blend(u3, u1, d, into), _offset(d, bias, branch_bias, after, d.dtype), after, x.dtype), d
+    return _finish(_blend(u3, u1, d, into), added.offset(d, d.dtype), added.after, x.dtype), d
 
 
 def _blend(u3: Tensor, u1: Tensor, d: Tensor, into: Into) -> Tensor:
@@ -357,17 +360,3 @@ def _finish(y: Tensor, offset: Tensor | None, after: Epilogue, dtype: torch.dtyp
         y += after.residual
     y = activate(y, after.activation, inplace=True)
     return y if y.dtype == dtype else y.to(dtype)
-
-
-def _offset(
-    d: Tensor | None, bias: Tensor | None, branch_bias: Tensor | None, after: Epilogue, dtype: torch.dtype
-) -> Tensor | None:
-    """What the biases add to Y, [N, M, 1, 1] or [M, 1, 1]: a (beta b3 + gamma b1) + bias. Without ``d`` beta is 1."""
-    columns = None if bias is None else bias.to(dtype).view(-1, 1, 1)
-    if branch_bias is None:
-        return columns
-    shift3, shift1 = branch_bias.to(dtype)[:, :, None, None].unbind()
-    offset = shift3 if d is None else torch.sigmoid(d) * shift3 + torch.sigmoid(-d) * shift1
-    if after.norm_scale is not None:
-        offset = offset * after.norm_scale.to(dtype)[:, None, None]
-    return offset if columns is None else offset + columns
