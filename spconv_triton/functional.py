@@ -233,7 +233,7 @@ def _recall(arguments: Arguments, window: Window) -> Geometry:
     try:
         kind = (window, *(t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in arguments))
         geometry = _found.get(kind)
-    except (AttributeError, TypeError):  # a weight that is no tensor, sizes that are symbols, a window of lists
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, or a nested one; symbols; a window of lists
         return _check_layer(arguments, window)
     if geometry is None:
         geometry = _check_layer(arguments, window)

@@ -31,7 +31,7 @@ _CONTENTS = {
     "gradients_descriptor": (),
     "layer": ("spconv2d",),
     "opaque": (),
-    "tuned": ("KERNELS", "TUNED_KERNELS"),
+    "inventory": ("KERNELS", "TUNED_KERNELS"),
 }
 _HOMES = {name: module for module, names in _CONTENTS.items() for name in names}
 

@@ -262,46 +262,54 @@ def finish_weight_grads(
     weight_gwc, weight_pwc, weight_redundant = weights
     outputs, representative = weight_pwc.shape[:2]
     redundant = 0 if weight_redundant is None else weight_redundant.shape[1]
+    channels = representative + redundant
     d_gwc, d_pwc = torch.empty_like(weight_gwc), torch.empty_like(weight_pwc)
     d_redundant = weight_pwc.new_empty(0) if weight_redundant is None else torch.empty_like(weight_redundant)
-    d_branch_bias = weight_pwc.new_empty((0, outputs))
-    terms = None
-    if of_gate is not None and of_gate.branch_bias is not None:
-        d_branch_bias, terms = torch.empty_like(of_gate.branch_bias), of_gate.terms
     group_outputs, group_channels = outputs // geometry.groups, representative // geometry.groups
     block_co, block_c = weight_blocks(group_outputs, group_channels)
     k_blocks = cdiv(redundant, block_c) + cdiv(representative, block_c)
     k_blocks += geometry.taps * cdiv(group_channels, block_c)
     programs = cdiv(group_outputs, block_co) * geometry.groups * k_blocks
-    channels = representative + redundant
-    kept = (weight_pwc, weight_pwc, weight_pwc)
+    # Where a part is missing the kernel reads nothing of it, and any tensor will do.
+    shift, tap_mean, pool_mean, batch, pixels = partial, weight_pwc, weight_pwc, 1, 1
+    terms, d_branch_bias, bias_strides = partial, weight_pwc.new_empty((0, outputs)), (0, 0)
+    if of_gate is not None:
+        shift, tap_mean, pool_mean, pixels = of_gate.shift, of_gate.tap_mean, of_gate.pool_mean, of_gate.pixels
+        batch = shift.shape[0]
+        if of_gate.branch_bias is not None and of_gate.terms is not None:
+            terms, d_branch_bias = of_gate.terms, torch.empty_like(of_gate.branch_bias)
+            bias_strides = d_branch_bias.stride(0), d_branch_bias.stride(1)
+    kept, packed, constant = (weight_pwc, weight_pwc, weight_pwc), weight_pwc, partial
+    plan, stride, centre = None, 1, -1
     if prepared is not None and weight_redundant is not None:
         kept = channels_last(weight_gwc), weight_pwc.contiguous(), weight_redundant.contiguous()
+        packed, constant, plan, stride = prepared.packed, prepared.constant, prepared.plan, geometry.stride[0]
+        centre = 4 if geometry.stride == (1, 1) else -1
         c_blocks = geometry.groups * cdiv(group_channels, BLOCK_PLANE) + cdiv(redundant, BLOCK_PLANE)
-        programs += c_blocks * cdiv(prepared.constant.shape[1], BLOCK_PLANE_N)
-        programs += cdiv(prepared.plan.rows, BLOCK_ROWS) * cdiv(channels, BLOCK_COLUMNS)
+        programs += c_blocks * cdiv(constant.shape[1], BLOCK_PLANE_N)
+        programs += cdiv(plan.rows, BLOCK_ROWS) * cdiv(channels, BLOCK_COLUMNS)
     launch(
         finish_weights,
         (programs,),
         partial,
-        partial if of_gate is None else of_gate.shift,
-        weight_pwc if of_gate is None else of_gate.tap_mean,
-        weight_pwc if of_gate is None else of_gate.pool_mean,
-        partial if terms is None else terms,
+        shift,
+        tap_mean,
+        pool_mean,
+        terms,
         d_gwc,
         d_pwc,
         d_pwc if weight_redundant is None else d_redundant,
-        partial if terms is None else d_branch_bias,
+        partial if terms is partial else d_branch_bias,
         *kept,
-        weight_pwc if prepared is None else prepared.packed,
-        partial if prepared is None else prepared.constant,
-        1 if of_gate is None else of_gate.shift.shape[0],
-        1 if of_gate is None else of_gate.pixels,
+        packed,
+        constant,
+        batch,
+        pixels,
         partial.shape[0],
         *d_gwc.stride(),
         *d_pwc.stride()[:2],
         *((0, 0) if weight_redundant is None else d_redundant.stride()[:2]),
-        *((0, 0) if terms is None else d_branch_bias.stride()),
+        *bias_strides,
         C=channels,
         CR=representative,
         CO=outputs,
@@ -309,13 +317,13 @@ def finish_weight_grads(
         KH=geometry.kernel_size[0],
         KW=geometry.kernel_size[1],
         GATED=of_gate is not None,
-        BRANCH_BIAS=terms is not None,
-        PREPARE=prepared is not None,
-        ROWS=0 if prepared is None else prepared.plan.rows,
-        MERGE=1 if prepared is None else prepared.plan.merge,
-        MIXED=prepared is not None and prepared.plan.mixed,
-        STRIDE=1 if prepared is None else geometry.stride[0],
-        CENTRE=4 if prepared is not None and geometry.stride == (1, 1) else -1,
+        BRANCH_BIAS=terms is not partial,
+        PREPARE=plan is not None,
+        ROWS=0 if plan is None else plan.rows,
+        MERGE=1 if plan is None else plan.merge,
+        MIXED=plan is not None and plan.mixed,
+        STRIDE=stride,
+        CENTRE=centre,
         PRECISION=statistics_precision(weight_pwc),
         BLOCK_N=BLOCK_N,
         BLOCK_CO=block_co,
