@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import RESNET50, Case
+from fresh import run_python
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import competitors, dense_init, overhead, products, ratios
@@ -17,7 +20,37 @@ from benchmarks.turns import fastest, turns
 from spconv_triton import SPConv2d, convert, models
 from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
 
+ROOT = Path(__file__).parents[1]
+
 TINY = Case("tiny", 2, 8, 8, (6, 5))
+
+
+FAULTS = """
+import resource, sys
+import torch
+from benchmarks.allocator import settle
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(int(sys.argv[1]), dtype=torch.uint8).fill_(1)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
+
+unsettled = faults()
+settle()
+faults()
+print(unsettled, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc keeps what it likes")
+@pytest.mark.parametrize("megabytes", [40, 120])
+def test_free_memory_stays_with_the_process(megabytes: int, tmp_path: Path) -> None:
+    """Page faults of a call that allocates and frees: of every page, and after a few calls of nearly none."""
+    printed = run_python(FAULTS, tmp_path, str(megabytes * 10**6), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    unsettled, settled = map(float, printed.split())
+    assert unsettled > 10  # however large the pages are
+    assert settled < unsettled / 10
 
 
 @pytest.mark.parametrize("direction", competitors.DIRECTIONS)
