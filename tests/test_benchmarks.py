@@ -15,7 +15,7 @@ from cases import RESNET50, Case
 from fresh import run_python
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import competitors, dense_init, overhead, products, ratios
+from benchmarks import competitors, dense_init, logits, overhead, products, ratios
 from benchmarks.turns import fastest, turns
 from spconv_triton import SPConv2d, convert, models
 from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
@@ -108,6 +108,29 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(competitors.SPConv2d, "forward", wrong)
     with pytest.raises(AssertionError, match=r"tiny, native, channels_last: y: error .* against float64"):
         competitors.build(TINY, "native", "forward")
+
+
+def _off_by_a_thousandth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path but the reference, in any dtype: no judge that takes the same path would notice."""
+    forward = SPConv2d.forward
+
+    def wrong(self: SPConv2d, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) * (1 if self.backend == "reference" else 1.001)
+
+    monkeypatch.setattr(SPConv2d, "forward", wrong)
+
+
+def test_the_table_of_networks_is_of_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    resnet50 = pytest.importorskip("benchmarks.resnet50", reason="needs torchvision")
+    images = torch.randn(2, 3, 16, 16)
+    vanilla = logits.calibrated(models.resnet20(None), images)
+    split = logits.calibrated(convert(copy.deepcopy(vanilla)), images).to(memory_format=torch.channels_last)
+    head, _, *rows = resnet50.speeds(vanilla, split, images, 2, compiled=False)
+    assert len(rows) == 5
+    assert {row.count("|") for row in rows} == {head.count("|")}
+    _off_by_a_thousandth(monkeypatch)
+    with pytest.raises(AssertionError, match=r"SPConv: error .* against float64"):
+        resnet50.speeds(vanilla, split, images, 2, compiled=False)
 
 
 @pytest.mark.parametrize("way", [min, max])

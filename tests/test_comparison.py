@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison import __main__ as comparison
-from benchmarks.comparison import accuracy, compare, layers, pictures, plan, subjects, tables
+from benchmarks.comparison import accuracy, compare, layers, networks, pictures, plan, subjects, tables
 from benchmarks.comparison.memory import peak_bytes
 from benchmarks.comparison.rounds import Effort, take_turns
 from benchmarks.competitors import DIRECTIONS
 from benchmarks.peers import NAMES, NETWORKS, HetConv
 from benchmarks.peers.catalogue import COMPILED, VARIANTS
+from spconv_triton import SPConv2d
 
 ONCE = Effort(0, fewest=2, most=2, sample=0)
 SMALLEST = layers.shapes("resnet20")[-1]
@@ -59,6 +61,48 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, direction:
         assert "float64" in rows[name]["error"]
         assert "seconds" not in rows[name]
     assert "seconds" in rows["conv2d"]
+
+
+def test_networks_are_deployed_as_far_as_norms_fold() -> None:
+    """Behind a sum, a shuffle or a concatenation they stay, and the table says how many of them."""
+    built = networks.Networks("resnet20", 16)
+    rows = {row["name"]: row for row in built.measure(networks.Load("resnet20", 2), ONCE)}
+    assert not [row for row in rows.values() if "error" in row]
+    stay = {name: (row["norms_left"], row["norms"]) for name, row in rows.items() if "norms" in row}
+    assert stay == {
+        "conv2d deployed": (1, 21),
+        "spconv deployed": (1, 57),
+        "reference deployed": (1, 57),
+        "ghost deployed": (37, 39),
+        "hetconv-p4 deployed": (19, 21),
+        "hetconv-p8 deployed": (19, 21),
+        "separable deployed": (1, 39),
+        "shuffle deployed": (19, 21),
+        "pconv deployed": (1, 21),
+    }
+    table = "\n".join(tables.networks(list(rows.values()), built.sizes(), "resnet20"))
+    assert "| HetConv, P 4, deployed (19 of 21 norms stay) |" in table
+
+
+def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer that is off by a thousandth in any dtype, unless it is the reference."""
+    monkeypatch.setattr(networks, "NAMES", ("conv2d", "spconv", "reference"))
+    built = networks.Networks("resnet20", 16)
+    forward = SPConv2d.forward
+
+    def wrong(self: SPConv2d, x: Tensor) -> Tensor:
+        return forward(self, x) * (1 if self.backend == "reference" else 1.001)
+
+    monkeypatch.setattr(SPConv2d, "forward", wrong)
+    for step, deployed in ((False, 3), (True, 0)):
+        rows = built.measure(networks.Load("resnet20", 2, step), ONCE)
+        assert {row["name"] for row in rows if "error" in row} == {"spconv"}
+        assert len(rows) == 3 + deployed
+
+
+def test_what_times_revisions_needs_no_torchvision() -> None:
+    code = "import sys, benchmarks.comparison.plan; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=compare.ROOT, check=False).returncode == 0
 
 
 def test_weights_gradients_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
