@@ -175,6 +175,71 @@ def test_table_is_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert [row.split("|")[1].strip() for row in rows] == ["tiny"] * 4 + ["geometric mean"] * 4
 
 
+def test_compiled_layers_are_set_beside_compiled_convolutions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def built(_case: Case, name: str, _direction: str) -> competitors.Competitor:
+        return competitors.Competitor(name, lambda: None, "contiguous", 1)
+
+    monkeypatch.setattr(ratios, "build", built)
+    monkeypatch.setattr(ratios, "RESNET50", (TINY,))
+    monkeypatch.setattr(ratios, "SAMPLE_SECONDS", 0.0)
+    ratios.main(["--rounds", "2", "--batches", "1", "--compiled"])
+    _, _, head, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.count("|") for row in rows] == [head.count("|")] * 4
+    for row in rows[:2]:
+        cells = dict(zip(map(str.strip, head.split("|")), map(str.strip, row.split("|")), strict=True))
+        for name in ("conv2d compiled", "native compiled", ratios.BOTH_COMPILED):
+            assert " to " in cells[f"{name} x"]
+    seconds = {"conv2d": [6.0, 8.0], "conv2d compiled": [4.0, 4.0], "native compiled": [2.0, 1.0]}
+    monkeypatch.setattr(ratios, "seconds_in_turns", lambda *_: seconds)
+    milliseconds, found = ratios.measure(TINY, "forward", 2, ())
+    assert milliseconds == 7000
+    assert found[ratios.BOTH_COMPILED] == [2, 4]
+    assert found["native compiled"] == [3, 8]
+
+
+def test_a_compiled_convolution_is_a_dense_one() -> None:
+    competitor = competitors.build(TINY, "conv2d compiled", "forward")
+    assert competitor.macs == 2 * 8 * 8 * 9 * 30
+    for direction in competitors.DIRECTIONS:
+        compiled, eager = (competitors.count_macs(TINY, name, direction) for name in ("conv2d compiled", "conv2d"))
+        assert compiled == eager > competitors.count_macs(TINY, "native compiled", direction)
+
+
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [
+        *(("ratios", option) for option in ("--batches", "--threads")),
+        *(("products", option) for option in ("--batches", "--threads")),
+        *(("resnet50", option) for option in ("--batch", "--size", "--threads")),
+        *(("dense_init", option) for option in ("--epochs", "--tuning", "--seeds", "--samples")),
+        ("roofline", "--batches"),
+        ("static", "--jobs"),
+        ("comparison.__main__", "--threads"),
+    ],
+)
+def test_a_count_of_nothing_is_refused(module: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = pytest.importorskip(f"benchmarks.{module}", reason="needs torchvision or triton")
+    for value in ("0", "-1", "two"):
+        with pytest.raises(SystemExit) as end:
+            command.main([f"{option}={value}"])
+        assert end.value.code == 2
+        assert f"argument {option}: must be an integer of at least " in capsys.readouterr().err
+
+
+def test_a_call_and_its_playback_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[Any] = []
+    monkeypatch.setattr(overhead, "record", lambda _call: [])
+    monkeypatch.setattr(overhead, "seconds", lambda one: order.append(one) or len(order))
+    called, played, _ = overhead.measure(call := lambda: None, 20)
+    timed = order[2:]
+    assert [i + 3 for i, one in enumerate(timed) if one is call] == called
+    assert len(played) == 20
+    first = [one is call for one in timed[::2]]
+    assert 4 <= sum(first) <= 16
+
+
 @pytest.mark.parametrize(("inputs", "outputs", "size"), list(overhead.CASES.values()), ids=list(overhead.CASES))
 def test_the_kernels_of_a_call_are_recorded_without_its_views(inputs: int, outputs: int, size: int) -> None:
     layer, x = SPConv2d(inputs, outputs, 3, padding=1).eval(), torch.randn(1, inputs, size, size)

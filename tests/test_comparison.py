@@ -165,6 +165,16 @@ def test_who_is_faster_with_as_many_products() -> None:
     assert not tables.beaten([row for row in rows if row["name"] != "reference"])
 
 
+def test_float32_is_not_timed_as_tf32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module, arguments in ((comparison, ["--out", str(tmp_path)]), (compare, ["HEAD"])):
+        monkeypatch.setattr(module, "DEVICE", "cuda")
+        with pytest.raises(SystemExit):
+            module.main(arguments)
+        assert "float32 would be TF32 on a GPU" in capsys.readouterr().err
+
+
 def test_plans_cover_what_they_promise() -> None:
     full = plan.full()
     assert {(c.network, c.case.batch, c.direction, c.dtype) for c in full.cells} == {
@@ -178,6 +188,9 @@ def test_plans_cover_what_they_promise() -> None:
         compiled = {tables.stage({"network": c.network, "layer": c.case.name}) for c in made.cells if c.compiled}
         assert compiled == {"64@56", "128@28", "256@14", "512@7"}
         assert {load.network for load in made.loads} == set(NETWORKS)
+        for one in (*made.cells, *made.loads):
+            assert "spconv" not in one.compiled or "conv2d" in one.compiled
+        assert all(effort.sample > 0 for effort in (made.layer, made.network, made.latency))
     assert full.seeds == 5
     assert full.at_most(3).layer.most == 3
 
