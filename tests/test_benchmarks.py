@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
-import importlib
+import importlib.metadata
 import platform
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +208,26 @@ def test_a_compiled_convolution_is_a_dense_one() -> None:
     for direction in competitors.DIRECTIONS:
         compiled, eager = (competitors.count_macs(TINY, name, direction) for name in ("conv2d compiled", "conv2d"))
         assert compiled == eager > competitors.count_macs(TINY, "native compiled", direction)
+
+
+def test_the_extra_has_what_benchmarks_import() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = {
+        re.split("[^a-z0-9-]", line, maxsplit=1)[0]
+        for line in (*project["dependencies"], *project["optional-dependencies"]["bench"])
+    }
+    imported: set[str] = {"sklearn"}  # by the library, for the digits
+    for file in (ROOT / "benchmarks").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    ours = {"benchmarks", "spconv_triton", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
+    found = importlib.metadata.packages_distributions()
+    others = {module: set(found.get(module, [module])) for module in imported - ours - sys.stdlib_module_names}
+    assert not [module for module, names in others.items() if not names & listed], (others, listed)
 
 
 @pytest.mark.parametrize(
