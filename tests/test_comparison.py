@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from benchmarks.comparison import __main__ as comparison
 from benchmarks.comparison import accuracy, compare, layers, networks, pictures, plan, subjects, tables
+from benchmarks.comparison.in_short import PAGE, in_short
 from benchmarks.comparison.memory import peak_bytes
+from benchmarks.comparison.page import write_page
 from benchmarks.comparison.rounds import Effort, take_turns
 from benchmarks.competitors import DIRECTIONS
 from benchmarks.peers import NAMES, NETWORKS, HetConv
@@ -195,6 +198,42 @@ def test_plans_cover_what_they_promise() -> None:
     assert full.at_most(3).layer.most == 3
 
 
+def fake_results() -> dict[str, Any]:
+    """Two layers of each network, in which SPConv is 2 and 3 times as fast, twice compiled, and Ghost 2.5 times."""
+    speeds = {"conv2d": (1, 1), "conv2d compiled": (1.1, 1.2), "spconv": (2, 3), "spconv compiled": (4, 6)}
+    speeds["ghost"] = (2.5, 2.5)
+    rows = []
+    for network in ("resnet50", "vgg16"):
+        for i, layer in enumerate(("3 x 3, 64 to 64, 56 x 56", "3 x 3, 128 to 128, 28 x 28")):
+            head = {"network": network, "layer": layer, "batch": 8, "dtype": "float32", "direction": "forward"}
+            for name, own in speeds.items():
+                times = {"seconds": [1.0 / own[i]] * 3, "speed": [own[i] - 0.1, own[i], 9.0], "rounds": 5 + i}
+                rows.append({**head, "name": name, "macs": 9 if name.startswith("conv2d") else 3, **times})
+    return {"plan": "fake", "command": "nothing", "minutes": 1.0, "date": "today", "machine": "none", "layers": rows}
+
+
+def test_the_page_says_what_it_comes_to(tmp_path: Path) -> None:
+    text = write_page(fake_results(), tmp_path).read_text()
+    for line in (
+        "| resnet50 | forward | SPConv, alpha 1/2 | 2.00 to 3.00 |",
+        "| vgg16 | forward | SPConv, alpha 1/2, compiled | 4.00 to 6.00 |",
+        "| vgg16 | forward | nn.Conv2d, compiled | 1.10 to 1.20 |",
+        "| nn.Conv2d |  | 0 of 4 |  |",
+        "| Ghost module, s 2 |  | 2 of 4 |  |",
+    ):
+        assert f"\n{line}\n" in text
+    assert "Rounds: 5 to 6 for a layer." in text
+    _, _, rest = text.partition("\n## In short\n\n")
+    assert rest.startswith("\n".join(in_short(text)) + "\n\n## Layers\n"), "the page with these lines gives others"
+
+
+def test_the_readme_is_of_the_page() -> None:
+    lines = in_short(PAGE.read_text())
+    assert len(lines) > 20
+    missing = "README.md has not what python -m benchmarks.comparison.in_short prints"
+    assert "\n".join(lines) in (compare.ROOT / "README.md").read_text(), missing
+
+
 @pytest.mark.slow
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: accuracy.CANDIDATES[name] for name in ("conv2d", "spconv", "spconv 1/8", "octconv", "ghost")}
@@ -203,7 +242,7 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--mode", "rehearsal", "--threads", "1", "--out", str(tmp_path), "--results", str(results)]
     assert comparison.main(options) == 0
     page = (tmp_path / "REPORT.md").read_text()
-    for title in ("Layers", "Networks", "Accuracy at equal budget", "How it is measured"):
+    for title in ("In short", "Layers", "Networks", "Accuracy at equal budget", "How it is measured"):
         assert f"\n## {title}\n" in page
     assert torch.__version__ in page
     for block in page.split("\n\n"):
