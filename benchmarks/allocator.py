@@ -19,8 +19,9 @@ def settle() -> None:
 
     By default glibc keeps a few times the largest tensor that was ever freed, and nothing of one from 32 MiB on: each
     call then pays a page fault for every 4 KiB of its maps, up to half of its time. Below that it depends on the order
-    in which tensors happen to be freed, and above it competitors that make whole maps would pay and one that works
-    through a batch in parts would not.
+    in which tensors happen to be freed. Above it each pays for every map that it makes whole: of 64 x 64 x 56 x 56 in
+    float32 forward 12,545 faults nn.Conv2d and SPConv, which works through such a batch in parts, for their output
+    alone, 37,635 HetConv, and some 90,000 the reference.
 
     Where libc has no ``mallopt``, one freed block teaches it what it can learn, and larger tensors stay as they are.
     """

@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from cases import RESNET50, Case
 from fresh import run_python
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import competitors, dense_init, logits, overhead, products, ratios
+from benchmarks import allocator, competitors, dense_init, logits, overhead, products, ratios
 from benchmarks.turns import fastest, turns
 from spconv_triton import SPConv2d, convert, models
 from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
@@ -54,6 +55,17 @@ def test_free_memory_stays_with_the_process(megabytes: int, tmp_path: Path) -> N
     unsettled, settled = map(float, printed.split())
     assert unsettled > 10  # however large the pages are
     assert settled < unsettled / 10
+
+
+def test_an_allocator_that_takes_no_options_is_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **kwargs: sizes.append(size) or empty(size, **kwargs))
+    for libc in (object(), SimpleNamespace(mallopt=lambda *_: 0)):
+        monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _name, libc=libc: libc)
+        allocator.settle()
+    assert len(sizes) == 2
+    assert max(sizes) < allocator.LARGEST_LEARNT
 
 
 @pytest.mark.parametrize("direction", competitors.DIRECTIONS)

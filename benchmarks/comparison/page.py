@@ -42,8 +42,8 @@ METHOD = """\
 - **In turns**: each round times every competitor, in an order of its own, and a speed is nn.Conv2d's time
   over the competitor's *in the same round*. A cell is the median of the rounds, with their 20 % and 80 % quantiles.
   {rounds}
-- **Free memory stays with the process** (`benchmarks/allocator.py`), of maps of any size: else whoever makes maps of
-  more than 32 MiB whole is timed by their page faults, and a layer that works through a batch in parts is not.
+- **Free memory stays with the process** (`benchmarks/allocator.py`), of maps of any size: else everyone is timed by the
+  page faults of each map of more than 32 MiB that it makes, and whoever makes none but its output has the fewest.
 - **Memory**: *kept* is what autograd holds for the backward, input and weights included, each storage once; *peak* is
   the most that PyTorch's allocator had given out during the call. On a CPU, oneDNN's scratch memory is not seen.
 - **MACs** are multiply-accumulates of the equations; norms, activations and the gate are not counted."""
