@@ -180,7 +180,7 @@ def build(case: Case, name: str, direction: str) -> Competitor:
         AssertionError: its output or a gradient is outside the error budget.
     """
     settle()
-    trial = Trial(case, dense=name == "conv2d", direction=direction)
+    trial = Trial(case, dense=without_variant(name) == "conv2d", direction=direction)
     calls = {layout: functools.partial(wait_for, trial.contestant(name, layout).call(direction)) for layout in LAYOUTS}
     for call in calls.values():
         for _ in range(2):  # the first calls compile, and build what oneDNN keeps
@@ -190,11 +190,14 @@ def build(case: Case, name: str, direction: str) -> Competitor:
 
 
 def count_macs(case: Case, name: str, direction: str) -> int:
-    """Of the convolutions; the gate is not counted."""
+    """Of the equations' convolutions, padding included, as publications count; the gate is not counted.
+
+    Any direction but ``"forward"`` has the two gradients' products as well.
+    """
     height, width = case.output_size()
     taps = case.kernel_size[0] * case.kernel_size[1]
     per_output = case.in_channels * taps
-    if name != "conv2d":
+    if without_variant(name) != "conv2d":
         per_output = taps * case.representative // case.groups + case.in_channels
     forward = case.batch * height * width * case.out_channels * per_output
     return forward if direction == "forward" else 3 * forward

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spconv_triton import SPConv2d, convert, models
 from spconv_triton.dense import CORRELATION, split_weights
+from spconv_triton.training.cli import count
 from spconv_triton.training.data import (
     WEIGHTS,
     Data,
@@ -42,10 +43,10 @@ HERE = Processes(0, 1, torch.device("cpu"))
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dense_init", description="init='dense' of convert")
-    parser.add_argument("--epochs", type=int, default=6, help="of the vanilla network (default: %(default)s)")
-    parser.add_argument("--tuning", type=int, default=3, help="epochs of fine-tuning (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions of fine-tuning (default: %(default)s)")
-    parser.add_argument("--samples", type=int, help="training images to keep (default: all)")
+    parser.add_argument("--epochs", type=count, default=6, help="of the vanilla network (default: %(default)s)")
+    parser.add_argument("--tuning", type=count, default=3, help="epochs of fine-tuning (default: %(default)s)")
+    parser.add_argument("--seeds", type=count, default=3, help="repetitions of fine-tuning (default: %(default)s)")
+    parser.add_argument("--samples", type=count, help="training images to keep (default: all)")
     options = parser.parse_args(arguments)
     with cpu_threads(1):
         data = digits(16, options.samples)

@@ -8,7 +8,8 @@ processors is counted (:mod:`benchmarks.traffic`), but takes no time here, since
 Three ways to compute a layer:
 
 - ``"conv2d"``: ``nn.Conv2d``. Its kernel is not ours, so it is taken to be perfect: it reads x and the weight once,
-  writes y once, and multiplies no padding. The comparison favours it.
+  writes y once, and multiplies what its equation has, padding included, but no part of a tile beside a tensor. The
+  comparison favours it.
 - ``"separate"``: SPConv as kernels of its own for each equation, U3 and U1 in memory: our ``branch_forward``, ATen's
   pooling and 1 x 1 convolution (as perfect as conv2d), our two launches of the fusion. Backward likewise, and ATen
   joins the gradients of the representative and the redundant channels.
@@ -35,6 +36,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import traffic
+from benchmarks.competitors import count_macs
 from benchmarks.formulas import tap_area
 from benchmarks.launches import Launch, LayerTensors, backward_launches, forward_launches, layer_tensors, recording
 from benchmarks.tally import Access, Traffic, tensor_of
@@ -158,16 +160,11 @@ def footprint(layer: Iterable[Step]) -> int:
 
 
 def useful_flops(case: Case, path: str, direction: str) -> int:
-    """Two for each multiply-add of the equations, padding included, as publications count; the gate is not counted.
+    """Two for each multiply-accumulate of the equations, padding included, as publications count.
 
     Backward has two products, for the input and for the weights, of as many each.
     """
-    height, width = case.output_size()
-    taps = case.kernel_size[0] * case.kernel_size[1]
-    depth = case.in_channels * taps
-    if path != "conv2d":
-        depth = taps * case.representative // case.groups + case.in_channels
-    forward = 2 * case.batch * height * width * case.out_channels * depth
+    forward = 2 * count_macs(case, path, "forward")
     return forward if direction == "forward" else 2 * forward
 
 
@@ -259,7 +256,7 @@ def _perfect(
     flops: int = 0,
     elements: dict[str, int] | None = None,
 ) -> Step:
-    """A launch that touches every tensor once, or as many ``elements`` of it, and multiplies nothing in vain."""
+    """A launch that touches every tensor once, or as many ``elements`` of it, and multiplies no more than ``flops``."""
 
     def once(tensors: dict[str, Tensor]) -> dict[str, Access]:
         counts = {key: (elements or {}).get(key, t.numel()) * t.element_size() for key, t in tensors.items()}

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ratios import machine, quantiles
-from benchmarks.turns import round_count
+from benchmarks.turns import round_count, turns
 from spconv_triton import SPConv2d
 
 CASES = {
@@ -91,13 +91,14 @@ def measure(call: Callable[[], Any], rounds: int) -> tuple[list[float], list[flo
         for kernel in kernels:
             kernel()
 
-    times: tuple[list[float], list[float]] = [], []
-    for turn in range(rounds + 1):
-        for column, one in zip(times, (call, play), strict=True):
-            taken = seconds(one)
-            if turn:  # the first is a warm-up
-                column.append(taken)
-    return *times, len(kernels)
+    for one in (call, play):
+        seconds(one)  # a warm-up
+    called: list[float] = []
+    played: list[float] = []
+    for order in turns(((called, call), (played, play)), rounds):
+        for column, one in order:
+            column.append(seconds(one))
+    return called, played, len(kernels)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.competitors import DEVICE, DIRECTIONS, Competitor, build, count_macs, with_batch
 from benchmarks.ratios import machine, quantiles, seconds_in_turns
 from benchmarks.turns import fastest, round_count
+from spconv_triton.training.cli import count
 
 Call = Callable[[], Sequence[Tensor]]
 
@@ -30,8 +31,8 @@ Call = Callable[[], Sequence[Tensor]]
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.products", description="What a layer cannot do without")
     parser.add_argument("--rounds", type=round_count, default=15, help="rounds per row (default: %(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
+    parser.add_argument("--batches", type=count, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     if DEVICE != "cpu":
         parser.error("these are a CPU's products: hide the GPU (CUDA_VISIBLE_DEVICES=)")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.ratios``: how many times faster than nn.Conv2d, as a Markdown table.
+"""``python -m benchmarks.ratios``: how many times faster than eager nn.Conv2d, as a Markdown table.
 
 The competitors take turns within each round, so that whatever slows the machine down for a while slows all of them:
 the ratio of a round is taken within it, and the table gives the median of the rounds and their 20 % and 80 % quantiles.
@@ -20,8 +20,12 @@ from cases import RESNET50, Case
 from benchmarks.competitors import DEVICE, DIRECTIONS, DTYPE, NAMES, Competitor, build, count_macs, with_batch
 from benchmarks.peers.catalogue import COMPILED, KEPT
 from benchmarks.turns import round_count, seconds_of, turns
+from spconv_triton.training.cli import count
 
-COMPILED_TOO = (f"reference{COMPILED}", f"native{COMPILED}")
+COMPILED_TOO = (f"conv2d{COMPILED}", f"reference{COMPILED}", f"native{COMPILED}")
+
+BOTH_COMPILED = "native / conv2d, both compiled"
+"""Against compiled nn.Conv2d; every other column is against the eager one."""
 
 KEPT_TOO = (f"native{KEPT}",)
 """With a backward."""
@@ -33,14 +37,16 @@ SAMPLE_SECONDS = 0.02
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description="SPConv2d against nn.Conv2d")
     parser.add_argument("--rounds", type=round_count, default=25, help="rounds per row (default: %(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: %(default)s)")
-    parser.add_argument("--compiled", action="store_true", help="SPConv and its reference through torch.compile too")
+    parser.add_argument("--batches", type=count, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    parser.add_argument(
+        "--threads", type=count, default=torch.get_num_threads(), help="of a CPU (default: %(default)s)"
+    )
+    parser.add_argument("--compiled", action="store_true", help="all of them through torch.compile too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     names = (*NAMES, *KEPT_TOO, *(COMPILED_TOO if options.compiled else ()))
     print(f"{machine()}; {options.rounds} rounds; {datetime.datetime.now(datetime.timezone.utc).date()}\n")
-    others = names[1:]
+    others = (*names[1:], *([BOTH_COMPILED] if options.compiled else []))
     print("| layer | N | direction | conv2d ms |", *(f"{name} x |" for name in others), "MACs x |")
     print("|---|---|---|---|" + "---|" * (len(others) + 1))
     medians: dict[tuple[str, int, str], list[float]] = {}
@@ -68,12 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     case: Case, direction: str, rounds: int, names: Sequence[str] = NAMES
 ) -> tuple[float, dict[str, list[float]]]:
-    """Median milliseconds of nn.Conv2d, and per competitor its speed in each round as a multiple of nn.Conv2d's."""
+    """Median milliseconds of eager nn.Conv2d, and per competitor its speed in each round as a multiple of that one's.
+
+    Where both run compiled, :data:`BOTH_COMPILED` too.
+    """
     torch.compiler.reset()
     field = [build(case, name, direction) for name in names if direction == DIRECTIONS[1] or name not in KEPT_TOO]
     seconds = seconds_in_turns(field, rounds)
     dense = seconds["conv2d"]
     ratios = {name: [d / s for d, s in zip(dense, own, strict=True)] for name, own in seconds.items()}
+    theirs, ours = (seconds.get(f"{name}{COMPILED}") for name in ("conv2d", "native"))
+    if theirs and ours:
+        ratios[BOTH_COMPILED] = [t / o for t, o in zip(theirs, ours, strict=True)]
     return 1e3 * statistics.median(dense), ratios
 
 

@@ -20,24 +20,27 @@ from collections.abc import Sequence
 
 import torch
 import torchvision
-from cases import assert_within_budget, kept_bytes
+from cases import kept_bytes
 from torch import Tensor, nn
 
+from benchmarks.allocator import settle
+from benchmarks.competitors import LAYOUTS
+from benchmarks.logits import calibrated, check, right
 from benchmarks.ratios import machine, quantiles
 from benchmarks.turns import fastest, round_count, turns
 from spconv_triton import convert, fuse
+from spconv_triton.training.cli import count
 
 VANILLA = "vanilla"
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resnet50", description="SPConv in ResNet-50, on a CPU")
     parser.add_argument("--rounds", type=round_count, default=15, help="rounds (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=224, help="their height and width (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=8, help="images (default: %(default)s)")
+    parser.add_argument("--size", type=count, default=224, help="their height and width (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.5, help="share of representative channels (default: 0.5)")
-    parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="time the compiled networks too (minutes)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -67,14 +70,16 @@ def speeds(vanilla: nn.Module, split: nn.Module, images: Tensor, rounds: int, *,
     }
     if compiled:
         networks |= {f"{name}, compiled": torch.compile(model) for name, model in networks.items()}
+    settle()
     with torch.inference_mode():
         layout = faster_layout(vanilla, images)
         formats = {name: LAYOUTS[layout if name.startswith(VANILLA) else "channels_last"] for name in networks}
+        expected = {True: right(vanilla, images), False: right(split, images)}
         runners = {}
         for name, model in networks.items():
             runners[name] = (model.to(memory_format=formats[name]), images.contiguous(memory_format=formats[name]))
             # This first call compiles, and builds what oneDNN keeps.
-            check(name, *runners[name], vanilla if name.startswith(VANILLA) else split)
+            check(name, *runners[name], expected[name.startswith(VANILLA)])
             seconds(*runners[name])
         taken: dict[str, list[float]] = {name: [] for name in runners}
         for order in turns(list(runners), rounds):
@@ -105,30 +110,6 @@ def faster_layout(model: nn.Module, images: Tensor) -> str:
         },
         rounds=4,
     )
-
-
-def calibrated(model: nn.Module, images: Tensor) -> nn.Module:
-    """``model`` in eval mode, its norms' statistics those of ``images``: as in a trained network, no map explodes."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(images)
-    for norm in norms:
-        norm.momentum = 0.1
-    return model.eval()
-
-
-def check(name: str, model: nn.Module, images: Tensor, judge: nn.Module) -> None:
-    """The logits of the first two images agree with those of ``judge`` in float64, in the call that is timed.
-
-    Raises:
-        AssertionError: they are outside the error budget.
-    """
-    few = images[:2]
-    with torch.inference_mode():
-        exact = copy.deepcopy(judge).double()(few.double())
-        assert_within_budget(name, model(images)[:2], judge(few), exact, condition=8)
 
 
 def training_bytes(model: nn.Module, images: Tensor) -> int:

@@ -21,6 +21,7 @@ from benchmarks.files import write
 from benchmarks.floors import DEVICES, PATHS, Device, chosen, floor_seconds, useful_flops
 from benchmarks.networks import IMAGES, Convolution, convolutions
 from benchmarks.roofline_picture import draw
+from spconv_triton.training.cli import count
 
 __all__ = ["floor_seconds", "main", "report"]
 
@@ -45,8 +46,8 @@ what is counted and what is assumed is said in `benchmarks/traffic.py` and `benc
 - A launch takes its products at the data sheet's peak, or its bytes from memory at the data sheet's bandwidth,
   whichever is longer. Launches follow each other without a gap. What passes between L2 cache and processors is listed,
   but takes no time.
-- `nn.Conv2d` is a perfect kernel: every tensor moves once, and nothing is multiplied in vain. So the comparison favours
-  it, as it does the 1 x 1 convolution of *separate*.
+- `nn.Conv2d` is a perfect kernel: every tensor moves once, and it multiplies what its equation has, padding included,
+  without the edges of tiles. So the comparison favours it, as it does the 1 x 1 convolution of *separate*.
 - Every launch reads from memory. *With L2*: what an earlier launch of the layer touched is read for nothing, where all
   that the layer touches fits into the L2 cache. Before the layer begins, the cache holds nothing of it.
 - Of the configurations that the tuner may choose among, the one with the least modelled time.
@@ -55,9 +56,9 @@ what is counted and what is assumed is said in `benchmarks/traffic.py` and `benc
 
 LEGEND = """\
 Cells are *conv2d / separate / one pass*, or the latter two. *Useful* GFLOP are those of the equations (conv2d /
-SPConv), two for a multiply-add; *executed* ones those of whole tiles, with the padding, the zeros between merged
-groups, the statistics and the gate. *MB* move to and from memory; *L2 MB* is what the programs ask for, ATen's taken to
-ask for everything once.
+SPConv), two for a multiply-add, padding included; *executed* ones those of whole tiles, with their edges, the zeros
+between merged groups, the statistics and the gate. *MB* move to and from memory; *L2 MB* is what the programs ask for,
+ATen's taken to ask for everything once.
 A convolution that SPConv does not replace is `nn.Conv2d` in all three, and in the totals counts in each.
 """
 
@@ -220,7 +221,7 @@ def _slower(rows: Sequence[Row], times: str, device: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=IMAGES, default=list(IMAGES))
-    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), metavar="N")
+    parser.add_argument("--batches", nargs="+", type=count, default=list(BATCHES), metavar="N")
     parser.add_argument(
         "--out",
         type=Path,

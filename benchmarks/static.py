@@ -24,6 +24,7 @@ from benchmarks.machine_code_gate import complaints
 from benchmarks.matrix import Compilation
 from benchmarks.measurements import Row, load, measure_all, save
 from benchmarks.processors import KIB
+from spconv_triton.training.cli import count
 
 REPORT = Path(__file__).parent / "results" / "static.json"
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", action="store_true", help="print each compiled kernel")
     parser.add_argument("--fresh", action="store_true", help="compile what has not changed as well")
     parser.add_argument("--report", type=Path, default=REPORT, metavar="FILE", help="read and written: %(default)s")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes (default: %(default)s)")
     options = parser.parse_args(arguments)
 
     def wanted(one: Row | Compilation) -> bool:

@@ -11,7 +11,7 @@ from cases import Case
 
 from benchmarks.comparison import subjects
 from benchmarks.comparison.layers import cells, is_stage
-from benchmarks.competitors import DIRECTIONS
+from benchmarks.competitors import DEVICE, DIRECTIONS
 from benchmarks.peers import NAMES, NETWORKS
 from benchmarks.peers.catalogue import COMPILED, KEPT
 from benchmarks.ratios import quantiles
@@ -22,6 +22,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="float32 would be TF32 on a GPU; make gpu times layers there")
 @pytest.mark.benchmark(max_time=0.3, min_rounds=5)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -2,22 +2,70 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
-import importlib
+import importlib.metadata
+import platform
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cases import RESNET50, Case
+from fresh import run_python
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import competitors, dense_init, overhead, products, ratios
+from benchmarks import allocator, competitors, dense_init, logits, overhead, products, ratios
 from benchmarks.turns import fastest, turns
 from spconv_triton import SPConv2d, convert, models
 from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
 
+ROOT = Path(__file__).parents[1]
+
 TINY = Case("tiny", 2, 8, 8, (6, 5))
+
+
+FAULTS = """
+import resource, sys
+import torch
+from benchmarks.allocator import settle
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(int(sys.argv[1]), dtype=torch.uint8).fill_(1)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
+
+unsettled = faults()
+settle()
+faults()
+print(unsettled, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc keeps what it likes")
+@pytest.mark.parametrize("megabytes", [40, 120])
+def test_free_memory_stays_with_the_process(megabytes: int, tmp_path: Path) -> None:
+    """Page faults of a call that allocates and frees: of every page, and after a few calls of nearly none."""
+    printed = run_python(FAULTS, tmp_path, str(megabytes * 10**6), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    unsettled, settled = map(float, printed.split())
+    assert unsettled > 10  # however large the pages are
+    assert settled < unsettled / 10
+
+
+def test_an_allocator_that_takes_no_options_is_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **kwargs: sizes.append(size) or empty(size, **kwargs))
+    for libc in (object(), SimpleNamespace(mallopt=lambda *_: 0)):
+        monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _name, libc=libc: libc)
+        allocator.settle()
+    assert len(sizes) == 2
+    assert max(sizes) < allocator.LARGEST_LEARNT
 
 
 @pytest.mark.parametrize("direction", competitors.DIRECTIONS)
@@ -77,6 +125,29 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         competitors.build(TINY, "native", "forward")
 
 
+def _off_by_a_thousandth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path but the reference, in any dtype: no judge that takes the same path would notice."""
+    forward = SPConv2d.forward
+
+    def wrong(self: SPConv2d, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) * (1 if self.backend == "reference" else 1.001)
+
+    monkeypatch.setattr(SPConv2d, "forward", wrong)
+
+
+def test_the_table_of_networks_is_of_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    resnet50 = pytest.importorskip("benchmarks.resnet50", reason="needs torchvision")
+    images = torch.randn(2, 3, 16, 16)
+    vanilla = logits.calibrated(models.resnet20(None), images)
+    split = logits.calibrated(convert(copy.deepcopy(vanilla)), images).to(memory_format=torch.channels_last)
+    head, _, *rows = resnet50.speeds(vanilla, split, images, 2, compiled=False)
+    assert len(rows) == 5
+    assert {row.count("|") for row in rows} == {head.count("|")}
+    _off_by_a_thousandth(monkeypatch)
+    with pytest.raises(AssertionError, match=r"SPConv: error .* against float64"):
+        resnet50.speeds(vanilla, split, images, 2, compiled=False)
+
+
 @pytest.mark.parametrize("way", [min, max])
 def test_products_are_those_of_the_layer(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By either way to multiply matrices: as many multiply-accumulates as the layer, and the gradients' shapes."""
@@ -117,6 +188,91 @@ def test_table_is_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert rule.replace("-", "") == "|" * head.count("|")
     assert [row.count("|") for row in rows] == [head.count("|")] * 8
     assert [row.split("|")[1].strip() for row in rows] == ["tiny"] * 4 + ["geometric mean"] * 4
+
+
+def test_compiled_layers_are_set_beside_compiled_convolutions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def built(_case: Case, name: str, _direction: str) -> competitors.Competitor:
+        return competitors.Competitor(name, lambda: None, "contiguous", 1)
+
+    monkeypatch.setattr(ratios, "build", built)
+    monkeypatch.setattr(ratios, "RESNET50", (TINY,))
+    monkeypatch.setattr(ratios, "SAMPLE_SECONDS", 0.0)
+    ratios.main(["--rounds", "2", "--batches", "1", "--compiled"])
+    _, _, head, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.count("|") for row in rows] == [head.count("|")] * 4
+    for row in rows[:2]:
+        cells = dict(zip(map(str.strip, head.split("|")), map(str.strip, row.split("|")), strict=True))
+        for name in ("conv2d compiled", "native compiled", ratios.BOTH_COMPILED):
+            assert " to " in cells[f"{name} x"]
+    seconds = {"conv2d": [6.0, 8.0], "conv2d compiled": [4.0, 4.0], "native compiled": [2.0, 1.0]}
+    monkeypatch.setattr(ratios, "seconds_in_turns", lambda *_: seconds)
+    milliseconds, found = ratios.measure(TINY, "forward", 2, ())
+    assert milliseconds == 7000
+    assert found[ratios.BOTH_COMPILED] == [2, 4]
+    assert found["native compiled"] == [3, 8]
+
+
+def test_a_compiled_convolution_is_a_dense_one() -> None:
+    competitor = competitors.build(TINY, "conv2d compiled", "forward")
+    assert competitor.macs == 2 * 8 * 8 * 9 * 30
+    for direction in competitors.DIRECTIONS:
+        compiled, eager = (competitors.count_macs(TINY, name, direction) for name in ("conv2d compiled", "conv2d"))
+        assert compiled == eager > competitors.count_macs(TINY, "native compiled", direction)
+
+
+def test_the_extra_has_what_benchmarks_import() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = {
+        re.split("[^a-z0-9-]", line, maxsplit=1)[0]
+        for line in (*project["dependencies"], *project["optional-dependencies"]["bench"])
+    }
+    imported: set[str] = {"sklearn"}  # by the library, for the digits
+    for file in (ROOT / "benchmarks").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    ours = {"benchmarks", "spconv_triton", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
+    found = importlib.metadata.packages_distributions()
+    others = {module: set(found.get(module, [module])) for module in imported - ours - sys.stdlib_module_names}
+    assert not [module for module, names in others.items() if not names & listed], (others, listed)
+
+
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [
+        *(("ratios", option) for option in ("--batches", "--threads")),
+        *(("products", option) for option in ("--batches", "--threads")),
+        *(("resnet50", option) for option in ("--batch", "--size", "--threads")),
+        *(("dense_init", option) for option in ("--epochs", "--tuning", "--seeds", "--samples")),
+        ("roofline", "--batches"),
+        ("static", "--jobs"),
+        ("comparison.__main__", "--threads"),
+    ],
+)
+def test_a_count_of_nothing_is_refused(module: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = pytest.importorskip(f"benchmarks.{module}", reason="needs torchvision or triton")
+    for value in ("0", "-1", "two"):
+        with pytest.raises(SystemExit) as end:
+            command.main([f"{option}={value}"])
+        assert end.value.code == 2
+        assert f"argument {option}: must be an integer of at least " in capsys.readouterr().err
+
+
+def test_a_call_and_its_playback_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[Any] = []
+    monkeypatch.setattr(overhead, "record", lambda _call: [])
+    monkeypatch.setattr(overhead, "seconds", lambda one: order.append(one) or len(order))
+    called, played, _ = overhead.measure(call := lambda: None, 20)
+    timed = order[2:]
+    assert [i + 3 for i, one in enumerate(timed) if one is call] == called
+    assert len(played) == 20
+    first = [one is call for one in timed[::2]]
+    assert 4 <= sum(first) <= 16
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "size"), list(overhead.CASES.values()), ids=list(overhead.CASES))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -13,12 +15,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison import __main__ as comparison
-from benchmarks.comparison import accuracy, compare, layers, pictures, plan, subjects, tables
+from benchmarks.comparison import accuracy, compare, layers, networks, pictures, plan, subjects, tables
+from benchmarks.comparison.in_short import PAGE, in_short
 from benchmarks.comparison.memory import peak_bytes
+from benchmarks.comparison.page import write_page
 from benchmarks.comparison.rounds import Effort, take_turns
 from benchmarks.competitors import DIRECTIONS
 from benchmarks.peers import NAMES, NETWORKS, HetConv
 from benchmarks.peers.catalogue import COMPILED, VARIANTS
+from spconv_triton import SPConv2d
 
 ONCE = Effort(0, fewest=2, most=2, sample=0)
 SMALLEST = layers.shapes("resnet20")[-1]
@@ -59,6 +64,48 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, direction:
         assert "float64" in rows[name]["error"]
         assert "seconds" not in rows[name]
     assert "seconds" in rows["conv2d"]
+
+
+def test_networks_are_deployed_as_far_as_norms_fold() -> None:
+    """Behind a sum, a shuffle or a concatenation they stay, and the table says how many of them."""
+    built = networks.Networks("resnet20", 16)
+    rows = {row["name"]: row for row in built.measure(networks.Load("resnet20", 2), ONCE)}
+    assert not [row for row in rows.values() if "error" in row]
+    stay = {name: (row["norms_left"], row["norms"]) for name, row in rows.items() if "norms" in row}
+    assert stay == {
+        "conv2d deployed": (1, 21),
+        "spconv deployed": (1, 57),
+        "reference deployed": (1, 57),
+        "ghost deployed": (37, 39),
+        "hetconv-p4 deployed": (19, 21),
+        "hetconv-p8 deployed": (19, 21),
+        "separable deployed": (1, 39),
+        "shuffle deployed": (19, 21),
+        "pconv deployed": (1, 21),
+    }
+    table = "\n".join(tables.networks(list(rows.values()), built.sizes(), "resnet20"))
+    assert "| HetConv, P 4, deployed (19 of 21 norms stay) |" in table
+
+
+def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer that is off by a thousandth in any dtype, unless it is the reference."""
+    monkeypatch.setattr(networks, "NAMES", ("conv2d", "spconv", "reference"))
+    built = networks.Networks("resnet20", 16)
+    forward = SPConv2d.forward
+
+    def wrong(self: SPConv2d, x: Tensor) -> Tensor:
+        return forward(self, x) * (1 if self.backend == "reference" else 1.001)
+
+    monkeypatch.setattr(SPConv2d, "forward", wrong)
+    for step, deployed in ((False, 3), (True, 0)):
+        rows = built.measure(networks.Load("resnet20", 2, step), ONCE)
+        assert {row["name"] for row in rows if "error" in row} == {"spconv"}
+        assert len(rows) == 3 + deployed
+
+
+def test_what_times_revisions_needs_no_torchvision() -> None:
+    code = "import sys, benchmarks.comparison.plan; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=compare.ROOT, check=False).returncode == 0
 
 
 def test_weights_gradients_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +168,16 @@ def test_who_is_faster_with_as_many_products() -> None:
     assert not tables.beaten([row for row in rows if row["name"] != "reference"])
 
 
+def test_float32_is_not_timed_as_tf32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module, arguments in ((comparison, ["--out", str(tmp_path)]), (compare, ["HEAD"])):
+        monkeypatch.setattr(module, "DEVICE", "cuda")
+        with pytest.raises(SystemExit):
+            module.main(arguments)
+        assert "float32 would be TF32 on a GPU" in capsys.readouterr().err
+
+
 def test_plans_cover_what_they_promise() -> None:
     full = plan.full()
     assert {(c.network, c.case.batch, c.direction, c.dtype) for c in full.cells} == {
@@ -134,8 +191,47 @@ def test_plans_cover_what_they_promise() -> None:
         compiled = {tables.stage({"network": c.network, "layer": c.case.name}) for c in made.cells if c.compiled}
         assert compiled == {"64@56", "128@28", "256@14", "512@7"}
         assert {load.network for load in made.loads} == set(NETWORKS)
+        for one in (*made.cells, *made.loads):
+            assert "spconv" not in one.compiled or "conv2d" in one.compiled
+        assert all(effort.sample > 0 for effort in (made.layer, made.network, made.latency))
     assert full.seeds == 5
     assert full.at_most(3).layer.most == 3
+
+
+def fake_results() -> dict[str, Any]:
+    """Two layers of each network, in which SPConv is 2 and 3 times as fast, twice compiled, and Ghost 2.5 times."""
+    speeds = {"conv2d": (1, 1), "conv2d compiled": (1.1, 1.2), "spconv": (2, 3), "spconv compiled": (4, 6)}
+    speeds["ghost"] = (2.5, 2.5)
+    rows = []
+    for network in ("resnet50", "vgg16"):
+        for i, layer in enumerate(("3 x 3, 64 to 64, 56 x 56", "3 x 3, 128 to 128, 28 x 28")):
+            head = {"network": network, "layer": layer, "batch": 8, "dtype": "float32", "direction": "forward"}
+            for name, own in speeds.items():
+                times = {"seconds": [1.0 / own[i]] * 3, "speed": [own[i] - 0.1, own[i], 9.0], "rounds": 5 + i}
+                rows.append({**head, "name": name, "macs": 9 if name.startswith("conv2d") else 3, **times})
+    return {"plan": "fake", "command": "nothing", "minutes": 1.0, "date": "today", "machine": "none", "layers": rows}
+
+
+def test_the_page_says_what_it_comes_to(tmp_path: Path) -> None:
+    text = write_page(fake_results(), tmp_path).read_text()
+    for line in (
+        "| resnet50 | forward | SPConv, alpha 1/2 | 2.00 to 3.00 |",
+        "| vgg16 | forward | SPConv, alpha 1/2, compiled | 4.00 to 6.00 |",
+        "| vgg16 | forward | nn.Conv2d, compiled | 1.10 to 1.20 |",
+        "| nn.Conv2d |  | 0 of 4 |  |",
+        "| Ghost module, s 2 |  | 2 of 4 |  |",
+    ):
+        assert f"\n{line}\n" in text
+    assert "Rounds: 5 to 6 for a layer." in text
+    _, _, rest = text.partition("\n## In short\n\n")
+    assert rest.startswith("\n".join(in_short(text)) + "\n\n## Layers\n"), "the page with these lines gives others"
+
+
+def test_the_readme_is_of_the_page() -> None:
+    lines = in_short(PAGE.read_text())
+    assert len(lines) > 20
+    missing = "README.md has not what python -m benchmarks.comparison.in_short prints"
+    assert "\n".join(lines) in (compare.ROOT / "README.md").read_text(), missing
 
 
 @pytest.mark.slow
@@ -146,7 +242,7 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--mode", "rehearsal", "--threads", "1", "--out", str(tmp_path), "--results", str(results)]
     assert comparison.main(options) == 0
     page = (tmp_path / "REPORT.md").read_text()
-    for title in ("Layers", "Networks", "Accuracy at equal budget", "How it is measured"):
+    for title in ("In short", "Layers", "Networks", "Accuracy at equal budget", "How it is measured"):
         assert f"\n## {title}\n" in page
     assert torch.__version__ in page
     for block in page.split("\n\n"):

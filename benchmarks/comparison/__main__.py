@@ -20,9 +20,11 @@ import torch
 from benchmarks.comparison import accuracy, layers, networks
 from benchmarks.comparison.page import write_page
 from benchmarks.comparison.plan import Plan, full, quick, rehearsal
+from benchmarks.competitors import DEVICE
 from benchmarks.files import write
 from benchmarks.ratios import machine
 from benchmarks.turns import round_count
+from spconv_triton.training.cli import count
 
 SECTIONS = ("layers", "networks", "accuracy")
 PLANS = {"quick": quick, "full": full, "rehearsal": rehearsal}
@@ -35,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", choices=PLANS, default="quick", help="(default: %(default)s)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="(default: all)")
     parser.add_argument("--rounds", type=round_count, help="at most, for a quick look")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=count, default=torch.get_num_threads(), help="of a CPU (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="folder of REPORT.md (default: benchmarks)")
     parser.add_argument("--results", type=Path, default=Path("runs/bench/results.json"), help="(default: %(default)s)")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page from --results")
@@ -43,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_part = options.mode == "rehearsal" or options.rounds or {*options.sections} != {*SECTIONS}
     if is_part and not options.page and options.out == HERE:
         parser.error("--out must be another folder than that of the whole page, which a part of it would replace")
+    if DEVICE != "cpu" and not options.page:
+        parser.error("float32 would be TF32 on a GPU: hide it (CUDA_VISIBLE_DEVICES=); make gpu times a GPU")
     if options.page:
         try:
             results = json.loads(options.results.read_text())

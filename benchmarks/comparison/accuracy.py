@@ -72,7 +72,7 @@ def measure(
             for call in calls.values():
                 call()
             for name, timing in compare(calls, effort).items():
-                rows[name][key] = timing.seconds
+                rows[name] |= {key: timing.seconds, f"{key}_rounds": timing.rounds}
     finally:
         torch.set_num_threads(threads)
     for name, row in rows.items():

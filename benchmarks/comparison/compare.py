@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.comparison.probe import NAMES
+from benchmarks.competitors import DEVICE
 from benchmarks.ratios import SAMPLE_SECONDS, quantiles
 from benchmarks.turns import round_count
+from spconv_triton.training.cli import count
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,10 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.comparison.compare", description="against a revision")
     parser.add_argument("base", help="a revision, as git knows it")
     parser.add_argument("--rounds", type=round_count, default=15, help="of each layer (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
+    parser.add_argument("--threads", type=count, help="of a CPU (default: PyTorch's)")
     parser.add_argument("--large", action="store_true", help="ResNet-50's layers at batches of 64: five minutes")
     parser.add_argument("--rehearse", action="store_true", help="few layers, two rounds: shows that it runs")
     options = parser.parse_args(arguments)
+    if DEVICE != "cpu":
+        parser.error("float32 would be TF32 on a GPU: hide it (CUDA_VISIBLE_DEVICES=)")
     plan, rounds, sample = "large" if options.large else "quick", options.rounds, SAMPLE_SECONDS
     if options.rehearse:
         plan, rounds, sample = "rehearsal", 2, 0.0

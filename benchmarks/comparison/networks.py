@@ -9,35 +9,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import assert_within_budget
 from torch import Tensor, nn
 
+from benchmarks.allocator import settle
 from benchmarks.comparison.memory import peak_bytes
 from benchmarks.comparison.rounds import Effort, compare
 from benchmarks.competitors import DEVICE, LAYOUTS, wait_for
+from benchmarks.logits import calibrated, check, right
 from benchmarks.networks import IMAGES
-from benchmarks.peers import NAMES, build_network, count_macs, count_parameters
+from benchmarks.peers import NAMES, TITLES, build_network, count_macs, count_parameters
 from benchmarks.peers.catalogue import COMPILED, VARIANTS
-from benchmarks.resnet50 import calibrated
 from benchmarks.turns import fastest
-from spconv_triton import SPConv2d, fuse
+from spconv_triton import fuse
 from spconv_triton.training.measure import forward_pass, training_step
 
 Row = dict[str, Any]
 
 CLASSES = {"resnet50": 1000}
 
-DEPLOYED = {
-    "conv2d deployed": "nn.Conv2d, norms folded",
-    "spconv deployed": "SPConv, fused, norms folded",
+DEPLOYED = " deployed"
+"""Ends the name of what :func:`spconv_triton.fuse` has made of a network, with plain convolutions' norms folded."""
+
+DEPLOYED_TITLES = {
+    f"{name}{DEPLOYED}": f"{title}, deployed"
+    for name, title in TITLES.items()
+    if not name.endswith(VARIANTS) and name != "octconv"
 }
-"""What is done before inference: ``spconv_triton.fuse``, which folds the norms behind plain convolutions too."""
-
-CHECKED = 2
-"""Images whose logits are compared with float64."""
-
-CONDITION = 64.0
-"""Roundings that a deep network may add to twice what its eager reference is wrong by."""
+"""By name. OctConv's maps come in pairs, between which ``fuse`` finds next to nothing that folds."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +93,37 @@ class Networks:
             for name, model in self.models.items()
         ]
 
+    @functools.cached_property
+    def deployed(self) -> dict[str, nn.Module]:
+        """What is run for inference, of each network of :data:`DEPLOYED_TITLES`."""
+        return {
+            f"{name}{DEPLOYED}": fuse(model, plain_norms=True)
+            for name, model in self.models.items()
+            if f"{name}{DEPLOYED}" in DEPLOYED_TITLES
+        }
+
     def measure(self, load: Load, effort: Effort) -> list[Row]:
         """A row for each competitor; one whose logits are wrong has an ``error`` and no times."""
+        settle()
         images = self.images(load.batch)
+        laid_out = {layout: images.contiguous(memory_format=memory) for layout, memory in LAYOUTS.items()}
         models = dict(self.models)
         if not load.step:
-            models |= {
-                "conv2d deployed": fuse(models["conv2d"], plain_norms=True),
-                "spconv deployed": fuse(models["spconv"], plain_norms=True),
-            }
+            models |= self.deployed
+        expected = {
+            (name, layout): right(model, laid_out[layout]) for name, model in self.models.items() for layout in LAYOUTS
+        }
         rows: dict[str, Row] = {}
         calls: dict[str, Callable[[], object]] = {}
         for name, model in models.items():
             rows[name] = {"network": self.network, "batch": load.batch, "step": load.step, "name": name}
-            eager, choice = self.models[name.partition(" ")[0]], {}
+            if name.endswith(DEPLOYED):
+                rows[name] |= {"norms": count_norms(self.models[_eager(name)]), "norms_left": count_norms(model)}
+            choice = {}
             try:
                 for layout, memory_format in LAYOUTS.items():
-                    laid_out = copy.deepcopy(model).to(memory_format=memory_format)
-                    check(f"{name}, {layout}", laid_out, eager, images.contiguous(memory_format=memory_format))
+                    copied = copy.deepcopy(model).to(memory_format=memory_format)
+                    check(f"{name}, {layout}", copied, laid_out[layout], expected[_eager(name), layout])
                     choice[layout] = _call(model, images, layout, load.step, self.classes)
                     choice[layout]()
             except (AssertionError, RuntimeError) as error:
@@ -129,7 +140,7 @@ class Networks:
             compiled = torch.compile(model, dynamic=False)
             try:
                 if not load.step:
-                    check(key, compiled, models[name], images.contiguous(memory_format=LAYOUTS[layout]))
+                    check(key, compiled, laid_out[layout], expected[_eager(name), layout])
                 call = _call(compiled, images, layout, load.step, self.classes)
                 call()
             except (AssertionError, RuntimeError) as error:
@@ -144,21 +155,13 @@ class Networks:
         return list(rows.values())
 
 
-def check(name: str, model: nn.Module, eager: nn.Module, images: Tensor) -> None:
-    """Logits of the first images agree with those of ``eager`` in float64, SPConv's by its reference.
+def count_norms(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
-    Raises:
-        AssertionError: they are outside the error budget.
-    """
-    judge = copy.deepcopy(eager)
-    for module in judge.modules():
-        if isinstance(module, SPConv2d):
-            module.backend = "reference"
-    with torch.inference_mode():
-        got, few = model(images)[:CHECKED], images[:CHECKED]
-        same_dtype = judge(few)
-        exact = judge.double()(few.double())
-        assert_within_budget(name, got, same_dtype, exact, condition=CONDITION)
+
+def _eager(name: str) -> str:
+    """Whose logits a network should have: deployed or compiled, it is the same."""
+    return name.partition(" ")[0]
 
 
 def _call(model: nn.Module, images: Tensor, layout: str, step: bool, classes: int) -> Callable[[], object]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import pictures, tables
+from benchmarks.comparison.in_short import in_short
 from benchmarks.competitors import DIRECTIONS
 from benchmarks.files import write
 from benchmarks.peers import NETWORKS
@@ -15,6 +16,17 @@ Results = dict[str, Any]
 
 PICTURES = "results"
 """The pictures' folder, beside the page."""
+
+LAYERS = """\
+Speeds against the faster layout of `nn.Conv2d` in eager mode, also of what is compiled: compiled `nn.Conv2d` has a line
+or a column of its own beside it. More is better. Geometric means of ResNet-50's 3 x 3 convolutions without a stride,
+float32:"""
+
+NETWORKS_SWAPPED = """\
+The 3 x 3 convolutions behind the first are swapped; for OctConv all behind the first. float32; speeds against
+`nn.Conv2d` in eager mode, also of what is compiled. SPConv has its branch norms, as the paper's networks do.
+*Deployed* is `spconv_triton.fuse(plain_norms=True)`, of every network but OctConv's: norms fold where they stand behind
+a convolution, and stay behind a sum, a shuffle or a concatenation."""
 
 METHOD = """\
 - **Peers** are in `benchmarks/peers`, each from its paper's equations and compared in float64 with another formulation
@@ -29,8 +41,9 @@ METHOD = """\
   of an eager copy in float64, not a training step. Latencies beside accuracies are in channels_last, and not checked.
 - **In turns**: each round times every competitor, in an order of its own, and a speed is nn.Conv2d's time
   over the competitor's *in the same round*. A cell is the median of the rounds, with their 20 % and 80 % quantiles.
-- **Free memory stays with the process** (`benchmarks/allocator.py`), as in any that has held a batch of images; else
-  small processes are timed by their page faults.
+  {rounds}
+- **Free memory stays with the process** (`benchmarks/allocator.py`), of maps of any size: else everyone is timed by the
+  page faults of each map of more than 32 MiB that it makes, and whoever makes none but its output has the fewest.
 - **Memory**: *kept* is what autograd holds for the backward, input and weights included, each storage once; *peak* is
   the most that PyTorch's allocator had given out during the call. On a CPU, oneDNN's scratch memory is not seen.
 - **MACs** are multiply-accumulates of the equations; norms, activations and the gate are not counted."""
@@ -49,14 +62,27 @@ def write_page(results: Results, folder: Path) -> Path:
     Returns:
         The page.
     """
-    lines = [*_head(results), *_layers(results, folder), *_networks(results), *_accuracy(results, folder)]
+    lines = [*_layers(results, folder), *_networks(results), *_accuracy(results, folder)]
+    short = in_short("\n".join(lines))
+    lines = [*_head(results), *(["", "## In short", "", *short] if short else []), *lines]
     wrong = tables.errors([*results.get("layers", ()), *results.get("networks", ())])
     if wrong:
         lines += ["", "## Not timed", "", *wrong]
-    lines += ["", "## How it is measured", "", METHOD, ""]
+    lines += ["", "## How it is measured", "", METHOD.format(rounds=_rounds(results)), ""]
     page = folder / "REPORT.md"
     write(page, "\n".join(lines))
     return page
+
+
+def _rounds(results: Results) -> str:
+    """How many there are, which the time that is given to a comparison decides."""
+    said = []
+    for section, what in (("layers", "layer"), ("networks", "network"), ("accuracy", "latency beside an accuracy")):
+        counts = [value for row in results.get(section, ()) for key, value in row.items() if key.endswith("rounds")]
+        if counts:
+            low, high = min(counts), max(counts)
+            said.append(f"{low if low == high else f'{low} to {high}'} for a {what}")
+    return f"Rounds: {', '.join(said)}." if said else "How many rounds there were is not recorded."
 
 
 def _head(results: Results) -> list[str]:
@@ -80,8 +106,7 @@ def _layers(results: Results, folder: Path) -> list[str]:
     rows = results.get("layers")
     if not rows:
         return []
-    lines = ["", "## Layers", "", "Speeds against the faster layout of `nn.Conv2d`; more is better. Geometric means of"]
-    lines += ["ResNet-50's 3 x 3 convolutions without a stride, float32:", "", *tables.means(rows)]
+    lines = ["", "## Layers", "", LAYERS, "", *tables.means(rows)]
     for direction in DIRECTIONS:
         batch = max((r["batch"] for r in rows if tables.stage(r) and r["batch"] <= 8), default=0)
         name = f"layers-{direction.replace('+', '-')}.svg"
@@ -114,17 +139,7 @@ def _networks(results: Results) -> list[str]:
         lines += ["", f"### {network}", "", *tables.networks(rows, results["sizes"], network)]
     if not lines:
         return []
-    intro = (
-        "The 3 x 3 convolutions behind the first are swapped; for OctConv all behind the first. float32; speeds against"
-    )
-    return [
-        "",
-        "## Networks",
-        "",
-        intro,
-        "`nn.Conv2d`. SPConv has its branch norms, as the paper's networks do.",
-        *lines,
-    ]
+    return ["", "## Networks", "", NETWORKS_SWAPPED, *lines]
 
 
 def _accuracy(results: Results, folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from cases import Case, assert_within_budget, kept_bytes
 from torch import Tensor, nn
 
 import spconv_triton
+from benchmarks.allocator import settle
 from benchmarks.comparison.memory import peak_bytes
 from benchmarks.competitors import DEVICE, DIRECTIONS, LAYOUTS, wait_for
 from benchmarks.peers import Octaves, build_layer, count_macs
@@ -107,6 +108,7 @@ def find_best(case: Case, name: str, direction: str, dtype: torch.dtype) -> Subj
     Raises:
         AssertionError: an output or a gradient is outside the error budget.
     """
+    settle()
     eager = name.removesuffix(COMPILED)
     torch.manual_seed(0)
     module = _build(case, eager).to(DEVICE, dtype)

@@ -8,13 +8,15 @@ from typing import Any
 
 from benchmarks.comparison.accuracy import CANDIDATES
 from benchmarks.comparison.layers import STAGES
-from benchmarks.comparison.networks import DEPLOYED
+from benchmarks.comparison.networks import DEPLOYED_TITLES
 from benchmarks.markdown import table
 from benchmarks.peers import NAMES, TITLES
 
 Row = dict[str, Any]
 
 NONE = ""
+
+ALL_TITLES = {**TITLES, **DEPLOYED_TITLES}
 
 OURS = ("spconv", "spconv kept", "spconv compiled")
 
@@ -135,10 +137,13 @@ def networks(rows: Sequence[Row], sizes: Sequence[Row], network: str) -> list[st
         head += [f"{kind}, N = {batch} (ms)", "images/s", "speed", "peak (MB)"]
     known = {r["name"]: r for r in sizes if r["network"] == network}
     body = []
-    for name, title in {**TITLES, **DEPLOYED}.items():
+    for name, title in ALL_TITLES.items():
         found = {(r["step"], r["batch"]): r for r in own if r["name"] == name and "seconds" in r}
         if not found:
             continue
+        norms = next(iter(found.values()))
+        if norms.get("norms_left"):
+            title += f" ({norms['norms_left']} of {norms['norms']} norms stay)"
         size = known.get(name) or known[name.partition(" ")[0]]  # deployed or compiled, it is the same network
         cells = [title, f"{size['parameters'] / 1e6:.2f}", f"{size['macs'] / 1e6:.4g}"]
         for load in loads:
@@ -172,7 +177,7 @@ def accuracy(rows: Sequence[Row]) -> list[str]:
 def errors(rows: Sequence[Row]) -> list[str]:
     """What was not timed because its result was wrong, or it did not run."""
     return [
-        f"- {r['network']}, {r.get('layer', '')} {TITLES.get(r['name'], r['name'])}: {r['error']}"
+        f"- {r['network']}, {r.get('layer', '')} {ALL_TITLES.get(r['name'], r['name'])}: {r['error']}"
         for r in rows
         if "error" in r
     ]
