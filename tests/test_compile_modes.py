@@ -16,15 +16,12 @@ from torch._dynamo.utils import counters
 
 from spconv_triton import SPConv2d
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Inductor's own
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore"),  # Inductor's own
+]
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-    counters.clear()
 
 
 def results(module: nn.Module, x: Tensor, parameters: nn.Module | None = None) -> dict[str, Tensor]:

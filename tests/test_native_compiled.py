@@ -8,20 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RESNET50, SMALL, assert_agrees, kept_beside_parameters, make_inputs, run
+from cases import BY_NAME, RESNET50, assert_agrees, kept_beside_parameters, make_inputs, run
 from packaging.version import Version
 from torch import Tensor
 
 from spconv_triton import functional, reference
 from spconv_triton.native import traced
 
-BY_NAME = {case.name: case for case in SMALL}
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 SATURATED = (100.0, -100.0)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def aot(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -7,21 +7,22 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import SMALL, Case, assert_agrees, assert_agrees_over_draws, make_inputs, output_grad, run
-from torch import Tensor
+from cases import (
+    BY_NAME,
+    GATED,
+    Case,
+    assert_agrees,
+    assert_agrees_over_draws,
+    make_inputs,
+    native,
+    output_grad,
+    run,
+)
 
 from spconv_triton import reference
-from spconv_triton.functional import spconv2d
 from spconv_triton.native import backward as native_backward
 from spconv_triton.native import backward_products, folding, onepass
 from spconv_triton.native import parts as native_parts
-
-BY_NAME = {case.name: case for case in SMALL}
-GATED = [case for case in SMALL if case.alpha < 1]
-
-
-def native(*arguments: Tensor | None, **options: object) -> Tensor:
-    return spconv2d(*arguments, backend="native", **options)
 
 
 @pytest.mark.parametrize("samples", [1, 2])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SMALL, Case, Inputs, assert_within_budget, make_inputs
+from cases import BY_NAME, SMALL, Case, Inputs, assert_within_budget, make_inputs
 
 from spconv_triton import functional, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BY_NAME = {case.name: case for case in SMALL}
 
 
 def branch(inputs: Inputs, case: Case, backend: str, grad: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SMALL, Case, Inputs, assert_within_budget_over_draws, make_inputs
+from cases import BY_NAME, Case, Inputs, assert_within_budget_over_draws, make_inputs
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -16,7 +16,6 @@ from torch.func import grad, jvp, vmap
 from spconv_triton import SPConv2d, functional
 from spconv_triton.dispatch import choose
 
-BY_NAME = {case.name: case for case in SMALL}
 TINY = [BY_NAME["tiny"], BY_NAME["tiny-stride-2"]]
 OPERATORS = torch.ops.spconv_triton
 
