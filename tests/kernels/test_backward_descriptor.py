@@ -117,7 +117,7 @@ def tile_of(case: Case) -> descriptor.InputTile:
     return descriptor.input_tile(plan, shape, case.representative, case.groups, case.stride[0])
 
 
-@pytest.mark.parametrize("case", TRANSPOSED + SHARED + STRIDED, ids=str)
+@pytest.mark.drawn(15, "case", TRANSPOSED + SHARED + STRIDED, ids=str)
 def test_agrees_with_float64(case: Case, device: str) -> None:
     assert tile_of(case).transposed == (case in TRANSPOSED + STRIDED[:3])
     check(case, torch.float16, device)
@@ -139,11 +139,12 @@ def test_saturated_gate(case: Case, gate: float, device: str) -> None:
     check(case, torch.float16, device, condition=abs(gate), gate=gate)
 
 
-@pytest.mark.parametrize("gate", [-14.0, -11.0, 11.0, 14.0])
+@pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("case", [*TRANSPOSED[:2], SHARED[0], *STRIDED[:2]], ids=str)
-def test_the_branch_that_a_saturated_gate_leaves_little_of(case: Case, gate: float, device: str) -> None:
+def test_the_branch_that_a_saturated_gate_leaves_little_of(case: Case, sign: int, device: str) -> None:
     """Beside the gradients of the other branch's channels no error in its own would show, and weights times such a
     gate are smaller than half precision's normal numbers; a loss scale makes g as much larger."""
+    gate = sign * (11 + 3 * torch.rand(()).item())
     inputs = make_inputs(case, torch.float16, device=device, gate=gate)
     grad = output_grad(inputs) * 200
     results = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from cases import BY_NAME, SMALL, Case, Inputs, assert_within_budget, make_inputs
@@ -38,8 +40,7 @@ def check(inputs: Inputs, case: Case) -> None:
         assert_within_budget(name, got[name], same_dtype[name], value)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.drawn(38, ("case", "dtype"), itertools.product(SMALL, DTYPES), ids=str)
 def test_agrees_with_float64(case: Case, dtype: torch.dtype, device: str) -> None:
     check(make_inputs(case, dtype, device=device), case)
 
