@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from cases import RESNET50, Case
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import competitors, dense_init, overhead, products, ratios
+from benchmarks import competitors, dense_init, overhead, products, ratios, resnet50
 from benchmarks.turns import fastest, turns
 from spconv_triton import SPConv2d, convert, models
 from spconv_triton.dispatch import HAS_TRITON, INTERPRETED
+
+ROOT = Path(__file__).parents[1]
 
 TINY = Case("tiny", 2, 8, 8, (6, 5))
 
@@ -117,6 +123,36 @@ def test_table_is_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert rule.replace("-", "") == "|" * head.count("|")
     assert [row.count("|") for row in rows] == [head.count("|")] * 8
     assert [row.split("|")[1].strip() for row in rows] == ["tiny"] * 4 + ["geometric mean"] * 4
+
+
+def test_resnet50_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a smaller network, for what it does with one."""
+    monkeypatch.setattr(torchvision.models, "resnet50", torchvision.models.resnet18)
+    threads = torch.get_num_threads()
+    resnet50.main(["--rounds", "2", "--batch", "2", "--size", "32", "--threads", "1"])
+    torch.set_num_threads(threads)
+    label, _, head, _, *rows, _, kept = capsys.readouterr().out.splitlines()
+    assert torch.__version__ in label
+    assert [row.count("|") for row in rows] == [head.count("|")] * 5
+    assert [row.split("|")[1].strip() for row in rows[1:]] == [
+        "vanilla, plain norms",
+        "SPConv",
+        "SPConv, fused",
+        "SPConv, fused, plain norms",
+    ]
+    assert "MB vanilla" in kept
+
+
+def test_layers_are_benchmarked_by_pytest() -> None:
+    """Each file's smallest layer, checked and not timed."""
+    smallest = (
+        "benchmarks/test_layers.py::test_layer[resnet20, 3 x 3, 64 to 64, 8 x 8-1-forward-spconv]",
+        "benchmarks/test_resnet50.py::test_layer[resnet50-512@7-1-forward-native]",
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", *smallest]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "size"), list(overhead.CASES.values()), ids=list(overhead.CASES))

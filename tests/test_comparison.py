@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison import __main__ as comparison
-from benchmarks.comparison import accuracy, compare, layers, pictures, plan, subjects, tables
+from benchmarks.comparison import accuracy, compare, layers, networks, pictures, plan, subjects, tables
 from benchmarks.comparison.memory import peak_bytes
 from benchmarks.comparison.rounds import Effort, take_turns
 from benchmarks.competitors import DIRECTIONS
 from benchmarks.peers import NAMES, NETWORKS, HetConv
 from benchmarks.peers.catalogue import COMPILED, VARIANTS
+from spconv_triton import SPConv2d
 
 ONCE = Effort(0, fewest=2, most=2, sample=0)
 SMALLEST = layers.shapes("resnet20")[-1]
@@ -58,6 +59,22 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, direction:
     for name in ("hetconv-p4", "hetconv-p8"):
         assert "float64" in rows[name]["error"]
         assert "seconds" not in rows[name]
+    assert "seconds" in rows["conv2d"]
+
+
+def test_a_wrong_network_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose layers are off by a tenth."""
+    right = SPConv2d.forward
+
+    def wrong(layer: SPConv2d, x: Tensor) -> Tensor:
+        return right(layer, x) * (1 if layer.backend == "reference" else 1.1)
+
+    monkeypatch.setattr(networks, "NAMES", ("conv2d", "spconv"))
+    built = networks.Networks("resnet20", 8)
+    monkeypatch.setattr(SPConv2d, "forward", wrong)
+    rows = {row["name"]: row for row in built.measure(networks.Load("resnet20", 2), ONCE)}
+    assert "float64" in rows["spconv"]["error"]
+    assert "seconds" not in rows["spconv"]
     assert "seconds" in rows["conv2d"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import subprocess
@@ -16,11 +17,12 @@ import pytest
 import torch
 
 from benchmarks import competitors
-from benchmarks.gpu import host, kit, layers, plan, precompile
+from benchmarks.gpu import host, kit, layers, networks, plan, precompile
 from benchmarks.gpu.device import Rehearsal
 from benchmarks.gpu.markdown import kernels, markdown, tiles
 from benchmarks.gpu.record import Record, read
 from benchmarks.gpu.sections import SECTIONS, Section
+from spconv_triton import models
 
 ROOT = Path(__file__).parents[1]
 
@@ -408,6 +410,29 @@ def test_a_wrong_result_is_reported_and_not_timed(tmp_path: Path, monkeypatch: p
     (failed,) = (line for line in read(tmp_path / "record") if not line.get("passed", True))
     assert "against float64" in failed["message"]
     assert record.failures == 1
+
+
+def test_a_wrong_network_is_reported_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one without branch norms, whose layers are off by a tenth."""
+    right = competitors.SPConv2d.forward
+
+    def wrong(layer: competitors.SPConv2d, x: torch.Tensor) -> torch.Tensor:
+        return right(layer, x) * (1 if layer.branch_norm or layer.backend == "reference" else 1.1)
+
+    monkeypatch.setattr(competitors.SPConv2d, "forward", wrong)
+    small = functools.partial(models.VGG, (2,), (4,), 3, 10)
+    monkeypatch.setattr(
+        networks,
+        "_network",
+        lambda record, alpha, branch_norm=False: small(models.SPConvOptions(alpha, 2, branch_norm, "native")),
+    )
+    with Record(tmp_path / "record", rehearsal=True) as record:
+        networks.networks(record)
+    lines = read(tmp_path / "record")
+    (failed,) = (line for line in lines if not line.get("passed", True))
+    assert failed["check"].startswith("SPConv 1/2: logits")
+    timed = {line["competitor"] for line in lines if line.get("row") == "times"}
+    assert timed == {"vanilla", "SPConv 1/2, branch norms"}
 
 
 def test_markdown_sets_what_was_measured_beside_what_is_modelled() -> None:
