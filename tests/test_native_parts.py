@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from unittest import mock
 
@@ -25,9 +26,9 @@ from spconv_triton.native import backward_products, folding, onepass
 from spconv_triton.native import parts as native_parts
 
 
-@pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("backward", ["maps", "products", "merged"])
-@pytest.mark.parametrize("case", GATED, ids=str)
+@pytest.mark.drawn(
+    54, ("case", "backward", "samples"), itertools.product(GATED, ("maps", "products", "merged"), (1, 2)), ids=str
+)
 def test_agrees_in_parts(case: Case, backward: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many samples at a time, and at the end those that are left."""
     monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30 if backward == "merged" else 0)
