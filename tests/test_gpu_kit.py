@@ -130,7 +130,7 @@ class Rehearsed(NamedTuple):
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> list[Rehearsed]:
     """What ``make gpu DRY=1`` does of some sections, and the others in fewer processes."""
     out = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(out), "--only", *ALONE]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--minutes", "20", "--out", str(out), "--only", *ALONE]
     by_command = subprocess.Popen(command, cwd=ROOT)
     modules = tmp_path_factory.mktemp("modules")
     code = [f"def {name}(record):\n    rehearse(record, {names})\n" for name, names in TOGETHER.items()]
@@ -140,7 +140,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> list[Rehearsed]:
     together = tmp_path_factory.mktemp("together")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(modules))
-        statuses = [kit.main(["--dry", "--out", str(together)], sections), by_command.wait()]
+        statuses = [kit.main(["--dry", "--minutes", "20", "--out", str(together)], sections), by_command.wait()]
     return [
         Rehearsed(status, *(next(folder.glob(f"gpu-rehearsal-*.{kind}")).read_text() for kind in ("json", "md")))
         for status, folder in zip(statuses, (together, out), strict=True)
