@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spconv_triton import functional, reference
+from spconv_triton.geometry import Geometry
 from spconv_triton.native.convolution import misses_weight_gradient, readable
 
 GATE_CLAMP = 1e-24
@@ -57,6 +58,11 @@ class Case:
             "groups": self.groups,
         }
 
+    @property
+    def geometry(self) -> Geometry:
+        """The same as launch code takes it."""
+        return Geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+
     def output_size(self) -> tuple[int, int]:
         height, width = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -98,6 +104,9 @@ SMALL = (
 
 
 BY_NAME = {case.name: case for case in SMALL}
+
+GATED = tuple(case for case in SMALL if case.alpha < 1)
+"""Those with a redundant branch."""
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Fresh random inputs for every test, from a seed that the header prints and ``--seed`` repeats.
 
-Hypothesis draws from that seed too. ``SPCONV_EXAMPLES`` is how often it does so per test, 40 by default.
+Hypothesis draws from that seed too. ``SPCONV_EXAMPLES`` is how often it does so per test, 40 by default. So do tests
+whose cases are many of one kind and slow: ``@pytest.mark.drawn`` runs some of them, others in every session.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ else:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="seed of the random inputs; a fresh one by default")
+    parser.addoption("--every", action="store_true", help="all cases of the tests that draw some of theirs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,6 +43,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.seed = random.randrange(2**31)  # the workers of pytest-xdist are started with these options
     if getattr(config.option, "hypothesis_seed", 0) is None:  # Hypothesis is there, and nobody gave it another
         config.option.hypothesis_seed = config.option.seed
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``@pytest.mark.drawn(count, names, values)`` is ``parametrize`` by ``count`` of the values, by the seed."""
+    option = metafunc.config.option
+    for mark in metafunc.definition.iter_markers("drawn"):
+        count, names, values = mark.args
+        chosen = list(enumerate(values))
+        if not option.every:
+            chance = random.Random(f"{option.seed} {metafunc.definition.nodeid} {names}")
+            chosen = sorted(chance.sample(chosen, count), key=lambda numbered: numbered[0])
+        metafunc.parametrize(names, [value for _, value in chosen], **mark.kwargs)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -77,6 +92,22 @@ def pytest_report_header(config: pytest.Config) -> str:
 def fresh_seed(request: pytest.FixtureRequest) -> None:
     """A test's inputs depend on the session's seed and its own name, not on which tests ran before."""
     torch.manual_seed(request.config.option.seed ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What needs the same bits every time needs one number of threads; and small networks are fastest in one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_dynamo() -> None:
+    """Nothing is compiled yet, and nothing counted."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import importlib
 import importlib.metadata
 import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,6 +275,38 @@ def test_a_call_and_its_playback_take_turns(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(played) == 20
     first = [one is call for one in timed[::2]]
     assert 4 <= sum(first) <= 16
+
+
+def test_resnet50_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a smaller network, for what it does with one."""
+    networks = pytest.importorskip("torchvision.models", reason="the network is torchvision's")
+    resnet50 = pytest.importorskip("benchmarks.resnet50", reason="needs torchvision")
+    monkeypatch.setattr(networks, "resnet50", networks.resnet18)
+    threads = torch.get_num_threads()
+    resnet50.main(["--rounds", "2", "--batch", "2", "--size", "32", "--threads", "1"])
+    torch.set_num_threads(threads)
+    label, _, head, _, *rows, _, kept = capsys.readouterr().out.splitlines()
+    assert torch.__version__ in label
+    assert [row.count("|") for row in rows] == [head.count("|")] * 5
+    assert [row.split("|")[1].strip() for row in rows[1:]] == [
+        "vanilla, plain norms",
+        "SPConv",
+        "SPConv, fused",
+        "SPConv, fused, plain norms",
+    ]
+    assert "MB vanilla" in kept
+
+
+def test_layers_are_benchmarked_by_pytest() -> None:
+    """Each file's smallest layer, checked and not timed."""
+    smallest = (
+        "benchmarks/test_layers.py::test_layer[resnet20, 3 x 3, 64 to 64, 8 x 8-1-forward-spconv]",
+        "benchmarks/test_resnet50.py::test_layer[resnet50-512@7-1-forward-native]",
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", *smallest]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "size"), list(overhead.CASES.values()), ids=list(overhead.CASES))

@@ -7,20 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from cifar10_files import write_cifar10
 
 from benchmarks import cifar10
-from spconv_triton.training.datasets import CIFAR10_TEST, CIFAR10_TRAIN
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """Eight images in each file, bright ones of class 1 and dark ones of class 0."""
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    for name in (*CIFAR10_TRAIN, *CIFAR10_TEST):
-        labels = torch.arange(8, dtype=torch.uint8) % 2
-        pixels = torch.randint(0, 64, (8, 3072), dtype=torch.uint8) + 180 * labels[:, None]
-        (folder / name).write_bytes(bytes(torch.cat((labels[:, None], pixels), 1).flatten().tolist()))
+    labels = torch.arange(48, dtype=torch.uint8) % 2
+    images = torch.randint(0, 64, (48, 3, 32, 32), dtype=torch.uint8) + 180 * labels[:, None, None, None]
+    write_cifar10(tmp_path / "cifar-10-batches-bin", images, labels)
     return tmp_path
 
 

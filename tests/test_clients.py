@@ -137,7 +137,7 @@ def loss_of(output: Any) -> Tensor:
     return sum((value - 1).square().mean() for value in outputs)
 
 
-@pytest.fixture(scope="module", params=CLIENTS)
+@pytest.fixture(scope="module")
 def converted(request: pytest.FixtureRequest) -> Converted:
     """One network for all tests of a client: the large ones take seconds to build."""
     client = CLIENTS[request.param]
@@ -146,12 +146,16 @@ def converted(request: pytest.FixtureRequest) -> Converted:
     return Converted(client, network, reports[0])
 
 
+every_client = pytest.mark.parametrize("converted", sorted(CLIENTS), indirect=True, scope="module")
+
+
 @pytest.fixture(autouse=True)
 def reset_dynamo() -> Iterator[None]:
     yield
     torch._dynamo.reset()
 
 
+@every_client
 def test_converts(converted: Converted) -> None:
     client, report = converted.client, converted.report
     layers = [m for m in converted.network.modules() if isinstance(m, SPConv2d)]
@@ -162,6 +166,7 @@ def test_converts(converted: Converted) -> None:
     assert all(layer.representative_channels * 4 == layer.in_channels for layer in layers)
 
 
+@every_client
 def test_trains(converted: Converted) -> None:
     network = converted.network.train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
@@ -180,6 +185,7 @@ def test_trains(converted: Converted) -> None:
     assert all(p.isfinite().all() for p in network.parameters())
 
 
+@every_client
 def test_saves_and_loads(converted: Converted) -> None:
     network, other = converted.network.eval(), converted.fresh().eval()
     file = io.BytesIO()
@@ -206,6 +212,7 @@ def assert_close(got: Any, expected: Any) -> None:
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=name)
 
 
+@pytest.mark.drawn(4, "converted", sorted(CLIENTS), indirect=True, scope="module")
 def test_compiles_in_one_graph(converted: Converted) -> None:
     part, backend = converted.part().eval(), converted.client.backend
     images = converted.images()
@@ -230,6 +237,7 @@ def test_inductor_compiles_a_block() -> None:
         torch.testing.assert_close(got, expected, msg=name)
 
 
+@pytest.mark.drawn(4, "converted", sorted(CLIENTS), indirect=True, scope="module")
 def test_exports(converted: Converted) -> None:
     part, images = converted.part().eval(), converted.images()
     with torch.no_grad():

@@ -16,15 +16,12 @@ from torch._dynamo.utils import counters
 
 from spconv_triton import SPConv2d
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Inductor's own
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore"),  # Inductor's own
+]
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-    counters.clear()
 
 
 def results(module: nn.Module, x: Tensor, parameters: nn.Module | None = None) -> dict[str, Tensor]:
@@ -47,7 +44,7 @@ def assert_agrees(compiled: nn.Module, module: nn.Module, x: Tensor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.drawn(2, "mode", MODES)
 def test_every_mode(mode: str) -> None:
     """A layer at a stride with norms in its branches, forward and backward, in one graph."""
     layer = SPConv2d(8, 12, 3, 2, 1, branch_norm=True)
@@ -57,7 +54,7 @@ def test_every_mode(mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False], ids=("train", "eval"))
+@pytest.mark.drawn(1, "training", [True, False])
 def test_network_of_any_batch_and_size_compiles_twice(training: bool) -> None:
     """Once as it comes, once with symbols; whatever batch and resolution follow recompile nothing."""
     network = small_network().train(training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -57,8 +58,7 @@ def test_flat(target: str, dtype: torch.dtype, activation: str, residual: bool) 
 
 
 @pytest.mark.parametrize(("activation", "residual"), [("silu", True), ("relu6", False)])
-@pytest.mark.parametrize("case", RESNET50, ids=str)
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.drawn(4, ("target", "case"), itertools.product(("sm_90", "sm_100"), RESNET50), ids=str)
 def test_descriptor(target: str, case: Case, activation: str, residual: bool) -> None:
     found = launched(case, torch.float16, CAPABILITIES[target], activation, residual=residual)[CONVOLUTION]
     assert found.name == "onepass_descriptor"

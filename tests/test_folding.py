@@ -13,12 +13,7 @@ from spconv_triton.geometry import Geometry
 from spconv_triton.native import branches
 from spconv_triton.native.folding import can_fold, fold, merge, other_blocks, own_blocks, part_gradient, reads_the_same
 
-
-def geometry_of(case: Case) -> Geometry:
-    return Geometry(case.kernel_size, case.stride, case.padding, case.dilation, case.groups)
-
-
-FITTING = [case for case in SMALL if reads_the_same(geometry_of(case), *case.size)]
+FITTING = [case for case in SMALL if reads_the_same(case.geometry, *case.size)]
 FOLDABLE = [case for case in FITTING if case.groups <= 2]
 
 
@@ -91,8 +86,8 @@ def operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def assert_stands_for_both(case: Case, *, merged: bool) -> None:
     x3, gwc, pwc = operands(case)
     before = gwc.clone(), pwc.clone()
-    got = by_one_weight(x3, gwc, pwc, geometry_of(case), merged=merged)
-    torch.testing.assert_close(got, branch(x3, gwc, pwc, geometry_of(case)), rtol=1e-12, atol=1e-12)
+    got = by_one_weight(x3, gwc, pwc, case.geometry, merged=merged)
+    torch.testing.assert_close(got, branch(x3, gwc, pwc, case.geometry), rtol=1e-12, atol=1e-12)
     assert torch.equal(gwc, before[0]), "weight_gwc was written to"
     assert torch.equal(pwc, before[1]), "weight_pwc was written to"
 
@@ -110,7 +105,7 @@ def test_folded_weights(case: Case) -> None:
 @pytest.mark.parametrize("case", FITTING, ids=str)
 def test_gradients_of_both_weights_are_in_that_of_the_merged_one(case: Case) -> None:
     """As autograd has them of :func:`merge`."""
-    geometry = geometry_of(case)
+    geometry = case.geometry
     weights = [weight.requires_grad_() for weight in operands(case)[1:]]
     merged = merge(*weights, geometry)
     assert merged.is_contiguous(memory_format=torch.channels_last)

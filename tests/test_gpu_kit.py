@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import subprocess
@@ -16,33 +17,39 @@ import pytest
 import torch
 
 from benchmarks import competitors
-from benchmarks.gpu import host, kit, layers, plan, precompile
+from benchmarks.gpu import host, kit, layers, networks, plan, precompile
 from benchmarks.gpu.device import Rehearsal
 from benchmarks.gpu.markdown import kernels, markdown, tiles
 from benchmarks.gpu.record import Record, read
 from benchmarks.gpu.sections import SECTIONS, Section
+from spconv_triton import models
 
 ROOT = Path(__file__).parents[1]
 
-# At the same time, for there are two processors.
-HALVES = (
-    (
-        "layers",
-        "variants",
-        "single-variants",
-        "graphs",
-        "single",
-        "parts",
-        "host",
-        "tiles",
-        "memory",
-        "others",
-        "model",
-        "compile",
-        "compile-tiles",
+# Sections that are rehearsed in one process, for each would import PyTorch anew, which takes longer than most of them;
+# the rest are started by the command. Kernels run in the first two, and the first try configurations by chance.
+TOGETHER = {
+    "checks": ("graphs", "operators", "dynamo", "kernels"),
+    "times": (
+        *("layers", "single", "parts", "host", "variants", "single-variants", "memory", "networks", "others", "tiles"),
     ),
-    ("correctness", "kernels", "operators", "dynamo", "networks"),
-)
+    "compiles": ("compile", "compile-tiles"),
+}
+ALONE = ("environment", "correctness", "model")
+
+REHEARSED = """
+import importlib, os
+from benchmarks.gpu.sections import SECTIONS
+
+def rehearse(record, names):
+    for section in SECTIONS:
+        if section.name in names:
+            before = os.path.getsize(record._file.name)
+            module, _, function = section.target.partition(":")
+            getattr(importlib.import_module(module), function)(record)
+            with record.check(f"{section.name}: tells something"):
+                assert os.path.getsize(record._file.name) > before
+"""
 
 FAKES = """
 import os, subprocess, sys, time
@@ -112,57 +119,59 @@ def caches(record):
 
 
 class Rehearsed(NamedTuple):
+    """Exit status, and what was written of it as JSON and as Markdown."""
+
     status: int
-    report: dict[str, Any]
+    report: str
     text: str
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> list[Rehearsed]:
-    """What ``make gpu DRY=1`` does, as two processes."""
-    running = []
-    for names in HALVES:
-        out = tmp_path_factory.mktemp("gpu")
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu",
-            "--dry",
-            "--minutes",
-            "9",
-            "--out",
-            str(out),
-            "--only",
-            *names,
-        ]
-        with (out / "log").open("w") as log:
-            running.append((out, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)))
-    found = []
-    for out, process in running:
-        status = process.wait()
-        print((out / "log").read_text())
-        (report,), (text,) = out.glob("gpu-rehearsal-*.json"), out.glob("gpu-rehearsal-*.md")
-        found.append(Rehearsed(status, json.loads(report.read_text()), text.read_text()))
-    return found
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> list[Rehearsed]:
+    """What ``make gpu DRY=1`` does of some sections, and the others in fewer processes."""
+    out = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--minutes", "20", "--out", str(out), "--only", *ALONE]
+    by_command = subprocess.Popen(command, cwd=ROOT)
+    modules = tmp_path_factory.mktemp("modules")
+    code = [f"def {name}(record):\n    rehearse(record, {names})\n" for name, names in TOGETHER.items()]
+    (modules / "rehearsed.py").write_text("\n".join((REHEARSED, *code)))
+    options: dict[str, dict[str, bool]] = {"checks": {}, "times": {"tunes": True}, "compiles": {"interpreted": False}}
+    sections = [Section(name, name, f"rehearsed:{name}", 120, **given) for name, given in options.items()]
+    together = tmp_path_factory.mktemp("together")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(modules))
+        statuses = [kit.main(["--dry", "--minutes", "20", "--out", str(together)], sections), by_command.wait()]
+    return [
+        Rehearsed(status, *(next(folder.glob(f"gpu-rehearsal-*.{kind}")).read_text() for kind in ("json", "md")))
+        for status, folder in zip(statuses, (together, out), strict=True)
+    ]
 
 
 def test_every_section_is_rehearsed() -> None:
-    assert {name for names in HALVES for name in names} | {"environment"} == {section.name for section in SECTIONS}
+    sections = {section.name: section for section in SECTIONS}
+    assert sections.keys() == {*ALONE, *itertools.chain(*TOGETHER.values())}
+    kinds = {group: {(sections[n].interpreted, sections[n].tunes) for n in names} for group, names in TOGETHER.items()}
+    assert kinds == {"checks": {(True, False)}, "times": {(True, True)}, "compiles": {(False, False)}}
 
 
-def test_a_rehearsal_finds_nothing_wrong(halves: list[Rehearsed]) -> None:
-    for status, report, text in halves:
-        for section in report["sections"]:
+def test_a_rehearsal_finds_nothing_wrong(rehearsal: list[Rehearsed]) -> None:
+    for status, written, text in rehearsal:
+        for section in json.loads(written)["sections"]:
             assert section["status"] == "passed", section
             assert section["rows"] or section["checks"] or section["notes"], section["name"]
         assert status == 0
         assert "A rehearsal, not a measurement" in text
         assert "measured" not in text.partition("## Outcome")[2]
-        assert str(torch.__version__) in text
+    assert str(torch.__version__) in rehearsal[-1].text
 
 
-def test_a_rehearsal_comes_to_every_table(halves: list[Rehearsed]) -> None:
-    rows = [row for half in halves for section in half.report["sections"] for row in section["rows"]]
+def found(rehearsal: list[Rehearsed], kind: str) -> list[Any]:
+    """``"rows"``, ``"checks"`` or ``"notes"`` of all sections."""
+    return [line for part in rehearsal for section in json.loads(part.report)["sections"] for line in section[kind]]
+
+
+def test_a_rehearsal_comes_to_every_table(rehearsal: list[Rehearsed]) -> None:
+    rows = found(rehearsal, "rows")
     times = {(row["direction"], row["what"], row["competitor"]) for row in rows if row["row"] == "times"}
     names = (*plan.FEW, *plan.COMPILED, "separate", "flat")
     assert {(d, "device", n) for d in ("forward", "backward", "step") for n in names} <= times
@@ -176,13 +185,11 @@ def test_a_rehearsal_comes_to_every_table(halves: list[Rehearsed]) -> None:
         assert own == sorted(own, reverse=True)
         called = {function["function"] for function in row["functions"]}
         assert any("conv2d" in name if row["competitor"] == "conv2d" else ".py:" in name for name in called), called
-    notes = {note for half in halves for section in half.report["sections"] for note in section["notes"]}
-    assert any(note.startswith("needs a GPU") for note in notes)
+    assert any(note.startswith("needs a GPU") for note in found(rehearsal, "notes"))
 
 
-def test_operators_are_all_found(halves: list[Rehearsed]) -> None:
-    checks = {section["name"]: section["checks"] for half in halves for section in half.report["sections"]}
-    assert {check["check"] for check in checks["operators"]} >= {
+def test_operators_are_all_found(rehearsal: list[Rehearsed]) -> None:
+    assert {check["check"] for check in found(rehearsal, "checks")} >= {
         *("spconv2d", "spconv2d_backward", "spconv2d_inference", "onepass_descriptor", "representative_branch"),
         *("weight_grad_descriptor", "input_grad_descriptor", "gap_softmax_fusion", "gap_softmax_fusion_backward"),
     }
@@ -254,7 +261,7 @@ def test_tiles_of_a_section_that_ended_before_the_chosen_one() -> None:
 
 
 def test_a_section_that_hangs_is_ended_with_all_it_started(fakes: Path) -> None:
-    status, report, _ = run(fakes, fake("hangs", 10), fake("works"))
+    status, report, _ = run(fakes, fake("hangs", 4), fake("works"))
     hung, worked = report["sections"]
     assert (status, hung["status"], worked["status"]) == (1, "timed out", "passed")
     assert [check["check"] for check in hung["checks"]] == ["before"]
@@ -319,7 +326,7 @@ def test_an_unknown_capability_is_refused(capability: str, capsys: pytest.Captur
 
 
 def test_after_the_deadline_sections_are_skipped_and_listed(fakes: Path) -> None:
-    status, report, text = run(fakes, fake("hangs"), fake("works"), options=("--minutes", "0.15"))
+    status, report, text = run(fakes, fake("hangs"), fake("works"), options=("--minutes", "0.1"))
     assert status == 1
     assert [section["status"] for section in report["sections"]] == ["timed out", "skipped"]
     assert "skipped: no time left" in text
@@ -403,6 +410,29 @@ def test_a_wrong_result_is_reported_and_not_timed(tmp_path: Path, monkeypatch: p
     (failed,) = (line for line in read(tmp_path / "record") if not line.get("passed", True))
     assert "against float64" in failed["message"]
     assert record.failures == 1
+
+
+def test_a_wrong_network_is_reported_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one without branch norms, whose layers are off by a tenth."""
+    right = competitors.SPConv2d.forward
+
+    def wrong(layer: competitors.SPConv2d, x: torch.Tensor) -> torch.Tensor:
+        return right(layer, x) * (1 if layer.branch_norm or layer.backend == "reference" else 1.1)
+
+    monkeypatch.setattr(competitors.SPConv2d, "forward", wrong)
+    small = functools.partial(models.VGG, (2,), (4,), 3, 10)
+    monkeypatch.setattr(
+        networks,
+        "_network",
+        lambda record, alpha, branch_norm=False: small(models.SPConvOptions(alpha, 2, branch_norm, "native")),
+    )
+    with Record(tmp_path / "record", rehearsal=True) as record:
+        networks.networks(record)
+    lines = read(tmp_path / "record")
+    (failed,) = (line for line in lines if not line.get("passed", True))
+    assert failed["check"].startswith("SPConv 1/2: logits")
+    timed = {line["competitor"] for line in lines if line.get("row") == "times"}
+    assert timed == {"vanilla", "SPConv 1/2, branch norms"}
 
 
 def test_markdown_sets_what_was_measured_beside_what_is_modelled() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_reference_agrees_too(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", RESNET50, ids=str)
 def test_agrees_on_the_layers_of_resnet50(case: Case) -> None:
-    case = Case(**{**vars(case), "batch": 1})
+    case = replace(case, batch=1)
     check(make_inputs(case), following(case, "relu", residual=True))
 
 

@@ -96,16 +96,17 @@ def compare(call: Callable[[], Any], launches: Launches) -> list[Any]:
     return expected
 
 
+def step(layer: SPConv2d, x: Tensor) -> None:
+    y = layer(x)
+    torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_launches_are_tritons(case: Case, dtype: torch.dtype, launches: Launches) -> None:
     layer, x = case_inputs(case, dtype)
 
-    def step() -> None:
-        y = layer(x)
-        torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))
-
-    made = compare(step, launches)
+    made = compare(lambda: step(layer, x), launches)
     assert len(made) == (4 if case.alpha == 1 else 7) + (case.stride != (1, 1))
     layer.eval()
     with torch.no_grad():
@@ -115,11 +116,7 @@ def test_launches_are_tritons(case: Case, dtype: torch.dtype, launches: Launches
 def test_launches_of_norms_and_of_the_fusion_are_tritons(launches: Launches) -> None:
     layer, x = case_inputs(CASES[0], torch.float16, branch_norm=True)
 
-    def step() -> None:
-        y = layer(x)
-        torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))
-
-    assert len(compare(step, launches)) > 7
+    assert len(compare(lambda: step(layer, x), launches)) > 7
     u3, u1 = torch.randn(2, 2, 32, 6, 6, requires_grad=True).unbind()
 
     def fuse() -> None:

@@ -37,7 +37,7 @@ from spconv_triton.kernels.tuning import weight_grad_channels
 from spconv_triton.launch import descriptor, gradients_descriptor
 from spconv_triton.launch.gradients_descriptor import InputTile
 
-SAMPLE = 6
+SAMPLE = 3
 """Rows of the file that each run compiles again."""
 
 REPAIR = "run `python -m benchmarks.static` (make static) and commit benchmarks/results/"
@@ -120,7 +120,7 @@ def planted(kernel: Any, target: str, rows: int, columns: int, warps: int = 1) -
     return matrix.of_launch(recorded, config, target, "float32", "planted")
 
 
-@pytest.mark.parametrize(("target", "rows", "columns"), [("sm_80", 64, 256), ("sm_90", 64, 256), ("gfx942", 128, 512)])
+@pytest.mark.parametrize(("target", "rows", "columns"), [("sm_80", 64, 128), ("sm_90", 64, 128), ("gfx942", 64, 512)])
 def test_a_spill_is_noticed(target: str, rows: int, columns: int) -> None:
     """More values than the registers of one warp hold."""
     row = measure(planted(hoards, target, rows, columns))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,20 +14,13 @@ from spconv_triton import SPConv2d, models
 from spconv_triton.training.measure import count_macs, count_parameters
 
 # All but VGG-16's vanilla column, which is tested on its own below.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PUBLISHED = [
     (name, Fraction(alpha), parameters)
     for (name, alpha), (parameters, _, _) in PAPER.items()
     if (name, alpha) != ("vgg16", "0")
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The fastest for passes so small, whatever else the machine does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def on_meta(name: str, alpha: float | None, **options: object) -> nn.Module:

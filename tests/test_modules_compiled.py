@@ -16,11 +16,6 @@ from torch import Tensor, nn
 from spconv_triton import SPConv2d, reference
 
 
-@pytest.fixture
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 def outputs(layer: nn.Module, x: Tensor, grad: Tensor, *, dynamic: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """Output and gradients by name, with the sizes of the ``dynamic`` axes of ``x`` marked for Dynamo."""
     x = x.detach().requires_grad_()

@@ -12,6 +12,8 @@ from unittest import mock
 import pytest
 import torch
 from cases import (
+    BY_NAME,
+    GATED,
     RESNET50,
     SMALL,
     Case,
@@ -21,6 +23,7 @@ from cases import (
     assert_within_budget,
     kept_beside_parameters,
     make_inputs,
+    native,
     output_grad,
     references,
     run,
@@ -37,8 +40,6 @@ from spconv_triton.native import gate as native_gate
 from spconv_triton.native import weights as native_weights
 from spconv_triton.native.products import is_matrix_product
 
-BY_NAME = {case.name: case for case in SMALL}
-GATED = [case for case in SMALL if case.alpha < 1]
 ONE_BY_ONE = [
     Case("k1", 2, 8, 6, (5, 4), kernel_size=(1, 1), padding=(0, 0)),
     Case("k1-one-group", 2, 8, 6, (5, 4), kernel_size=(1, 1), padding=(0, 0), groups=1),
@@ -50,10 +51,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 
 EXTREME = ({"mean": 100.0}, *({"gate": gate} for gate in (-80.0, -30.0, -8.0, 8.0, 30.0, 80.0)))
-
-
-def native(*arguments: Tensor | None, **options: object) -> Tensor:
-    return spconv2d(*arguments, backend="native", **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,8 +124,9 @@ def test_agrees_in_every_order(case: Case, backward: str, folded: bool, monkeypa
         if backward == "maps" or (backward == "products" and convolution.MULTIPLIES_BFLOAT16):
             draw = functools.partial(make_inputs, case, torch.bfloat16, **options)
             assert_agrees_over_draws(native, draw, 4)
-    for options in EXTREME:
-        assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 2, perturbations=4)
+    for index in torch.randperm(len(EXTREME))[:2].tolist():
+        draw = functools.partial(make_inputs, case, **EXTREME[index])
+        assert_agrees_over_draws(native, draw, 2, perturbations=4)
 
 
 @pytest.mark.parametrize("case", GATED, ids=str)
@@ -138,8 +136,9 @@ def test_agrees_with_merged_weights(case: Case, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(folding, "FEW_PRODUCTS", float("inf"))
     for options in ({"bias": False}, {"branch_bias": True}, {"mean": 3.0, "memory_format": torch.contiguous_format}):
         assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 4)
-    for options in EXTREME:
-        assert_agrees_over_draws(native, lambda options=options: make_inputs(case, **options), 2, perturbations=4)
+    for index in torch.randperm(len(EXTREME))[:2].tolist():
+        draw = functools.partial(make_inputs, case, **EXTREME[index])
+        assert_agrees_over_draws(native, draw, 2, perturbations=4)
 
 
 def test_agrees_where_many_pixels_are_added() -> None:
@@ -363,12 +362,12 @@ def test_differentiates_one_argument_alone(way: str, name: str, monkeypatch: pyt
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", GATED, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradcheck(case: Case) -> None:
-    inputs = make_inputs(replace(case, batch=min(case.batch, 2)), torch.float64, branch_bias=True)
+    inputs = make_inputs(replace(case, batch=min(case.batch, 2)), torch.float64, branch_bias=case.alpha < 1)
     leaves = (*inputs.positional(), inputs.branch_bias)
 
-    def layer(*tensors: Tensor) -> Tensor:
+    def layer(*tensors: Tensor | None) -> Tensor:
         return native(*tensors[:5], branch_bias=tensors[5], **inputs.window)
 
     assert torch.autograd.gradcheck(layer, leaves, fast_mode=True)

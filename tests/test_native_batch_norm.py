@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cases import SMALL, Case, Results, assert_within_budget_over_draws, kept_bytes
-from norm_cases import NORMS, Leaves, batch_normed, cast, layer, make_leaves, run
+from cases import BY_NAME, GATED, Case, kept_bytes
+from norm_cases import NORMS, Leaves, batch_normed, check_over_draws, layer, make_leaves, run
 from strategies import NOT_FINITE
 from torch import Tensor, nn
 
 from spconv_triton import SPConv2d, functional, set_recompute
 from spconv_triton.native import batch_norm as native_batch_norm
 from spconv_triton.native import folding
-
-CASES = [case for case in SMALL if case.alpha < 1]
-BY_NAME = {case.name: case for case in CASES}
-
-
-def judged(leaves: Leaves, case: Case) -> tuple[Results, Results, Results]:
-    """In one pass, part by part in the same dtype, and part by part in float64."""
-    x = leaves["x"]
-    assert x is not None
-    grad = torch.randn(case.batch, case.out_channels, *case.output_size()).to(x.dtype)
-    one, parts = (run(leaves, case, backend, grad) for backend in ("native", "reference"))
-    return one, parts, run(cast(leaves, torch.float64), case, "reference", grad)
-
-
-def check(draw: Callable[[], Leaves], case: Case, draws: int, *, condition: float = 1.0) -> None:
-    """Single draws have a yardstick that is lucky, as in the kernels' tests."""
-    assert_within_budget_over_draws((judged(draw(), case) for _ in range(draws)), condition=condition)
 
 
 @pytest.fixture
@@ -57,13 +40,15 @@ def recomputing(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 @pytest.mark.usefixtures("poisoned_empty", "recomputing")
 @pytest.mark.parametrize("weights", ["given", "folded", "merged"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", GATED, ids=str)
 def test_agrees_with_float64(case: Case, weights: str, forwards: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30 if weights == "merged" else 0)
     monkeypatch.setattr(folding, "FEW_PRODUCTS", float("inf"))
     monkeypatch.setattr(folding, "FOLDED_PRODUCTS", 0 if weights == "folded" else float("inf"))
-    check(lambda: make_leaves(case), case, 8)
-    check(lambda: make_leaves(case, dtype=torch.float64, memory_format=torch.contiguous_format), case, 2)
+    check_over_draws(lambda: make_leaves(case), case, 8, "native")
+    check_over_draws(
+        lambda: make_leaves(case, dtype=torch.float64, memory_format=torch.contiguous_format), case, 2, "native"
+    )
     assert len(forwards) == 8 + 2
 
 
@@ -86,7 +71,7 @@ def test_zeros_among_merged_weights_spread_nothing(value: float) -> None:
 @pytest.mark.parametrize("missing", [("bias",), ("weight3", "bias3"), ("bias3", "weight1"), NORMS], ids=str)
 def test_without_some_parameters(missing: tuple[str, ...]) -> None:
     case = BY_NAME["odd-pixels"]
-    check(lambda: {**make_leaves(case), **dict.fromkeys(missing)}, case, 4)
+    check_over_draws(lambda: {**make_leaves(case), **dict.fromkeys(missing)}, case, 4, "native")
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -111,13 +96,13 @@ def test_a_bias_without_a_weight_never_reaches_aten(backend: str, monkeypatch: p
 @pytest.mark.parametrize("gate", [-60.0, -8.0, 8.0, 60.0])
 def test_saturated_gate(gate: float) -> None:
     case = BY_NAME["odd-pixels"]
-    check(lambda: make_leaves(case, gate=gate), case, 4, condition=abs(gate))
+    check_over_draws(lambda: make_leaves(case, gate=gate), case, 4, "native", condition=abs(gate))
 
 
 @pytest.mark.parametrize("mean", [30.0, 1000.0])
 @pytest.mark.parametrize("name", ["plain", "no-padding", "stride-2-odd"])
 def test_large_means(name: str, mean: float) -> None:
-    check(lambda: make_leaves(BY_NAME[name], mean=mean), BY_NAME[name], 32)
+    check_over_draws(lambda: make_leaves(BY_NAME[name], mean=mean), BY_NAME[name], 32, "native")
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
@@ -144,7 +129,7 @@ def test_a_channel_that_is_constant() -> None:
                 leaves[name][:3].zero_()  # type: ignore[index]
         return leaves
 
-    check(draw, case, 8)
+    check_over_draws(draw, case, 8, "native")
 
 
 @pytest.mark.usefixtures("recomputing")

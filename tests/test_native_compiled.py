@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from cases import RESNET50, SMALL, assert_agrees, kept_beside_parameters, make_inputs, run
+from cases import BY_NAME, RESNET50, assert_agrees, kept_beside_parameters, make_inputs, run
 from packaging.version import Version
 from torch import Tensor
 
 from spconv_triton import functional, reference
 from spconv_triton.native import traced
 
-BY_NAME = {case.name: case for case in SMALL}
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 SATURATED = (100.0, -100.0)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def aot(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -59,8 +56,14 @@ def test_a_saturated_gate_keeps_its_precision(apart: float) -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-6 * other.abs().max().item())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["plain", "stride-2-odd", "odd-pixels"])
+@pytest.mark.drawn(
+    6,
+    ("name", "dtype"),
+    itertools.product(
+        ("plain", "stride-2-odd", "odd-pixels"), (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    ),
+    ids=str,
+)
 def test_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
     for options in ({"bias": False}, {"branch_bias": True}, {"memory_format": torch.contiguous_format}):
         assert_agrees(aot(functional.spconv2d), make_inputs(BY_NAME[name], dtype, **options), condition=16.0)

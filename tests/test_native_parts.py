@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from cases import SMALL, Case, assert_agrees, assert_agrees_over_draws, make_inputs, output_grad, run
-from torch import Tensor
+from cases import (
+    BY_NAME,
+    GATED,
+    Case,
+    assert_agrees,
+    assert_agrees_over_draws,
+    make_inputs,
+    native,
+    output_grad,
+    run,
+)
 
 from spconv_triton import reference
-from spconv_triton.functional import spconv2d
 from spconv_triton.native import backward as native_backward
 from spconv_triton.native import backward_products, folding, onepass
 from spconv_triton.native import parts as native_parts
 
-BY_NAME = {case.name: case for case in SMALL}
-GATED = [case for case in SMALL if case.alpha < 1]
 
-
-def native(*arguments: Tensor | None, **options: object) -> Tensor:
-    return spconv2d(*arguments, backend="native", **options)
-
-
-@pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("backward", ["maps", "products", "merged"])
-@pytest.mark.parametrize("case", GATED, ids=str)
+@pytest.mark.drawn(
+    54, ("case", "backward", "samples"), itertools.product(GATED, ("maps", "products", "merged"), (1, 2)), ids=str
+)
 def test_agrees_in_parts(case: Case, backward: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many samples at a time, and at the end those that are left."""
     monkeypatch.setattr(folding, "MERGED_CHANNELS", 1 << 30 if backward == "merged" else 0)

@@ -11,6 +11,8 @@ from unittest import mock
 import pytest
 import torch
 from cases import (
+    BY_NAME,
+    GATED,
     RESNET50,
     SMALL,
     Case,
@@ -19,6 +21,7 @@ from cases import (
     kept_beside_parameters,
     kept_bytes,
     make_inputs,
+    native,
     output_grad,
     run,
 )
@@ -26,16 +29,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from spconv_triton import SPConv2d, set_recompute
-from spconv_triton.functional import spconv2d
 from spconv_triton.native import backward, backward_products, folding, onepass, parts, weights
 from spconv_triton.recomputation import recomputes
-
-BY_NAME = {case.name: case for case in SMALL}
-GATED = [case for case in SMALL if case.alpha < 1]
-
-
-def native(*arguments: Tensor | None, **options: object) -> Tensor:
-    return spconv2d(*arguments, backend="native", **options)
 
 
 @pytest.fixture

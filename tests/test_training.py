@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cifar10_files import write_cifar10
 from torch import Tensor, nn
 
 from spconv_triton import models
@@ -33,17 +33,10 @@ from spconv_triton.training.errors import UserError
 from spconv_triton.training.learner import Learner, Recipe
 from spconv_triton.training.processes import Processes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = Processes(0, 1, torch.device("cpu"))
 QUICK = ("train", "--samples", "48", "--batch-size", "16", "--image-size", "8", "--device", "cpu", "--threads", "1")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bit-identical results need one number of threads; one is also the fastest for networks so small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(samples: int = 20, *, shift: int = 0, flip: bool = False) -> Data:
@@ -154,20 +147,15 @@ def test_batch_sizes_that_do_not_fit(batch_size: int, world: int, message: str) 
         steps_per_epoch(tiny(), batch_size, world)
 
 
-def write_cifar10(directory: Path, records: int = 3) -> tuple[Tensor, Tensor]:
-    """A small data set in the format of the real one; what the training images and labels are."""
-    directory.mkdir(parents=True)
-    images = torch.randint(0, 256, (6 * records, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.arange(6 * records) % 10
-    for index, name in enumerate([*datasets.CIFAR10_TRAIN, *datasets.CIFAR10_TEST]):
-        span = range(index * records, (index + 1) * records)
-        (directory / name).write_bytes(b"".join(bytes([labels[i]]) + images[i].numpy().tobytes() for i in span))
-    return images, labels
+def cifar10_images() -> tuple[Tensor, Tensor]:
+    """Three for each file, and their labels."""
+    return torch.randint(0, 256, (18, 3, 32, 32), dtype=torch.uint8), torch.arange(18) % 10
 
 
 @pytest.mark.parametrize("inner", ["", "cifar-10-batches-bin"])
 def test_cifar10(tmp_path: Path, inner: str) -> None:
-    images, labels = write_cifar10(tmp_path / "data" / inner)
+    images, labels = cifar10_images()
+    write_cifar10(tmp_path / "data" / inner, images, labels)
     data = datasets.load(f"cifar10:{tmp_path / 'data'}")
     assert torch.equal(data.train.images, images[:15])
     assert torch.equal(data.train.labels, labels[:15])
@@ -177,7 +165,7 @@ def test_cifar10(tmp_path: Path, inner: str) -> None:
 
 
 def test_cifar10_that_is_damaged(tmp_path: Path) -> None:
-    write_cifar10(tmp_path / "data")
+    write_cifar10(tmp_path / "data", *cifar10_images())
     path = tmp_path / "data" / "data_batch_3.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])

@@ -210,6 +210,7 @@ def graphs(record: Record) -> None:
     device = device_of(record)
     case = replace(WIDE, batch=1, in_channels=4, out_channels=4, size=(3, 2)) if record.rehearsal else WIDE
     x = torch.randn(case.batch, case.in_channels, *case.size, device=device.name)
+    options: dict[str, Any] = {"backend": "aot_eager"} if record.rehearsal else {"mode": "reduce-overhead"}
     for update in (in_place, optimizer_step):
         name = f"weights changed by {update.__name__}"
         with multiplied_as("ieee"), record.check(f"{name}, then a replay", device.synchronize):
@@ -218,7 +219,7 @@ def graphs(record: Record) -> None:
         with multiplied_as("ieee"), record.check(f"{name}, mode='reduce-overhead'", device.synchronize):
             layer = _layer(case, device)
             torch._dynamo.reset()
-            compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+            compiled = torch.compile(layer, fullgraph=True, **options)
             assert_follows(layer, x, update, lambda x, compiled=compiled: _settled(compiled, x))
     with record.check("a training step as a graph", device.synchronize):
         _step_replays(record, device, case)

@@ -17,7 +17,7 @@ from benchmarks.gpu.layers import contestants, fastest, keys, label, tuning, wai
 from benchmarks.gpu.record import Record
 
 CALLS = 40
-REHEARSED_CALLS = 2
+REHEARSED_CALLS = 1
 
 FUNCTIONS = 20
 """How many of a call are told."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -128,13 +129,18 @@ def keys(entry: plan.Entry) -> dict[str, Any]:
 
 
 def contestants(record: Record, device: Device, entry: plan.Entry) -> list[Contestant]:
-    """Those whose results are right; PyTorch's own in either memory format, ours in channels_last."""
+    """Those whose results are right; PyTorch's own in either memory format, ours in channels_last.
+
+    A rehearsal compiles without Inductor, whose code of a CPU takes longer to build than all that it rehearses.
+    """
     torch._dynamo.reset()
+    compile = functools.partial(torch.compile, backend="aot_eager") if record.rehearsal else torch.compile
     trials = {dense: Trial(entry.case, dense=dense, device=device.name, dtype=entry.dtype) for dense in (True, False)}
     found = []
     for name in entry.names:
         for layout in LAYOUTS if name in ("conv2d", "reference") else ("channels_last",):
-            with record.check(f"{label(entry)}, {name}, {layout}", device.synchronize):
+            checked = record.check(f"{label(entry)}, {name}, {layout}", device.synchronize)
+            with checked, mock.patch.object(torch, "compile", compile):
                 found.append(trials[name == "conv2d"].contestant(name, layout))
     return found
 

@@ -27,6 +27,7 @@ PYTEST = (
     *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
     # Of the project's own options none but the paths: a warning of another PyTorch's is no failure of a kernel.
     *("-o", "addopts=", "-o", "filterwarnings=default", "-p", "benchmarks.gpu.untuned"),
+    "--every",  # a process draws cases of its own, which the one that listed the tests knows nothing of
 )
 
 MARGIN = 8.0

@@ -142,7 +142,7 @@ def _compare(record: Record, device: Device, entry: plan.Entry, kernel: Kernel) 
             assert worst < 1e-2, f"differs from the chosen tile's by {worst:.2g} of the largest"
             works[tile] = call
     rest = [tile for tile in works if tile != kernel.chosen]
-    rounds = 2 if record.rehearsal else ROUNDS
+    rounds = 1 if record.rehearsal else ROUNDS
     for first in range(0, max(len(rest), 1), TOGETHER):
         field = [kernel.chosen, *rest[first : first + TOGETHER]]
         seconds: dict[Tile, list[float]] = {tile: [] for tile in field}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from cases import SMALL, Case, Inputs, assert_within_budget, make_inputs
+from cases import BY_NAME, SMALL, Case, Inputs, assert_within_budget, make_inputs
 
 from spconv_triton import functional, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BY_NAME = {case.name: case for case in SMALL}
 
 
 def branch(inputs: Inputs, case: Case, backend: str, grad: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -39,8 +40,7 @@ def check(inputs: Inputs, case: Case) -> None:
         assert_within_budget(name, got[name], same_dtype[name], value)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.drawn(38, ("case", "dtype"), itertools.product(SMALL, DTYPES), ids=str)
 def test_agrees_with_float64(case: Case, dtype: torch.dtype, device: str) -> None:
     check(make_inputs(case, dtype, device=device), case)
 

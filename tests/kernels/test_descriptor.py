@@ -13,7 +13,6 @@ from torch._library.triton import set_wrap_triton_enabled
 
 from spconv_triton import dispatch, functional, launch, reference
 from spconv_triton.dispatch import INTERPRETED
-from spconv_triton.geometry import Geometry
 from spconv_triton.launch import common, descriptor
 from spconv_triton.launch.descriptor import Tile
 
@@ -44,10 +43,6 @@ BOXES = (
 )
 
 
-def geometry(case: Case) -> Geometry:
-    return Geometry(case.kernel_size, case.stride, case.padding, case.dilation, case.groups)
-
-
 def eager_packing(inputs: Inputs, case: Case) -> Tensor:
     """The packed weight by its definition, channel by channel of the output."""
     plan = descriptor.packing(case.in_channels, case.representative, case.out_channels, case.groups)
@@ -73,7 +68,7 @@ def eager_packing(inputs: Inputs, case: Case) -> Tensor:
 def layer(inputs: Inputs, case: Case, path: str = "descriptor", **options: Any) -> tuple[Tensor, ...]:
     tensors = (inputs.x, inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant, inputs.bias, inputs.branch_bias)
     with torch.no_grad(), set_wrap_triton_enabled(False):
-        return launch.spconv2d(*tensors, geometry(case), path=path, **options)
+        return launch.spconv2d(*tensors, case.geometry, path=path, **options)
 
 
 def check(inputs: Inputs, case: Case, *, condition: float = 1.0) -> Tensor:
@@ -196,7 +191,7 @@ def test_weights_are_never_stale(device: str) -> None:
 )
 def test_other_layers_are_declined(case: Case, device: str) -> None:
     inputs = make_inputs(case, torch.float16, device=device)
-    assert not descriptor.supports(inputs.x, inputs.weight_gwc, inputs.weight_pwc, geometry(case))
+    assert not descriptor.supports(inputs.x, inputs.weight_gwc, inputs.weight_pwc, case.geometry)
     with pytest.raises(ValueError, match="path='descriptor' does not take"):
         layer(inputs, case)
 
@@ -204,7 +199,7 @@ def test_other_layers_are_declined(case: Case, device: str) -> None:
 def test_float32_is_declined_unless_tf32_is_allowed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descriptor, "dot_precision", lambda x: "ieee")
     inputs = make_inputs(PLAIN, device=device)
-    assert not descriptor.supports(inputs.x, inputs.weight_gwc, inputs.weight_pwc, geometry(PLAIN))
+    assert not descriptor.supports(inputs.x, inputs.weight_gwc, inputs.weight_pwc, PLAIN.geometry)
     monkeypatch.setattr(descriptor, "dot_precision", lambda x: "tf32")
     # TF32 has 13 bits fewer; the interpreter multiplies as float32.
     check(inputs, PLAIN, condition=1.0 if INTERPRETED else 2.0**13)
@@ -232,7 +227,7 @@ def test_unknown_path_is_named(device: str) -> None:
 def test_choice_by_device(found: Any, expected: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "capability", lambda device: found)
     inputs = make_inputs(PLAIN, torch.float16, device=device)
-    assert descriptor.can_run(inputs.x, inputs.weight_gwc, inputs.weight_pwc, geometry(PLAIN)) is expected
+    assert descriptor.can_run(inputs.x, inputs.weight_gwc, inputs.weight_pwc, PLAIN.geometry) is expected
 
 
 def test_operator_passes_opcheck(device: str) -> None:

@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SMALL, Case, Inputs, assert_within_budget, make_inputs
+from cases import BY_NAME, Case, Inputs, assert_within_budget, make_inputs
 from test_inference import ACTIVATIONS, expected, following
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 from torch.utils.flop_counter import FlopCounterMode
 
 from spconv_triton import functional, launch, ops
-from spconv_triton.geometry import Geometry
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-BY_NAME = {case.name: case for case in SMALL}
 WIDE = Case("wide", 2, 64, 64, (2, 3), groups=1)
 AFTER = [("none", True), ("relu", False), ("relu6", True), ("silu", False), ("silu", True)]
 NAN_AND_INFINITIES = (float("nan"), float("inf"), float("-inf"))
@@ -25,10 +23,9 @@ NAN_AND_INFINITIES = (float("nan"), float("inf"), float("-inf"))
 
 def layer(inputs: Inputs, case: Case, path: str, after: dict[str, Any]) -> Tensor:
     """The layer on one of the paths, as its operator calls it."""
-    geometry = Geometry(case.kernel_size, case.stride, case.padding, case.dilation, case.groups)
     tensors = (inputs.x, inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant, inputs.bias, inputs.branch_bias)
     with torch.no_grad(), set_wrap_triton_enabled(False):
-        return launch.spconv2d(*tensors, geometry, path=path, **after)[0]
+        return launch.spconv2d(*tensors, case.geometry, path=path, **after)[0]
 
 
 def check(inputs: Inputs, case: Case, path: str, after: dict[str, Any]) -> None:

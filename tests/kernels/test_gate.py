@@ -7,18 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import SMALL, Case, Inputs, assert_within_budget, make_inputs
+from cases import GATED, Case, Inputs, assert_within_budget, make_inputs
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 
 from spconv_triton import functional, launch, reference
-from spconv_triton.geometry import Geometry
 from spconv_triton.launch import layer
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 WIDE = Case("wide", 2, 64, 128, (8, 8))
-GATED = tuple(case for case in SMALL if case.alpha < 1)
 LONG = Case("long", 2, 96, 44, (6, 5), kernel_size=(5, 5), padding=(2, 2), alpha=0.5)
 WAYS = pytest.mark.parametrize("few", [layer.FEW, 0], ids=["few", "blocks"])
 
@@ -26,9 +24,8 @@ WAYS = pytest.mark.parametrize("few", [layer.FEW, 0], ids=["few", "blocks"])
 def gate(inputs: Inputs, case: Case, path: str = "flat") -> tuple[Tensor, Tensor, Tensor]:
     """What a layer leaves for its backward: gamma / beta, and the means of taps and of pooled pixels."""
     tensors = (inputs.x, inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant, inputs.bias, inputs.branch_bias)
-    geometry = Geometry(case.kernel_size, case.stride, case.padding, case.dilation, case.groups)
     with torch.no_grad(), set_wrap_triton_enabled(False):
-        return launch.spconv2d(*tensors, geometry, path=path)[1:]
+        return launch.spconv2d(*tensors, case.geometry, path=path)[1:]
 
 
 def expected_beta(inputs: Inputs, case: Case) -> Tensor:

@@ -6,13 +6,11 @@ import functools
 
 import pytest
 import torch
-from cases import SMALL, Case, assert_agrees, assert_agrees_over_draws, make_inputs, output_grad, run
+from cases import BY_NAME, SMALL, Case, assert_agrees, assert_agrees_over_draws, make_inputs, output_grad, run
 
 from spconv_triton import SPConv2d, functional
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-
-BY_NAME = {case.name: case for case in SMALL}
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

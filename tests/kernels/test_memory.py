@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -69,8 +70,12 @@ OPERATORS: dict[str, Callable[[str], tuple[Callable[..., Tensor], tuple[Tensor, 
 }
 
 
-@pytest.mark.parametrize("keeping", [keeps_nothing, keeps_nothing_reentrant, keeps_on_the_host])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.drawn(
+    8,
+    ("name", "keeping"),
+    itertools.product(OPERATORS, (keeps_nothing, keeps_nothing_reentrant, keeps_on_the_host)),
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_what_is_kept_may_be_computed_again_or_lie_elsewhere(
     name: str, keeping: Callable[..., Tensor], device: str
 ) -> None:

@@ -82,11 +82,10 @@ def layer_inputs(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[T
     inputs = make_inputs(case, dtype, branch_bias=True)
     tensors = (inputs.x, inputs.weight_gwc, inputs.weight_pwc, inputs.weight_redundant, inputs.bias, inputs.branch_bias)
     grad = torch.randn(case.batch, case.out_channels, *case.output_size()).to(dtype)
-    geometry = Geometry(case.kernel_size, case.stride, case.padding, case.dilation, case.groups)
     return (
         [t if t is None else t.detach() for t in tensors],
         grad.contiguous(memory_format=torch.channels_last),
-        geometry,
+        case.geometry,
     )
 
 

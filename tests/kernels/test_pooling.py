@@ -26,7 +26,7 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_averages_of_what_lies_inside(case: Case, dtype: torch.dtype, device: str) -> None:
     wide = torch.randn(case.batch, *case.size, case.in_channels + 3, device=device).to(dtype).permute(0, 3, 1, 2)
-    geometry = Geometry(case.kernel_size, case.stride, case.padding, case.dilation, 1)
+    geometry = case.geometry._replace(groups=1)
     window = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
     output = case.output_size()
     for x in (wide[:, : case.in_channels].contiguous(), wide[:, 3:]):  # copied, and read where it lies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SMALL, assert_agrees, assert_within_budget, make_inputs, output_grad, run
+from cases import BY_NAME, assert_agrees, assert_within_budget, make_inputs, output_grad, run
 from torch import Tensor
 
 from spconv_triton import functional
@@ -13,7 +13,6 @@ from spconv_triton.launch.gradients import GateGrad, finish_weight_grads, gate_g
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-BY_NAME = {case.name: case for case in SMALL}
 GEOMETRY = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 2)
 
 

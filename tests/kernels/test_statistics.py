@@ -7,7 +7,6 @@ import torch
 from cases import Case
 from torch.nn.functional import avg_pool2d, unfold
 
-from spconv_triton.geometry import Geometry
 from spconv_triton.launch import layer
 
 # At stride 1 large maps are summed whole, less what some tap does not read of the edges; small ones tap by tap.
@@ -34,7 +33,7 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sums_of_what_each_tap_reads(case: Case, dtype: torch.dtype, device: str) -> None:
     x = torch.randn(case.batch, *case.size, case.in_channels, device=device).to(dtype).permute(0, 3, 1, 2)
-    geometry = Geometry(case.kernel_size, case.stride, case.padding, case.dilation, 1)
+    geometry = case.geometry._replace(groups=1)
     weights = tuple(torch.empty(1, 1, device=device) for _ in range(3))  # which are packed elsewhere
     partial, pool_row = layer._window_statistics(x, case.in_channels, weights, None, case.output_size(), geometry)
     got = partial.double().sum(0)

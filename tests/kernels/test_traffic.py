@@ -20,7 +20,6 @@ from triton.runtime import interpreter
 from benchmarks import traffic
 from spconv_triton import launch
 from spconv_triton.dispatch import INTERPRETED
-from spconv_triton.geometry import Geometry
 from spconv_triton.kernels import tuning
 from spconv_triton.launch import descriptor, gradients_descriptor
 from spconv_triton.launch.descriptor import Tile
@@ -132,10 +131,6 @@ def check(call: Callable[[], object], *kernels: str) -> None:
         assert noted.flops == sum(expected.flops.values()), f"{noted.kernel} multiplies"
 
 
-def geometry(case: Case) -> Geometry:
-    return Geometry(case.kernel_size, case.stride, case.padding, case.dilation, case.groups)
-
-
 def forward(
     case: Case,
     device: str,
@@ -147,9 +142,9 @@ def forward(
 ) -> None:
     i = make_inputs(case, dtype, device=device, bias=biases, branch_bias=biases)
     if i.weight_redundant is None:
-        check(lambda: launch.representative_branch(i.x, i.weight_gwc, i.weight_pwc, geometry(case)), "branch_forward")
+        check(lambda: launch.representative_branch(i.x, i.weight_gwc, i.weight_pwc, case.geometry), "branch_forward")
         return
-    arguments = (*i.positional(), i.branch_bias, geometry(case))
+    arguments = (*i.positional(), i.branch_bias, case.geometry)
     before = ("window_statistics", "gate_planes")
     check(lambda: launch.spconv2d(*arguments, path=path, **options), *before, *(kernels or ("onepass_forward",)))
 
@@ -165,13 +160,13 @@ def backward(
     i = make_inputs(case, dtype, device=device, bias=False, branch_bias=branch_bias)
     grad = torch.randn(case.batch, case.out_channels, *case.output_size(), device=device).to(dtype)
     if i.weight_redundant is None:
-        weights = (i.weight_gwc, i.weight_pwc, geometry(case))
+        weights = (i.weight_gwc, i.weight_pwc, case.geometry)
         kernels = ("input_grad", *pooling(case), "weight_grad", "finish_weights")
         check(lambda: launch.representative_branch_backward(grad, i.x, *weights), *kernels)
         return
     ratio = torch.rand(case.batch, case.out_channels, device=device)
-    tap_mean = i.x.new_zeros(case.batch, geometry(case).taps, case.representative)
-    kept = (ratio, tap_mean, i.x.new_zeros(case.batch, case.in_channels), geometry(case))
+    tap_mean = i.x.new_zeros(case.batch, case.geometry.taps, case.representative)
+    kept = (ratio, tap_mean, i.x.new_zeros(case.batch, case.in_channels), case.geometry)
     weights = (i.weight_gwc, i.weight_pwc, i.weight_redundant, i.branch_bias)
     suffix = "_descriptor" if path == "descriptor" else ""
     kernels = (*pooling(case), f"weight_grad{suffix}", "gate_grad", "finish_weights", f"input_grad{suffix}")
@@ -248,11 +243,11 @@ def test_batch_norms(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -
     kept: list[launch.Kept] = []
     kernels = ("branches_forward", "sample_moments", "norm_gate", "norm_blend")
     check(
-        lambda: kept.append(launch.spconv2d_batch_norm(i.x, *weights, i.bias, norms, eps, geometry(case))[1]), *kernels
+        lambda: kept.append(launch.spconv2d_batch_norm(i.x, *weights, i.bias, norms, eps, case.geometry)[1]), *kernels
     )
     kernels = ("norm_sums", "norm_coefficients", "norm_blend_grad", *pooling(case), "weight_grad", "finish_weights")
     kernels += ("input_grad",)
-    check(lambda: launch.spconv2d_batch_norm_backward(grad, i.x, *weights, norms, kept[0], geometry(case)), *kernels)
+    check(lambda: launch.spconv2d_batch_norm_backward(grad, i.x, *weights, norms, kept[0], case.geometry), *kernels)
 
 
 def test_a_kernel_that_has_changed_is_noticed(device: str) -> None:
