@@ -40,9 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
-        config.option.seed = random.randrange(2**31)  # the workers of pytest-xdist are started with these options
+        config.option.seed = getattr(config, "workerinput", {}).get("seed", random.randrange(2**31))
     if getattr(config.option, "hypothesis_seed", 0) is None:  # Hypothesis is there, and nobody gave it another
         config.option.hypothesis_seed = config.option.seed
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """A worker of pytest-xdist has the seed that the header prints, not one of its own."""
+    node.workerinput["seed"] = node.config.option.seed
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
