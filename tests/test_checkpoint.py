@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import threading
 import zipfile
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_full_device(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save(path, epoch=1)
     before = path.read_bytes()
-    (tmp_path / f".last.pt.{os.getpid()}").symlink_to("/dev/full")
+    (tmp_path / f".last.pt.{os.getpid()}.{threading.get_ident()}").symlink_to("/dev/full")
     with pytest.raises(UserError, match="No space left on device"):
         save(path, epoch=2)
     assert path.read_bytes() == before
