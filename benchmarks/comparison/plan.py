@@ -66,7 +66,7 @@ def quick() -> Plan:
         ),
         (
             Load("resnet20", 1),
-            Load("resnet20", 64, step=True),
+            Load("resnet20", 32, step=True),
             Load("vgg16", 1),
             Load("resnet50", 1),
         ),
@@ -74,7 +74,7 @@ def quick() -> Plan:
         network=Effort(3, fewest=3, most=9),
         latency=Effort(1, fewest=5, most=11),
         epochs=3,
-        seeds=2,
+        seeds=1,
     )
 
 
@@ -105,7 +105,7 @@ def full() -> Plan:
             Load("resnet50", 8, step=True),
         ),
         layer=Effort(1.2, fewest=5, most=11),
-        network=Effort(20, fewest=5, most=15),
+        network=Effort(12, fewest=5, most=15),
         latency=Effort(4, fewest=7, most=21),
         epochs=12,
         seeds=5,
