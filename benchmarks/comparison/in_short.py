@@ -53,7 +53,7 @@ def in_short(page: str) -> list[str]:
     accuracies = {cells[0]: cells[1] for head, rows in _tables(page) if "test accuracy (%)" in head for cells in rows}
     if accuracies:
         said = ", ".join(f"{title} {accuracies[title]}" for title in ACCURATE if title in accuracies)
-        lines += ["", f"Test accuracy on the digits in %, over the seeds: {said}."]
+        lines += ["", f"Test accuracy on the digits in %: {said}."]
     return lines
 
 

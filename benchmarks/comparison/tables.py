@@ -163,7 +163,7 @@ def accuracy(rows: Sequence[Row]) -> list[str]:
     body = [
         (
             CANDIDATES[r["name"]],
-            f"{r['mean']:.2f} ± {r['spread']:.2f}",
+            f"{r['mean']:.2f} ± {r['spread']:.2f}" if len(r["accuracies"]) > 1 else f"{r['mean']:.2f}",
             f"{r['parameters'] / 1e3:.1f}",
             f"{r['macs'] / 1e6:.2f}",
             f"{1e3 * r['latency'][1]:.2f}",
