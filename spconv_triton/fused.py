@@ -19,8 +19,8 @@ from .modules import SPConv2d, layer_repr
 from .native.inference import Inference
 from .symbols import call_of, is_symbol
 
-BUFFERS = ("weight_gwc", "weight_pwc", "weight_redundant", "bias", "branch_bias", "norm_scale")
-"""Of a fused layer, in the order of what takes them."""
+BUFFERS = dict.fromkeys(("weight_gwc", "weight_pwc", "weight_redundant", "bias", "branch_bias", "norm_scale")).keys()
+"""Of a fused layer, in the order of what takes them; as :data:`spconv_triton.modules.TENSORS`."""
 
 IN_PLACE = ("", "output", "residual")
 """What the sum of output and residual may be written over; at first over neither."""
@@ -125,7 +125,7 @@ class FusedSPConv2d(nn.Module):
             padding = (0, 0)
         inference = None if torch.compiler.is_compiling() else self._inference
         buffers: dict[str, Any] = self._buffers
-        if buffers.keys() >= set(BUFFERS):
+        if buffers.keys() >= BUFFERS:
             *tensors, norm_scale = map(buffers.__getitem__, BUFFERS)  # as attributes they would be searched for
         else:  # some are computed (parametrized)
             *tensors, norm_scale = (getattr(self, name) for name in BUFFERS)
